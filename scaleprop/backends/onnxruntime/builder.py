@@ -1,0 +1,65 @@
+"""A thin, typed way to append ONNX nodes to an ``onnx_ir`` graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+
+MICROSOFT = "com.microsoft"  # onnxruntime's own operators
+
+
+class GraphBuilder:
+    """Appends nodes and initializers to one graph; small constants are shared by value."""
+
+    def __init__(self, name: str, opset: int) -> None:
+        self.graph = ir.Graph([], [], nodes=[], opset_imports={"": opset, MICROSOFT: 1}, name=name)
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._names: dict[str, int] = {}
+        self.metadata: dict[str, str] = {}  # stamped on each node made from now on
+
+    def unique(self, stem: str) -> str:
+        """A name in this graph that no other value or node has."""
+        count = self._names.get(stem, 0)
+        self._names[stem] = count + 1
+        return stem if count == 0 else f"{stem}__{count}"
+
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1,
+           name: str | None = None, **attributes: Any) -> Any:
+        """Append a node. Returns its output value, or a tuple where ``outputs`` > 1."""
+        label = self.unique(name or op_type)
+        attrs = [ir.convenience.convert_attribute(k, v) for k, v in attributes.items()
+                 if v is not None]
+        values = [ir.Value(name=label if outputs == 1 else f"{label}.{i}") for i in range(outputs)]
+        node = ir.Node(domain, op_type, list(inputs), attrs, outputs=values, name=label,
+                       metadata_props=dict(self.metadata))
+        self.graph.append(node)
+        return values[0] if outputs == 1 else tuple(values)
+
+    def constant(self, value: Any, dtype: Any, name: str = "const") -> ir.Value:
+        """A small initializer (scalars, shapes, tables), shared between equal values."""
+        array = np.asarray(value, dtype=dtype)
+        key = (str(array.dtype), array.shape, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = self.initializer(array, name)
+        return self._constants[key]
+
+    def initializer(self, tensor: np.ndarray[Any, Any] | torch.Tensor, name: str) -> ir.Value:
+        """A weight. Torch tensors are referenced, not copied, until the model is written."""
+        label = self.unique(name)
+        if isinstance(tensor, torch.Tensor):
+            data: Any = TorchTensor(tensor.detach().contiguous(), name=label)
+        else:
+            data = ir.tensor(np.ascontiguousarray(tensor).reshape(tensor.shape), name=label)
+        value = ir.Value(name=label, shape=data.shape, type=ir.TensorType(data.dtype),
+                         const_value=data)
+        self.graph.register_initializer(value)
+        return value
+
+    def integers(self, values: Sequence[int]) -> ir.Value:
+        """A 1-D int64 constant: axes, shapes, starts, ends."""
+        return self.constant(list(values), np.int64)

@@ -1,0 +1,183 @@
+"""What a pass is: a frozen dataclass from program to program, with checked promises.
+
+A pass's fields are its options (in Python, in recipes and on the command line). ``requires`` is
+checked on the input and ``ensures`` on the *result*. A pass never changes the program that it was
+given: it works on ``program.fork()``, whose graph is its own and whose tensors are shared.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.fx
+from torch.utils import _pytree as pytree
+
+from scaleprop.calibration.statistics import TensorStatistics
+from scaleprop.errors import PostconditionError
+from scaleprop.report.records import TensorRecord
+
+logger = logging.getLogger(__name__)
+
+PROVENANCE = "scaleprop"  # the key in node.meta
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Which pass made a node, why, and from which node of the captured graph."""
+
+    by: str
+    why: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A captured model on its way through the passes.
+
+    module: flat ATen graph; parameters and buffers are ``get_attr`` nodes; every node carries its
+        fake value in ``meta["val"]``. Called with the model's own (args, kwargs).
+    in_spec, out_spec: pytrees of ``(args, kwargs)`` and of the model's output.
+    example_args, example_kwargs: what the model was captured with.
+    dynamic_axes: input name → {axis: dimension name}.
+    statistics: node name → calibration statistics of that node's output; empty before calibration.
+    records: what was decided for each tensor, in graph order.
+    """
+
+    module: torch.fx.GraphModule
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    example_args: tuple[Any, ...]
+    example_kwargs: Mapping[str, Any]
+    dynamic_axes: Mapping[str, Mapping[int, str]] = dataclasses.field(default_factory=dict)
+    statistics: Mapping[str, TensorStatistics] = dataclasses.field(default_factory=dict)
+    records: tuple[TensorRecord, ...] = ()
+
+    def fork(self) -> Program:
+        """A program with its own graph and the same tensors."""
+        graph = torch.fx.Graph()
+        # graph_copy returns the output value instead of copying the output node
+        copied: dict[torch.fx.Node, torch.fx.Node] = {}
+        result = graph.graph_copy(self.module.graph, copied)
+        output = graph.output(result)
+        output.meta = copy.copy(self.module.graph.output_node().meta)
+        graph.set_codegen(copy.deepcopy(self.module.graph._codegen))
+        module = torch.fx.GraphModule(self.module, graph)
+        return dataclasses.replace(self, module=module)
+
+    def replace(self, **changes: Any) -> Program:
+        """``dataclasses.replace``, spelled as a method."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def placeholders(self) -> list[torch.fx.Node]:
+        """The graph's inputs, in flattened pytree order."""
+        return [node for node in self.module.graph.nodes if node.op == "placeholder"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PassResult:
+    """What a pass returns: the new program, whether it differs, and what a reader should know."""
+
+    program: Program
+    modified: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass(abc.ABC):
+    """One rewrite of a program. Subclasses are frozen dataclasses; fields are options."""
+
+    name: ClassVar[str]
+    preserves_function: ClassVar[bool] = False
+
+    def requires(self, program: Program) -> None:
+        """Raise ``PreconditionError`` where ``program`` is not something this pass can take."""
+
+    @abc.abstractmethod
+    def run(self, program: Program) -> PassResult:
+        """The rewritten program; the given one is left as it was."""
+
+    def ensures(self, program: Program) -> None:
+        """Raise ``PostconditionError`` where the *result* breaks what this pass promises."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PassManager:
+    """Runs passes in order. With ``verify``, function-preserving ones are checked in float64."""
+
+    passes: Sequence[Pass]
+    verify: bool = False
+
+    def run(self, program: Program) -> Program:
+        """The program after every pass.
+
+        Raises:
+            PreconditionError, PostconditionError: naming the pass and those that ran before it.
+        """
+        done: list[str] = []
+        for step in self.passes:
+            try:
+                step.requires(program)
+                result = step.run(program)
+                result.program.module.graph.lint()
+                result.program.module.recompile()
+                step.ensures(result.program)
+                if self.verify and step.preserves_function and result.modified:
+                    check_same_function(step.name, program, result.program)
+            except Exception as error:
+                error.add_note(f"in pass {step.name!r}, after {done or 'no other pass'}")
+                raise
+            for note in result.notes:
+                logger.info("%s: %s", step.name, note)
+            program = result.program
+            done.append(step.name)
+        return program
+
+
+def check_same_function(name: str, before: Program, after: Program, rtol: float = 1e-9) -> None:
+    """Compare two programs in float64 on the example inputs.
+
+    Raises:
+        PostconditionError: where an output differs by more than ``rtol`` of its largest value.
+    """
+    expected = pytree.tree_leaves(run_in_float64(before))
+    actual = pytree.tree_leaves(run_in_float64(after))
+    for index, (want, got) in enumerate(zip(expected, actual, strict=True)):
+        if not isinstance(want, torch.Tensor):
+            continue
+        error = relative_error(got, want)
+        if not error <= rtol:
+            raise PostconditionError(
+                f"pass {name!r} promises to keep the function, but output {index} differs by "
+                f"{error:.3g} of its largest value in float64 (bound {rtol:.1g})"
+            )
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """max|actual − expected| / max|expected| in float64; equal NaN and Inf count as equal."""
+    got, want = actual.double(), expected.double()
+    same = (got == want) | (got.isnan() & want.isnan())
+    difference = torch.where(same, 0.0, (got - want).abs())
+    finite = torch.where(want.isfinite(), want.abs(), 0.0)
+    if difference.numel() == 0:
+        return 0.0
+    return float(difference.max() / finite.max().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def run_in_float64(program: Program) -> Any:
+    """The program's outputs on its example inputs, with every float tensor in float64."""
+
+    def widen(leaf: Any) -> Any:
+        floats = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+        return leaf.double() if floats else leaf
+
+    module = copy.deepcopy(program.module).double()
+    args, kwargs = pytree.tree_map(widen, (program.example_args, dict(program.example_kwargs)))
+    with torch.no_grad():
+        return module(*args, **kwargs)

@@ -1,0 +1,76 @@
+"""A recipe: which tensor gets which format, and what stays high. Plain, frozen data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from scaleprop.errors import ConfigError
+
+SCHEMA_VERSION = 1
+
+Scaling = Literal["dynamic", "static"]
+Rounding = Literal["nearest", "stochastic"]
+Clipping = Literal["amax", "mse"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Role:
+    """How one operand of an operator is quantized.
+
+    format: name of a scaled format, see ``scaleprop formats``.
+    scaling: ``dynamic`` finds the scale at run time, ``static`` from calibration (activations).
+    clipping: ``amax`` keeps the largest value, ``mse`` searches the scale of least error (weights).
+    """
+
+    format: str
+    rounding: Rounding = "nearest"
+    scaling: Scaling = "dynamic"
+    clipping: Clipping = "amax"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Formats by role. ``roles`` keys: ``fprop.w``, ``fprop.x``, ``conv.w``, ``conv.x``,
+    ``embedding``; a role that is absent stays in high precision."""
+
+    name: str
+    description: str
+    roles: Mapping[str, Role]
+
+    def __post_init__(self) -> None:
+        known = {"fprop.w", "fprop.x", "conv.w", "conv.x", "embedding"}
+        if unknown := set(self.roles) - known:
+            raise ConfigError(f"recipe {self.name!r}: unknown roles {sorted(unknown)}; "
+                              f"known: {sorted(known)}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether some activation scale is static."""
+        return any(role.scaling == "static" for role in self.roles.values())
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, with ``schema_version``."""
+        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The recipe that ``to_dict`` wrote.
+
+        Raises:
+            ConfigError: on another schema version or an unknown key.
+        """
+        fields = dict(data)
+        version = fields.pop("schema_version", None)
+        if version != SCHEMA_VERSION:
+            raise ConfigError(f"recipe schema_version {version!r}; this version reads {SCHEMA_VERSION}")
+        try:
+            fields["roles"] = {key: Role(**value) for key, value in fields["roles"].items()}
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"not a recipe: {error}") from error

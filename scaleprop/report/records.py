@@ -1,0 +1,40 @@
+"""What the report knows of one tensor. Passes and backends write these; the report shows them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Role = Literal["fprop.x", "fprop.w", "bias", "embedding", "output", "other"]
+ScaleKind = Literal["weight", "static", "dynamic"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorRecord:
+    """One operand of one operator: what became of it, who decided, and why.
+
+    node, op, operand: where it is: graph node, ATen operator, and the operand's place or name.
+    format: name of the scaled format; None where the tensor stayed in high precision.
+    scale_kind: how its scale is found: with the weight, calibrated once, or at run time.
+    reason: why it stayed high; None where it was quantized.
+    sqnr_db: 10·log10(Σx² / Σ(x−x̂)²) in decibels. saturated, underflowed: shares in [0, 1].
+    nbytes, nbytes_high: stored bytes in this format, and before.
+    lowering: what the backend runs for the operator, e.g. ``MatMulIntegerToFloat u8×s8``.
+    """
+
+    node: str
+    op: str
+    operand: str
+    role: Role
+    shape: tuple[int | str, ...]
+    decided_by: str
+    format: str | None = None
+    scale_kind: ScaleKind | None = None
+    reason: str | None = None
+    sqnr_db: float | None = None
+    saturated: float | None = None
+    underflowed: float | None = None
+    nbytes: int | None = None
+    nbytes_high: int | None = None
+    source: str = ""
+    lowering: str | None = None
