@@ -1,1 +1,64 @@
-"""scaleprop: carry scales through a model's graph so that low-precision numbers just work."""
+"""scaleprop: carry scales through a model's graph so that low-precision numbers just work.
+
+    compiled = scaleprop.compile(model, example_inputs, recipe="int8-dynamic")
+    y = compiled(*inputs)               # same signature and output structure as the model
+    compiled.report.show()
+    compiled.export("model.onnx")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scaleprop.analysis import Analysis, analyze
+    from scaleprop.api import CompiledModel, compile, load
+    from scaleprop.formats import (
+        ElementFormat,
+        ScaledFormat,
+        ScaledTensor,
+        dequantize,
+        fake_quantize,
+        quantize,
+    )
+    from scaleprop.recipes import Recipe, Role
+    from scaleprop.report import Report
+
+__version__ = "0.1.0"
+
+_HOME = {
+    **dict.fromkeys(("CompiledModel", "compile", "load"), "scaleprop.api"),
+    **dict.fromkeys(("Analysis", "analyze"), "scaleprop.analysis"),
+    **dict.fromkeys(
+        ("ElementFormat", "ScaledFormat", "ScaledTensor",
+         "dequantize", "fake_quantize", "quantize"),
+        "scaleprop.formats",
+    ),
+    **dict.fromkeys(("Recipe", "Role"), "scaleprop.recipes"),
+    "Report": "scaleprop.report",
+}
+
+__all__ = [
+    "Analysis",
+    "CompiledModel",
+    "ElementFormat",
+    "Recipe",
+    "Report",
+    "Role",
+    "ScaledFormat",
+    "ScaledTensor",
+    "analyze",
+    "compile",
+    "dequantize",
+    "fake_quantize",
+    "load",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name's module on first use, so that ``import scaleprop`` stays light."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'scaleprop' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

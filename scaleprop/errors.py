@@ -75,7 +75,7 @@ class BackendUnavailable(BackendError, ImportError):
 
 
 def source_line(node: torch.fx.Node) -> str:
-    """The user's innermost source line of ``node``, as ``file.py:12 in forward``; else ``unknown``."""
+    """The user's innermost line behind ``node``, as ``file.py:12 in forward``, or ``unknown``."""
     trace = node.meta.get("stack_trace") or ""
     frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
     if not frames:
@@ -86,5 +86,5 @@ def source_line(node: torch.fx.Node) -> str:
 
 
 def describe(node: torch.fx.Node) -> str:
-    """``node 'x' (aten.mm.default, model.py:12 in forward)``: the start of every message on a node."""
+    """``node 'x' (aten.mm.default, model.py:12 in forward)``: how messages name a node."""
     return f"node {node.name!r} ({node.target}, {source_line(node)})"

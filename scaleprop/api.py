@@ -1,0 +1,199 @@
+"""The face: ``compile`` a model, call it, export it, save it, load it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from scaleprop import storage
+from scaleprop.backends.base import Executable
+from scaleprop.backends.registry import backend_named
+from scaleprop.fidelity import Fidelity, compare
+from scaleprop.passes.base import Program
+from scaleprop.passes.capture import capture
+from scaleprop.passes.pipeline import build
+from scaleprop.recipes import Recipe, named_recipe
+from scaleprop.report import Report
+from scaleprop.signature import Signature, split_example
+
+logger = logging.getLogger(__name__)
+
+Calibration = Iterable[Any] | Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledModel:
+    """A model in low precision. Call it as the model it was made from.
+
+    program: the scaled graph; recipe: what it was made with; backend: where it runs.
+    baseline: the unquantized model's flat outputs on the example inputs, for verification.
+    """
+
+    program: Program
+    recipe: Recipe
+    backend: str
+    signature: Signature
+    executable: Executable
+    baseline: tuple[Any, ...]
+    nbytes_before: int
+    notes: tuple[str, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on inputs shaped as the example inputs; returns the model's own output structure.
+
+        Raises:
+            ConfigError: where an argument is missing or has the wrong type, dtype or shape.
+        """
+        leaves = self.executable(self.signature.flatten(args, kwargs))
+        return pytree.tree_unflatten(leaves, self.program.out_spec)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters and buffers, as stored in their formats."""
+        return stored_bytes(self.program.module)
+
+    @property
+    def report(self) -> Report:
+        """What happened to every tensor, who decided it, and why."""
+        lowerings = self.executable.lowerings
+        records = tuple(
+            dataclasses.replace(record, lowering=lowerings.get(record.node, record.lowering))
+            for record in self.program.records
+        )
+        return Report(recipe=self.recipe.name, backend=self.backend, records=records,
+                      nbytes_before=self.nbytes_before, nbytes_after=self.nbytes,
+                      notes=self.notes)
+
+    def verify(self) -> Fidelity:
+        """Compare this backend with the reference on the example inputs.
+
+        Raises:
+            MismatchError: where the backend adds more error than the format's stated bound.
+        """
+        return self._check(self._run_examples(self.executable), self.backend)
+
+    def export(self, path: str | Path, external_data: bool | None = None) -> Path:
+        """Write an ONNX file, load it, run it and compare it with the reference.
+
+        The file is written beside its destination and renamed, so an interrupted or failing
+        export leaves nothing behind. ``external_data``: weights in ``<path>.data``; by default
+        when they are large.
+
+        Raises:
+            ConfigError: where ``path`` does not end in ``.onnx`` or cannot be written.
+            LoweringError: where a node has no faithful ONNX form.
+            MismatchError: where the written file differs from the reference beyond the bound.
+            BackendUnavailable: where onnx or onnxruntime is missing.
+        """
+        from scaleprop.backends.onnxruntime import OnnxRuntimeBackend
+
+        return OnnxRuntimeBackend().export(
+            self.program, Path(path), external_data=external_data,
+            check=lambda written: self._check(self._run_examples(written), str(path)),
+        )
+
+    def save(self, directory: str | Path) -> Path:
+        """Write ``config.json``, ``graph.json`` and ``*.safetensors`` to ``directory``."""
+        return storage.save(self, Path(directory))
+
+    def _run_examples(self, executable: Executable) -> Sequence[Any]:
+        example = (self.program.example_args, dict(self.program.example_kwargs))
+        return executable(pytree.tree_leaves(example))
+
+    def _check(self, actual: Sequence[Any], where: str) -> Fidelity:
+        reference = backend_named("reference").lower(self.program)
+        return compare(actual, self._run_examples(reference), self.baseline, where)
+
+
+def compile(
+    model: torch.nn.Module,
+    example_inputs: Any,
+    recipe: str | Recipe = "int8-dynamic",
+    backend: str = "onnxruntime",
+    *,
+    calibration: Calibration | None = None,
+    dynamic_shapes: Any = None,
+    exclude: Sequence[str] = (),
+    include: Sequence[str] = (),
+    passes: Sequence[str] = (),
+    verify: bool = False,
+    progress: bool = False,
+) -> CompiledModel:
+    """Rewrite ``model`` to low precision and lower it to ``backend``. The model is not changed.
+
+    Args:
+        model: any module that ``torch.export`` can trace; it is captured in eval mode.
+        example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or
+            ``(args, kwargs)``. Batch and sequence sizes may vary afterwards where the model
+            allows it.
+        recipe: a name (see ``scaleprop recipes``), a path to a TOML or JSON file, or a ``Recipe``.
+        backend: ``onnxruntime``, ``inductor``, ``reference`` or ``cuda``.
+        calibration: example inputs, or ``f(model)`` that runs the model; static recipes need it.
+        dynamic_shapes: as ``torch.export.export`` takes it; overrides the default.
+        exclude, include: what stays high, or the only things quantized: patterns over module
+            paths and parameter names, or operator names such as ``aten.conv2d``.
+        passes: more passes to run before quantization, as ``name{option=value}``.
+        verify: check function-preserving passes in float64, and the backend against the
+            reference.
+        progress: show progress on standard error.
+
+    Raises:
+        ConfigError, FormatError: recipe, backend or inputs that make no sense.
+        CaptureError: where ``torch.export`` cannot trace the model.
+        CalibrationError: where calibration is missing, empty or not finite.
+        UnsupportedOpError, LoweringError: an operator that the backend cannot run.
+        MismatchError: with ``verify``, where the backend differs from the reference.
+    """
+    args, kwargs = split_example(example_inputs)
+    plan = named_recipe(recipe)
+    target = backend_named(backend)  # a misspelt backend must not cost a capture
+    captured = capture(model, args, kwargs, dynamic_shapes)
+    with torch.no_grad():
+        output = captured.module(*captured.example_args, **captured.example_kwargs)
+    manager = build(plan, exclude=exclude, include=include, calibration=calibration,
+                    extra=passes, verify=verify, progress=progress)
+    nbytes_before = stored_bytes(captured.module)
+    program = manager.run(captured)
+    compiled = CompiledModel(
+        program=program,
+        recipe=plan,
+        backend=backend,
+        signature=Signature.of(program, tuple(inspect.signature(model.forward).parameters)),
+        executable=target.lower(program),
+        baseline=tuple(pytree.tree_leaves(output)),
+        nbytes_before=nbytes_before,
+    )
+    if verify:
+        logger.info("%s: %s", backend, compiled.verify())
+    return compiled
+
+
+def load(directory: str | Path, backend: str | None = None) -> CompiledModel:
+    """The model that ``CompiledModel.save`` wrote, lowered to its backend or to another one.
+
+    Reads JSON and safetensors only; nothing is unpickled.
+
+    Raises:
+        ConfigError: where the directory is not a saved model, or was written by a newer version.
+    """
+    saved = storage.load(Path(directory))
+    name = backend or saved.backend
+    return CompiledModel(
+        program=saved.program, recipe=saved.recipe, backend=name,
+        signature=Signature.of(saved.program, saved.names),
+        executable=backend_named(name).lower(saved.program),
+        baseline=saved.baseline, nbytes_before=saved.nbytes_before, notes=saved.notes,
+    )
+
+
+def stored_bytes(module: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers; tied tensors count once."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return sum({(t.data_ptr(), t.shape): t.nbytes for t in tensors.values()}.values())
