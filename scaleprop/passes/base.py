@@ -47,6 +47,7 @@ class Program:
     dynamic_axes: input name → {axis: dimension name}.
     statistics: node name → calibration statistics of that node's output; empty before calibration.
     records: what was decided for each tensor, in graph order.
+    notes: what a reader should know of capture and passes: dimensions that were fixed, say.
     """
 
     module: torch.fx.GraphModule
@@ -57,6 +58,7 @@ class Program:
     dynamic_axes: Mapping[str, Mapping[int, str]] = dataclasses.field(default_factory=dict)
     statistics: Mapping[str, TensorStatistics] = dataclasses.field(default_factory=dict)
     records: tuple[TensorRecord, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def fork(self) -> Program:
         """A program with its own graph and the same tensors."""
@@ -66,7 +68,8 @@ class Program:
         result = graph.graph_copy(self.module.graph, copied)
         output = graph.output(result)
         output.meta = copy.copy(self.module.graph.output_node().meta)
-        graph.set_codegen(copy.deepcopy(self.module.graph._codegen))
+        codegen = self.module.graph._codegen  # pyright: ignore[reportPrivateUsage]
+        graph.set_codegen(copy.deepcopy(codegen))
         module = torch.fx.GraphModule(self.module, graph)
         return dataclasses.replace(self, module=module)
 
@@ -96,14 +99,14 @@ class Pass(abc.ABC):
     name: ClassVar[str]
     preserves_function: ClassVar[bool] = False
 
-    def requires(self, program: Program) -> None:
+    def requires(self, program: Program) -> None:  # noqa: B027 (most passes take any program)
         """Raise ``PreconditionError`` where ``program`` is not something this pass can take."""
 
     @abc.abstractmethod
     def run(self, program: Program) -> PassResult:
         """The rewritten program; the given one is left as it was."""
 
-    def ensures(self, program: Program) -> None:
+    def ensures(self, program: Program) -> None:  # noqa: B027
         """Raise ``PostconditionError`` where the *result* breaks what this pass promises."""
 
 
@@ -135,7 +138,8 @@ class PassManager:
                 raise
             for note in result.notes:
                 logger.info("%s: %s", step.name, note)
-            program = result.program
+            notes = tuple(f"{step.name}: {note}" for note in result.notes)
+            program = result.program.replace(notes=(*result.program.notes, *notes))
             done.append(step.name)
         return program
 
