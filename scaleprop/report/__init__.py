@@ -1,0 +1,6 @@
+"""What happened to every tensor: records, and the report that shows, saves and loads them."""
+
+from scaleprop.report.records import TensorRecord
+from scaleprop.report.report import SCHEMA_VERSION, Report
+
+__all__ = ["SCHEMA_VERSION", "Report", "TensorRecord"]

@@ -1,0 +1,42 @@
+"""Writing a file so that it is either complete or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from scaleprop.errors import ConfigError
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` as UTF-8: to a temporary file in the same folder, then renamed over ``path``.
+
+    Raises:
+        ConfigError: where the folder is missing or not writable, or ``path`` is a folder.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise ConfigError(f"cannot write {str(target)!r}: it is a folder; add a file name")
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(
+            prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
+        )
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp made it private
+        os.replace(temporary, target)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise ConfigError(
+            f"cannot write {str(target)!r}: {error.strerror}; "
+            f"create the folder {str(target.parent)!r} or choose another path"
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

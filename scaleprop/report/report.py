@@ -1,0 +1,187 @@
+"""The report: what happened to every tensor, as a table, as one HTML file, and as JSON.
+
+JSON schema, version 1 (``Report.save("x.json")``, ``to_dict``)::
+
+    schema          "scaleprop.report"
+    schema_version  1
+    recipe          name of the recipe, or null (nothing was quantized: an analysis)
+    backend         name of the backend, or null
+    nbytes_before   bytes of parameters and buffers before; null where unknown
+    nbytes_after    bytes stored after
+    fidelity        measure → number, e.g. {"cosine": 0.9993}; empty unless verified
+    notes           list of sentences
+    records         list of objects with the fields of ``TensorRecord``
+
+JSON has no infinities: they are written as the strings ``"inf"``, ``"-inf"`` and ``"nan"``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from scaleprop.errors import ConfigError
+from scaleprop.report.files import write_text
+from scaleprop.report.records import TensorRecord
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA = "scaleprop.report"
+SCHEMA_VERSION = 1
+
+
+def _no_numbers() -> dict[str, float]:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a compilation or an analysis did, tensor by tensor.
+
+    recipe, backend: their names; None for an analysis.
+    records: one per operand of each operator, in graph order.
+    notes: what a reader should know besides, one sentence each.
+    nbytes_before, nbytes_after: bytes of the model's parameters and buffers.
+    fidelity: measure → number against the model that was given; empty unless verified.
+    """
+
+    recipe: str | None = None
+    backend: str | None = None
+    records: tuple[TensorRecord, ...] = ()
+    notes: tuple[str, ...] = ()
+    nbytes_before: int | None = None
+    nbytes_after: int | None = None
+    fidelity: Mapping[str, float] = dataclasses.field(default_factory=_no_numbers)
+
+    @property
+    def quantized(self) -> tuple[TensorRecord, ...]:
+        """The records of tensors that got a format."""
+        return tuple(record for record in self.records if record.format is not None)
+
+    @property
+    def high(self) -> tuple[TensorRecord, ...]:
+        """The records of tensors that stayed in high precision."""
+        return tuple(record for record in self.records if record.format is None)
+
+    @property
+    def size_ratio(self) -> float | None:
+        """Bytes after ÷ bytes before; None where either is unknown."""
+        if not self.nbytes_before or self.nbytes_after is None:
+            return None
+        return self.nbytes_after / self.nbytes_before
+
+    def reasons(self) -> list[tuple[str, str, int]]:
+        """Why tensors stayed high: (operator, reason, how many), most frequent first."""
+        counts = Counter((record.op, record.reason or "no reason given") for record in self.high)
+        return [(op, reason, count) for (op, reason), count in counts.most_common()]
+
+    def show(self, console: Console | None = None) -> None:
+        """Print a summary and a table of every tensor.
+
+        Raises:
+            BackendUnavailable: without rich.
+        """
+        from scaleprop.report.table import show
+
+        show(self, console)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``path``: ``.html`` (one offline file) or ``.json`` (schema: this module).
+
+        Raises:
+            ConfigError: on another suffix, or where the path cannot be written.
+        """
+        suffix = Path(path).suffix.lower()
+        if suffix == ".html":
+            from scaleprop.report.html import render
+
+            write_text(path, render(self))
+        elif suffix == ".json":
+            write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+        else:
+            raise ConfigError(
+                f"a report is saved as .html or .json, not {suffix or 'without a suffix'}: "
+                f"{os.fspath(path)!r}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; see the schema in this module's docstring."""
+        return {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "recipe": self.recipe,
+            "backend": self.backend,
+            "nbytes_before": self.nbytes_before,
+            "nbytes_after": self.nbytes_after,
+            "fidelity": {key: _to_json(float(value)) for key, value in self.fidelity.items()},
+            "notes": list(self.notes),
+            "records": [_record_to_dict(record) for record in self.records],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The report that ``to_dict`` wrote.
+
+        Raises:
+            ConfigError: on another schema or version, or on unknown or missing keys.
+        """
+        if data.get("schema") != SCHEMA or data.get("schema_version") != SCHEMA_VERSION:
+            raise ConfigError(
+                f"schema {data.get('schema')!r} version {data.get('schema_version')!r}; "
+                f"this version reads {SCHEMA!r} version {SCHEMA_VERSION}"
+            )
+        fields = {k: v for k, v in data.items() if k not in ("schema", "schema_version")}
+        try:
+            fields["fidelity"] = {key: float(value) for key, value in fields["fidelity"].items()}
+            fields["notes"] = tuple(fields["notes"])
+            fields["records"] = tuple(_record_from_dict(item) for item in fields["records"])
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"not a report: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """The report that ``save("x.json")`` wrote.
+
+        Raises:
+            ConfigError: where the file cannot be read or is not a report.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read the report {os.fspath(path)!r}: {error}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{os.fspath(path)!r} is not a report: expected a JSON object")
+        return cls.from_dict(cast(dict[str, Any], data))
+
+
+_NUMBERS = ("sqnr_db", "saturated", "underflowed")  # the record fields that may not be finite
+
+
+def _to_json(value: float | None) -> float | str | None:
+    if value is None or math.isfinite(value):
+        return value
+    return str(value)
+
+
+def _record_to_dict(record: TensorRecord) -> dict[str, Any]:
+    fields = dataclasses.asdict(record)
+    fields["shape"] = list(record.shape)
+    fields.update({name: _to_json(fields[name]) for name in _NUMBERS})
+    return fields
+
+
+def _record_from_dict(item: Mapping[str, Any]) -> TensorRecord:
+    fields = dict(item)
+    fields["shape"] = tuple(fields["shape"])
+    for name in _NUMBERS:
+        if fields.get(name) is not None:
+            fields[name] = float(fields[name])
+    return TensorRecord(**fields)

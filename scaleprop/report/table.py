@@ -1,0 +1,100 @@
+"""The report as a table in the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from scaleprop.errors import BackendUnavailable
+from scaleprop.report import text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from scaleprop.report.report import Report
+
+_WIDTH = 160  # of output that is not a terminal, in characters
+
+
+def show(report: Report, console: Console | None = None) -> None:
+    """Print ``report``: a summary, then one row per tensor.
+
+    Raises:
+        BackendUnavailable: without rich.
+    """
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise BackendUnavailable(
+            'a report is shown with rich: pip install "scaleprop[cli]", '
+            "or save it: report.save('report.html')"
+        ) from error
+    if console is None:
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=_WIDTH)
+    console.print(_summary(report))
+    if report.records:
+        console.print(_table(report))
+
+
+def _summary(report: Report) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column()
+    for name, value in summary_rows(report):
+        grid.add_row(name, escape(value))
+    return grid
+
+
+def summary_rows(report: Report) -> list[tuple[str, str]]:
+    """The head of the report, as (what, value) pairs."""
+    rows = [
+        ("recipe", report.recipe or "none (analysis)"),
+        ("backend", report.backend or "none"),
+    ]
+    if report.size_ratio is not None:
+        rows.append(
+            ("size", f"{text.megabytes(report.nbytes_before)} → "
+                     f"{text.megabytes(report.nbytes_after)} ({report.size_ratio:.3f}×)")
+        )
+    rows.append(("quantized", f"{len(report.quantized)} of {len(report.records)} tensors"))
+    rows += [(name, f"{value:.6g}") for name, value in report.fidelity.items()]
+    rows += [
+        ("stayed high", f"{count} × {op}: {reason}") for op, reason, count in report.reasons()
+    ]
+    rows += [("note", note) for note in report.notes]
+    return rows
+
+
+def _table(report: Report) -> Table:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("node", overflow="fold")
+    table.add_column("operator", overflow="fold")
+    table.add_column("operand", overflow="fold")
+    table.add_column("format", overflow="fold")
+    table.add_column("scale")
+    for heading in ("SQNR dB", "sat %", "under %"):
+        table.add_column(heading, justify="right")
+    table.add_column("runs as, or why not", overflow="fold", ratio=1)
+    table.add_column("decided by", overflow="fold")
+    previous = None
+    for record in report.records:
+        node = (record.node, record.op)
+        named = node if node != previous else ("", "")  # name a node once
+        previous = node
+        cells = (
+            *named, record.operand, record.format or text.HIGH, record.scale_kind or "",
+            text.decibels(record.sqnr_db), text.percent(record.saturated),
+            text.percent(record.underflowed), text.outcome(record), record.decided_by,
+        )
+        table.add_row(*map(escape, cells), style="dim" if record.format is None else "")
+    return table
+

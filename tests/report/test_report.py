@@ -1,0 +1,243 @@
+"""The report: JSON round trip, one offline HTML file, a table, and clear errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from scaleprop.errors import BackendUnavailable, ConfigError
+from scaleprop.report import SCHEMA_VERSION, Report, TensorRecord, charts, text
+
+HOSTILE = "</script><script>alert('x')</script>$\\frac"
+
+
+def make_report() -> Report:
+    weight = TensorRecord(
+        node="fc", op="aten.linear", operand="weight", role="fprop.w", shape=(8, 4),
+        decided_by="assign-formats", format="mxfp4", scale_kind="weight", sqnr_db=18.25,
+        saturated=0.0, underflowed=0.125, nbytes=20, nbytes_high=128,
+        lowering="integer limbs", source="model.py:12 in forward",
+    )
+    return Report(
+        recipe="mxfp4", backend="onnxruntime", nbytes_before=1000, nbytes_after=160,
+        fidelity={"cosine": 0.99}, notes=("a note",),
+        records=(
+            weight,
+            TensorRecord(node="fc", op="aten.linear", operand="input", role="fprop.x",
+                         shape=("b", 4), decided_by="assign-formats", format="mxfp4",
+                         scale_kind="dynamic", sqnr_db=math.inf, saturated=2e-5),
+            TensorRecord(node=HOSTILE, op="aten.conv2d", operand="weight", role="other",
+                         shape=(), decided_by="exclude", reason="excluded by exclude='<conv>'",
+                         nbytes=64, nbytes_high=64, sqnr_db=math.nan),
+        ),
+    )
+
+
+def same(left: Report, right: Report) -> bool:
+    return json.dumps(left.to_dict()) == json.dumps(right.to_dict())  # NaN compares as text
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    report = make_report()
+    report.save(tmp_path / "r.json")
+    loaded = Report.load(tmp_path / "r.json")
+    assert same(loaded, report)
+    assert loaded.records[:2] == report.records[:2]
+    assert loaded.records[1].shape == ("b", 4)
+    assert loaded.records[1].sqnr_db == math.inf
+
+
+def test_json_is_strict_and_versioned() -> None:
+    data = json.loads(json.dumps(make_report().to_dict(), allow_nan=False))
+    assert (data["schema"], data["schema_version"]) == ("scaleprop.report", SCHEMA_VERSION)
+    assert [r["sqnr_db"] for r in data["records"]] == [18.25, "inf", "nan"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 99}, "version 99; this version reads"),
+        ({"schema": "other"}, "'other'"),
+        ({"surprise": 1}, "surprise"),
+        ({"records": [{"node": "x"}]}, "shape"),
+        ({"records": None}, "not a report"),
+        ({"fidelity": {"cosine": "high"}}, "high"),
+    ],
+)
+def test_from_dict_refuses(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Report.from_dict({**make_report().to_dict(), **change})
+
+
+@pytest.mark.parametrize("content", ["[]", "{", ""])
+def test_load_refuses_other_files(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "r.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"r\.json"):
+        Report.load(path)
+    with pytest.raises(ConfigError, match="absent"):
+        Report.load(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("name", ["report.pdf", "report"])
+def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"\.html or \.json"):
+        make_report().save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_path_is_named(tmp_path: Path) -> None:
+    target = tmp_path / "missing" / "report.html"
+    with pytest.raises(ConfigError, match="missing") as caught:
+        make_report().save(target)
+    assert "create the folder" in str(caught.value)
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(ConfigError, match="it is a folder"):
+        make_report().save(tmp_path / "folder.json")
+
+
+def test_a_failing_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.json"
+    path.write_text("old")
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(ConfigError, match="No space left"):
+        make_report().save(path)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_saved_files_follow_the_umask(tmp_path: Path) -> None:
+    make_report().save(tmp_path / "r.json")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "r.json").stat().st_mode) == 0o666 & ~mask
+
+
+class Page(HTMLParser):
+    """Collects the elements, the text and every attribute of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_html_is_one_offline_file(tmp_path: Path) -> None:
+    make_report().save(tmp_path / "r.html")
+    source = (tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(source)
+    loads = {value for name, value in page.attributes if name in ("src", "href", "action")}
+    assert not {value for value in loads if value and not value.startswith("#")}
+    assert not re.search(r"url\((?!#)|@import|fetch\(|XMLHttp", source)
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'; "
+            "script-src 'unsafe-inline'") in page.attributes
+
+
+def test_html_escapes_every_name(tmp_path: Path) -> None:
+    report = make_report()
+    hostile = [
+        TensorRecord(node=HOSTILE, op=HOSTILE, operand=HOSTILE, role="other", shape=(HOSTILE,),
+                     decided_by=HOSTILE, reason=HOSTILE, format=fmt, source=HOSTILE,
+                     lowering=HOSTILE, sqnr_db=1.0, nbytes=8, scale_kind="weight")
+        for fmt in (None, HOSTILE)
+    ]
+    Report(recipe=HOSTILE, backend=HOSTILE, records=tuple(hostile), notes=(HOSTILE,),
+           fidelity={HOSTILE: 1.0}).save(tmp_path / "r.html")
+    report.save(tmp_path / "plain.html")
+    tags = Page((tmp_path / "r.html").read_text()).tags
+    assert tags.count("script") == Page((tmp_path / "plain.html").read_text()).tags.count("script")
+    assert HOSTILE in Page((tmp_path / "r.html").read_text()).text
+
+
+def test_html_shows_every_record_and_reason(tmp_path: Path) -> None:
+    make_report().save(tmp_path / "r.html")
+    page = Page((tmp_path / "r.html").read_text())
+    for expected in ("mxfp4", "integer limbs", "model.py:12 in forward", "b×4", "exact", "12.50",
+                     "excluded by exclude='<conv>'", "a note", "0.160× of 1.0 kB"):
+        assert expected in page.text
+    assert page.tags.count("svg") == 2
+    assert page.tags.count("button") == 13  # every column sorts, by mouse and by keyboard
+
+
+def test_charts_have_unique_identifiers(tmp_path: Path) -> None:
+    make_report().save(tmp_path / "r.html")
+    found = re.findall(r'\bid="([^"]+)"', (tmp_path / "r.html").read_text())
+    assert len(found) == len(set(found))
+
+
+def test_html_without_matplotlib_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(charts, "matplotlib_is_installed", lambda: False)
+    monkeypatch.setattr("scaleprop.report.html.matplotlib_is_installed", lambda: False)
+    make_report().save(tmp_path / "r.html")
+    page = Page((tmp_path / "r.html").read_text())
+    assert "svg" not in page.tags
+    assert 'pip install "scaleprop[report]"' in page.text
+
+
+def test_an_empty_report_saves_and_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Report().save(tmp_path / "r.html")
+    assert "no tensors" in (tmp_path / "r.html").read_text()
+    Report().show()
+    assert "0 of 0 tensors" in capsys.readouterr().out
+
+
+def test_show_names_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
+    make_report().show()
+    shown = capsys.readouterr().out
+    for expected in ("mxfp4", "2 of 3 tensors", "0.160×", "18.2", "12.50", "integer limbs",
+                     "1 × aten.conv2d: excluded by exclude='<conv>'", "a note", "cosine"):
+        assert expected in shown
+
+
+def test_show_without_rich_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(BackendUnavailable, match=r"scaleprop\[cli\]"):
+        make_report().show()
+
+
+def test_reasons_are_counted() -> None:
+    record = make_report().records[2]
+    report = Report(records=(record, record, make_report().records[0]))
+    assert report.reasons() == [("aten.conv2d", "excluded by exclude='<conv>'", 2)]
+    assert report.size_ratio is None
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(None, "?"), (17, "17 B"), (4500, "4.5 kB"), (2_300_000, "2.3 MB")]
+)
+def test_megabytes(value: int | None, shown: str) -> None:
+    assert text.megabytes(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"), [(None, ""), (0.0, "0"), (5e-5, "<0.01"), (0.125, "12.50"), (1.0, "100.00")]
+)
+def test_percent(share: float | None, shown: str) -> None:
+    assert text.percent(share) == shown
