@@ -20,7 +20,9 @@ class GraphBuilder:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": opset, MICROSOFT: 1}, name=name)
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._names: dict[str, int] = {}
-        self.metadata: dict[str, str] = {}  # stamped on each node made from now on
+        # stamped on, and prefixed to the name of, each node made from now on
+        self.metadata: dict[str, str] = {}
+        self.scope = ""
 
     def unique(self, stem: str) -> str:
         """A name in this graph that no other value or node has."""
@@ -31,7 +33,7 @@ class GraphBuilder:
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1,
            name: str | None = None, **attributes: Any) -> Any:
         """Append a node. Returns its output value, or a tuple where ``outputs`` > 1."""
-        label = self.unique(name or op_type)
+        label = self.unique(name or (f"{self.scope}.{op_type}" if self.scope else op_type))
         attrs = [ir.convenience.convert_attribute(k, v) for k, v in attributes.items()
                  if v is not None]
         values = [ir.Value(name=label if outputs == 1 else f"{label}.{i}") for i in range(outputs)]
@@ -63,3 +65,16 @@ class GraphBuilder:
     def integers(self, values: Sequence[int]) -> ir.Value:
         """A 1-D int64 constant: axes, shapes, starts, ends."""
         return self.constant(list(values), np.int64)
+
+    def rename(self, value: ir.Value, stem: str) -> None:
+        """Give a computed value the name ``stem``, made unique."""
+        value.name = self.unique(stem)
+
+    def remove_unused(self) -> None:
+        """Drop the nodes and initializers that no graph output needs."""
+        for node in reversed(list(self.graph)):
+            if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+                self.graph.remove(node, safe=True)
+        for name, value in list(self.graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del self.graph.initializers[name]

@@ -1,0 +1,1 @@
+"""ATen lowerings by family. Importing the package registers them."""
