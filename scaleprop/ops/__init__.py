@@ -1,0 +1,20 @@
+"""The operators ``scaleprop::*``. Importing this module registers them with torch.
+
+``quantize``, ``dequantize``, ``fake_quantize``, ``scaled_mm``, ``hadamard`` are the overloads that
+graphs hold (``torch.ops.scaleprop.<name>.default``); passes insert them, backends lower them.
+"""
+
+import torch
+
+from scaleprop.ops.implementations import IMPLEMENTATIONS
+from scaleprop.ops.registration import register
+
+register()
+
+quantize = torch.ops.scaleprop.quantize.default
+dequantize = torch.ops.scaleprop.dequantize.default
+fake_quantize = torch.ops.scaleprop.fake_quantize.default
+scaled_mm = torch.ops.scaleprop.scaled_mm.default
+hadamard = torch.ops.scaleprop.hadamard.default
+
+__all__ = ["IMPLEMENTATIONS", "dequantize", "fake_quantize", "hadamard", "quantize", "scaled_mm"]

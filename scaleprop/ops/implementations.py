@@ -1,0 +1,156 @@
+"""What each operator computes, in plain ATen: functional, traceable, symbolic sizes allowed.
+
+The CPU kernels of ``scaleprop::*`` call these; a compiler may trace them (``make_fx``) in place of
+the operators. None reads the data to decide what to do. ``IMPLEMENTATIONS`` maps each operator
+overload's name to its function, which takes the operator's own arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scaleprop.errors import FormatError
+from scaleprop.formats.quantize import check_input, fake_quantize_tensor, quantize_parts
+from scaleprop.formats.rounding import parse_rounding
+from scaleprop.formats.scaled import PLAIN, ScaledFormat, parse
+from scaleprop.formats.tensor import dequantize_parts, normalized_axis, storage_layout
+
+_MATRIX = 64  # largest Sylvester matrix that is multiplied by at once
+
+
+def quantize(x: Tensor, format: str, axis: int = -1, rounding: str = "nearest",
+             bits: Tensor | None = None, scales: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """The stored parts of ``x``: data, scale, (tensor scale), (zero point)."""
+    mode = parse_rounding(rounding)
+    check_input(x, axis, mode, bits)
+    return quantize_parts(x, parse(format), axis, mode, bits, scales)
+
+
+def dequantize(parts: Sequence[Tensor], format: str, shape: Sequence[Any], axis: int = -1,
+               dtype: torch.dtype = torch.float32) -> Tensor:
+    """x̂ of these parts, of this logical shape."""
+    fmt = parse(format)
+    check_parts(parts, fmt)
+    return dequantize_parts(parts, fmt, shape, axis, dtype)
+
+
+def fake_quantize(x: Tensor, format: str, axis: int = -1, rounding: str = "nearest",
+                  bits: Tensor | None = None, scales: Sequence[Tensor] | None = None) -> Tensor:
+    """dequantize(quantize(x)), in x's dtype."""
+    mode = parse_rounding(rounding)
+    check_input(x, axis, mode, bits)
+    return fake_quantize_tensor(x, parse(format), axis, mode, bits, scales)
+
+
+def check_parts(parts: Sequence[Tensor], fmt: ScaledFormat) -> None:
+    """Raise ``FormatError`` unless there are as many parts as the format has."""
+    if len(parts) != fmt.parts_count:
+        raise FormatError(f"format {str(fmt)!r} has {fmt.parts_count} parts (data, scale"
+                          f"{', tensor scale' * fmt.two_level}{', zero point' * fmt.zero_point}), "
+                          f"not {len(parts)}")
+
+
+def operand(parts: Sequence[Tensor], format: str, k: Any, dtype: torch.dtype) -> Tensor:
+    """x̂ [..., k] of an operand of ``scaled_mm``, in ``dtype``.
+
+    Raises:
+        FormatError: where the parts do not fit the format, or their last axis is not k.
+    """
+    if format in PLAIN:
+        if len(parts) != 1 or not parts[0].is_floating_point():
+            raise FormatError(f"an operand of format {format!r} is one float tensor")
+        expected = parts[0].shape[-1]
+        if isinstance(k, int) and isinstance(expected, int) and k != expected:
+            raise FormatError(f"scaled_mm: k is {k}, but an operand's last axis has {expected}")
+        return parts[0].to(dtype)
+    fmt = parse(format)
+    check_parts(parts, fmt)
+    shape = (*parts[0].shape[:-1], k)
+    stored = storage_layout(fmt, shape)[0][0][-1]
+    if isinstance(stored, int) and stored != parts[0].shape[-1]:
+        raise FormatError(f"scaled_mm: {k} elements of {str(fmt)!r} take a last axis of {stored}, "
+                          f"but the data has {parts[0].shape[-1]}")
+    return dequantize_parts(parts, fmt, shape, -1, dtype)
+
+
+def scaled_mm(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, x_format: str,
+              w_format: str, k: Any) -> Tensor:
+    """y[..., n] = Σ_k x̂[..., k]·ŵ[n, k] (+ bias[n]), float32.
+
+    x̂ and ŵ are exact (not rounded to float32); products and sum are float64, rounded once to
+    float32; the bias is added in float32.
+    """
+    left = operand(x, x_format, k, torch.float64)
+    right = operand(w, w_format, k, torch.float64)
+    if right.ndim != 2:
+        raise FormatError(f"scaled_mm: w is [n, k], not of {right.ndim} axes")
+    y = torch.matmul(left, right.t()).to(torch.float32)
+    return y if bias is None else y + bias.to(torch.float32)
+
+
+def hadamard(x: Tensor, block: int, signs: Tensor | None = None, axis: int = -1) -> Tensor:
+    """x·diag(signs)·H/√block on consecutive blocks of ``axis``; H in Sylvester's order.
+
+    block: a power of two that divides the axis. signs: ±1, [block] or [size of the axis].
+    float32 accumulation (float64 for float64), one rounding to x's dtype.
+
+    Raises:
+        FormatError: where block or signs do not fit.
+    """
+    check_hadamard(x, block, signs, axis)
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    moved = x.to(work).movedim(axis, -1)
+    split = moved.reshape(*moved.shape[:-1], moved.shape[-1] // block, block)
+    if signs is not None:
+        split = split * signs.to(work).reshape(-1, block)
+    mixed = _sylvester(split, block) * (1.0 / math.sqrt(block))
+    return mixed.reshape(moved.shape).to(x.dtype).movedim(-1, axis)
+
+
+def _sylvester(x: Tensor, size: int) -> Tensor:
+    """x·H on the last axis; H of large sizes is the Kronecker product of two smaller ones."""
+    if size <= _MATRIX:
+        return torch.matmul(x, sylvester_matrix(size, x.dtype, x.device))
+    inner = x.reshape(*x.shape[:-1], size // _MATRIX, _MATRIX)
+    inner = torch.matmul(inner, sylvester_matrix(_MATRIX, x.dtype, x.device))
+    outer = _sylvester(inner.transpose(-1, -2), size // _MATRIX)
+    return outer.transpose(-1, -2).reshape(x.shape)
+
+
+def sylvester_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """H[i, j] = (-1)^(number of ones in i & j), unscaled."""
+    index = torch.arange(size, device=device)
+    common = index.unsqueeze(1) & index
+    odd = torch.zeros_like(common)
+    for shift in range(max(size.bit_length() - 1, 1)):
+        odd = odd ^ (common >> shift)
+    return (1 - 2 * (odd & 1)).to(dtype)
+
+
+def check_hadamard(x: Tensor, block: int, signs: Tensor | None, axis: int) -> None:
+    """Raise ``FormatError`` for arguments that ``hadamard`` cannot take."""
+    normalized_axis(axis, x.ndim)
+    if not x.is_floating_point():
+        raise FormatError(f"hadamard: {x.dtype} is not a float dtype: convert first")
+    if block < 1 or block & (block - 1):
+        raise FormatError(f"hadamard: block {block} is not a power of two")
+    size = x.shape[axis]
+    if isinstance(size, int) and size % block:
+        raise FormatError(f"hadamard: block {block} does not divide axis {axis} of size {size}: "
+                          "use a smaller block")
+    if signs is not None and tuple(signs.shape) not in ((block,), (size,)):
+        raise FormatError(f"hadamard: signs have shape {list(signs.shape)}: [{block}] or [{size}]")
+
+
+IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
+    "scaleprop::quantize": quantize,
+    "scaleprop::dequantize": dequantize,
+    "scaleprop::fake_quantize": fake_quantize,
+    "scaleprop::scaled_mm": scaled_mm,
+    "scaleprop::hadamard": hadamard,
+}
