@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from scaleprop.errors import ConfigError
+from scaleprop.formats import parse
 
 SCHEMA_VERSION = 1
 
 Scaling = Literal["dynamic", "static"]
 Rounding = Literal["nearest", "stochastic"]
 Clipping = Literal["amax", "mse"]
+
+_CHOICES = {
+    "rounding": get_args(Rounding),
+    "scaling": get_args(Scaling),
+    "clipping": get_args(Clipping),
+}
+ROLES = ("fprop.w", "fprop.x", "conv.w", "conv.x", "embedding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +37,13 @@ class Role:
     scaling: Scaling = "dynamic"
     clipping: Clipping = "amax"
 
+    def __post_init__(self) -> None:
+        """Raise ``ConfigError`` on an unknown format or option."""
+        parse(self.format)
+        for field, allowed in _CHOICES.items():
+            if (value := getattr(self, field)) not in allowed:
+                raise ConfigError(f"{field}={value!r}; known: {', '.join(allowed)}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -40,10 +55,10 @@ class Recipe:
     roles: Mapping[str, Role]
 
     def __post_init__(self) -> None:
-        known = {"fprop.w", "fprop.x", "conv.w", "conv.x", "embedding"}
-        if unknown := set(self.roles) - known:
-            raise ConfigError(f"recipe {self.name!r}: unknown roles {sorted(unknown)}; "
-                              f"known: {sorted(known)}")
+        if unknown := sorted(set(self.roles) - set(ROLES)):
+            raise ConfigError(
+                f"recipe {self.name!r}: unknown roles {unknown}; known: {', '.join(ROLES)}"
+            )
 
     @property
     def needs_calibration(self) -> bool:
@@ -56,7 +71,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, with ``schema_version``."""
-        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        fields = dataclasses.asdict(self)
+        return {"schema_version": SCHEMA_VERSION, **fields, "roles": dict(fields["roles"])}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -68,7 +84,9 @@ class Recipe:
         fields = dict(data)
         version = fields.pop("schema_version", None)
         if version != SCHEMA_VERSION:
-            raise ConfigError(f"recipe schema_version {version!r}; this version reads {SCHEMA_VERSION}")
+            raise ConfigError(
+                f"recipe schema_version {version!r}; this version reads {SCHEMA_VERSION}"
+            )
         try:
             fields["roles"] = {key: Role(**value) for key, value in fields["roles"].items()}
             return cls(**fields)

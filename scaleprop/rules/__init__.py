@@ -1,0 +1,30 @@
+"""The algebra of operators: one rule per ATen operator, from which the passes are derived."""
+
+from scaleprop.rules import contractions, elementwise, movement, normalisation
+from scaleprop.rules.base import (
+    AxisMap,
+    Contraction,
+    Coverage,
+    Homogeneity,
+    Operand,
+    Rule,
+    contraction_of,
+    coverage,
+    register,
+    rule_for,
+)
+
+__all__ = [
+    "AxisMap",
+    "Contraction",
+    "Coverage",
+    "Homogeneity",
+    "Operand",
+    "Rule",
+    "contraction_of",
+    "coverage",
+    "register",
+    "rule_for",
+]
+
+del contractions, elementwise, movement, normalisation  # imported for their registrations

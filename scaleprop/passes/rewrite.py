@@ -1,0 +1,118 @@
+"""How passes change graphs: every node made here has a fake value, a source and a provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from torch.fx.node import map_arg
+
+from scaleprop import _torch_compat
+from scaleprop.passes.base import PROVENANCE, Program, Provenance
+
+
+class Rewriter:
+    """A fork of a program, being rewritten by one pass."""
+
+    def __init__(self, program: Program, by: str) -> None:
+        self.program = program.fork()
+        self.module = self.program.module
+        self.graph = self.module.graph
+        self.by = by
+        self.modified = False
+        self._mode = _torch_compat.fake_mode_of(self.graph)
+
+    def call(
+        self,
+        op: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        at: torch.fx.Node,
+        why: str,
+    ) -> torch.fx.Node:
+        """A new call, right before ``at``, whose source location it takes over."""
+        with self.graph.inserting_before(at):
+            node = self.graph.call_function(op, tuple(args), dict(kwargs or {}))
+        self._describe(node, at, why)
+
+        def value(argument: torch.fx.Node) -> Any:
+            return argument.meta["val"]
+
+        fake_args, fake_kwargs = map_arg((node.args, node.kwargs), value)
+        with self._mode, torch.no_grad():
+            node.meta["val"] = op(*fake_args, **fake_kwargs)
+        return node
+
+    def constant(
+        self, tensor: torch.Tensor, name: str, *, at: torch.fx.Node, why: str
+    ) -> torch.fx.Node:
+        """A new buffer of the module and the ``get_attr`` node that reads it."""
+        path, _, leaf = name.rpartition(".")
+        owner = _submodule(self.module, path)
+        while hasattr(owner, leaf):
+            leaf += "_"
+        owner.register_buffer(leaf, tensor)
+        with self.graph.inserting_before(at):
+            node = self.graph.get_attr(f"{path}.{leaf}" if path else leaf)
+        self._describe(node, at, why)
+        node.meta["val"] = self._mode.from_tensor(tensor, static_shapes=True)
+        return node
+
+    def replace(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
+        """Let every user of ``old`` read ``new``."""
+        self.modified = True
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        if not old.users:
+            self.graph.erase_node(old)
+
+    def tensor(self, node: Any) -> torch.Tensor | None:
+        """The tensor that a ``get_attr`` node reads; None for everything else."""
+        if not isinstance(node, torch.fx.Node) or node.op != "get_attr":
+            return None
+        value: Any = self.module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value if isinstance(value, torch.Tensor) else None
+
+    def finish(self) -> Program:
+        """The rewritten program, without dead nodes and without tensors that nothing reads."""
+        if not self.modified:
+            return self.program
+        self.graph.eliminate_dead_code()
+        module = torch.fx.GraphModule(self.module, self.graph)
+        return self.program.replace(module=module)
+
+    def _describe(self, node: torch.fx.Node, source: torch.fx.Node, why: str) -> None:
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in source.meta:
+                node.meta[key] = source.meta[key]
+        earlier = source.meta.get(PROVENANCE)
+        origin = earlier.source if isinstance(earlier, Provenance) else source.name
+        node.meta[PROVENANCE] = Provenance(by=self.by, why=why, source=origin)
+
+
+def module_paths(node: torch.fx.Node) -> tuple[str, ...]:
+    """The modules around ``node``, outermost first: ``("encoder", "encoder.layer.0")``."""
+    stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    return tuple(path for path, _ in stack.values() if path)
+
+
+def shape_of(node: torch.fx.Node) -> tuple[int | str, ...]:
+    """The node's shape for people: integers, and symbolic sizes as text."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return ()
+    sizes: tuple[Any, ...] = tuple(value.shape)
+    return tuple(size if isinstance(size, int) else str(size) for size in sizes)
+
+
+def _submodule(root: torch.nn.Module, path: str) -> torch.nn.Module:
+    module = root
+    for part in filter(None, path.split(".")):
+        if not hasattr(module, part):
+            module.add_module(part, torch.nn.Module())
+        module = getattr(module, part)
+    return module

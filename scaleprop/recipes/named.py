@@ -1,0 +1,144 @@
+"""The recipes that ship, each one literal; ``replace`` makes a new one of any.
+
+Choices that hold for all:
+
+* An embedding table is looked up, not multiplied, so it is stored in 8 bits a value: the file
+  shrinks and the lookup costs nothing.
+* Convolutions take INT8 activations in the ``int8`` recipes, where backends have integer kernels;
+  everywhere else only their weights are quantized, to 8 bits.
+* Weights are symmetric (no zero point): a zero point would cost a correction in every product.
+"""
+
+from __future__ import annotations
+
+from scaleprop.recipes.base import Recipe, Role
+
+_INT8_ROWS = Role(format="int8[row]*f32")
+_FP8_ROWS = Role(format="e4m3[row]*f32")
+_INT8_TENSOR = "int8[tensor]*f32+zp"
+
+INT8 = Recipe(
+    name="int8",
+    description="W8A8: weights per output channel, activations per tensor, scales calibrated",
+    roles={
+        "fprop.w": _INT8_ROWS,
+        "fprop.x": Role(format=_INT8_TENSOR, scaling="static"),
+        "conv.w": _INT8_ROWS,
+        "conv.x": Role(format=_INT8_TENSOR, scaling="static"),
+        "embedding": _INT8_ROWS,
+    },
+)
+INT8_DYNAMIC = Recipe(
+    name="int8-dynamic",
+    description="W8A8: weights per output channel, activations per tensor at run time",
+    roles={
+        "fprop.w": _INT8_ROWS,
+        "fprop.x": Role(format=_INT8_TENSOR),
+        "conv.w": _INT8_ROWS,
+        "conv.x": Role(format=_INT8_TENSOR),
+        "embedding": _INT8_ROWS,
+    },
+)
+INT8_TOKEN = Recipe(
+    name="int8-token",
+    description="W8A8: weights per output channel, activations per token at run time",
+    roles={
+        "fprop.w": _INT8_ROWS,
+        "fprop.x": _INT8_ROWS,
+        "conv.w": _INT8_ROWS,
+        "conv.x": Role(format=_INT8_TENSOR),
+        "embedding": _INT8_ROWS,
+    },
+)
+INT8_WEIGHT = Recipe(
+    name="int8-weight",
+    description="weights in INT8 per output channel, activations as they were",
+    roles={"fprop.w": _INT8_ROWS, "conv.w": _INT8_ROWS, "embedding": _INT8_ROWS},
+)
+INT4 = Recipe(
+    name="int4",
+    description="weights in INT4, blocks of 128, activations as they were",
+    roles={
+        "fprop.w": Role(format="int4[1x128]*f32"),
+        "conv.w": _INT8_ROWS,
+        "embedding": _INT8_ROWS,
+    },
+)
+INT4_G32 = Recipe(
+    name="int4-g32",
+    description="weights in INT4, blocks of 32, activations as they were",
+    roles={
+        "fprop.w": Role(format="int4[1x32]*f32"),
+        "conv.w": _INT8_ROWS,
+        "embedding": _INT8_ROWS,
+    },
+)
+INT4_INT8 = Recipe(
+    name="int4-int8",
+    description="W4A8: weights in INT4 and activations in INT8 at run time, blocks of 128",
+    roles={
+        "fprop.w": Role(format="int4[1x128]*f32"),
+        "fprop.x": Role(format="int8[1x128]*f32"),
+        "conv.w": _INT8_ROWS,
+        "embedding": _INT8_ROWS,
+    },
+)
+FP8 = Recipe(
+    name="fp8",
+    description="E4M3 weights per output channel and activations per token at run time",
+    roles={
+        "fprop.w": _FP8_ROWS,
+        "fprop.x": _FP8_ROWS,
+        "conv.w": _FP8_ROWS,
+        "embedding": _FP8_ROWS,
+    },
+)
+FP8_WEIGHT = Recipe(
+    name="fp8-weight",
+    description="E4M3 weights per output channel, activations as they were",
+    roles={"fprop.w": _FP8_ROWS, "conv.w": _FP8_ROWS, "embedding": _FP8_ROWS},
+)
+
+
+def _block(name: str, long_name: str, embedding: Role) -> tuple[Recipe, Recipe]:
+    """A block format for weights and activations, and its weight-only form."""
+    role = Role(format=name)
+    weight_only = {"fprop.w": role, "conv.w": _FP8_ROWS, "embedding": embedding}
+    return (
+        Recipe(
+            name=name,
+            description=f"{long_name} weights, and activations at run time",
+            roles={**weight_only, "fprop.x": role},
+        ),
+        Recipe(
+            name=f"{name}-weight",
+            description=f"{long_name} weights, activations as they were",
+            roles=weight_only,
+        ),
+    )
+
+
+MXFP8, MXFP8_WEIGHT = _block("mxfp8", "MXFP8", Role(format="mxfp8"))
+MXFP6, MXFP6_WEIGHT = _block("mxfp6", "MXFP6 (E2M3)", Role(format="mxfp8"))
+MXFP4, MXFP4_WEIGHT = _block("mxfp4", "MXFP4", Role(format="mxfp8"))
+NVFP4, NVFP4_WEIGHT = _block("nvfp4", "NVFP4", _FP8_ROWS)
+
+NAMED: tuple[Recipe, ...] = (
+    INT8,
+    INT8_DYNAMIC,
+    INT8_TOKEN,
+    INT8_WEIGHT,
+    INT4,
+    INT4_G32,
+    INT4_INT8,
+    FP8,
+    FP8_WEIGHT,
+    MXFP8,
+    MXFP8_WEIGHT,
+    MXFP6,
+    MXFP6_WEIGHT,
+    MXFP4,
+    MXFP4_WEIGHT,
+    NVFP4,
+    NVFP4_WEIGHT,
+)

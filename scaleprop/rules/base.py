@@ -1,0 +1,148 @@
+"""What scaleprop knows of an operator, and the registry of it.
+
+A ``Rule`` answers questions; passes ask them and know no operator by name. An operator without a
+rule is never touched: its tensors stay in plain high precision, and ``coverage`` lists it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.fx
+
+from scaleprop.errors import ConfigError
+
+OperandRole = Literal["activation", "weight", "bias"]
+ContractionKind = Literal["linear", "conv", "embedding", "matmul", "attention"]
+
+# output axis → the axis of argument 0 that it is; None for an axis that is new, merged or computed
+AxisMap = tuple[int | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Homogeneity:
+    """How a positive scalar scale on each input appears at the output.
+
+    ``f(s₀·x₀, s₁·x₁, …) = Π sᵢ^degree(i) · f(x₀, x₁, …)`` for all s > 0.
+
+    degrees: argument index → degree. ``relu``: {0: 1}; ``mul``: {0: 1, 1: 1}; ``div``:
+        {0: 1, 1: −1}; a norm: {0: 0}, the scale is killed. A Python number has no scale.
+    follows: arguments that must carry the output's scale for the equation to hold: the bias of a
+        linear, both terms of a sum, every part of a concatenation.
+    exact: False where the equation holds only up to a constant that does not scale (a norm's ε).
+    """
+
+    degrees: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    follows: tuple[int, ...] = ()
+    exact: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """One operand of a contraction.
+
+    argument: its position among the node's arguments. axes: the axes that are summed over,
+        counted from the end.
+    """
+
+    argument: int
+    role: OperandRole
+    axes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """A sum of products: what low-precision hardware is for."""
+
+    kind: ContractionKind
+    operands: tuple[Operand, ...]
+
+    def operand(self, role: OperandRole) -> Operand | None:
+        """The first operand in ``role``."""
+        return next((operand for operand in self.operands if operand.role == role), None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """The algebra of one ATen operator.
+
+    family: the heading under which ``coverage`` lists it.
+    homogeneity: None where the operator needs its inputs unscaled (``exp``, ``gelu``).
+    axes: node → ``AxisMap`` for argument 0; None where no axis survives.
+    moves: the output holds exactly the elements of argument 0, each at least once, in some order:
+        whatever a per-tensor scale is found from, is found from either.
+    contraction: what is contracted with what; None where nothing is.
+    high: why its operands stay in high precision, for the report; "" where nobody would ask.
+    """
+
+    op: torch._ops.OpOverload  # pyright: ignore[reportPrivateUsage]
+    family: str
+    homogeneity: Homogeneity | None = None
+    axes: Callable[[torch.fx.Node], AxisMap] | None = None
+    moves: bool = False
+    contraction: Contraction | None = None
+    high: str = ""
+
+
+_RULES: dict[Any, Rule] = {}
+
+
+def register(rule: Rule) -> Rule:
+    """Add a rule.
+
+    Raises:
+        ConfigError: where the operator already has one.
+    """
+    if rule.op in _RULES:
+        raise ConfigError(f"{rule.op} already has a rule, in family {_RULES[rule.op].family!r}")
+    _RULES[rule.op] = rule
+    return rule
+
+
+def rule_for(op: Any) -> Rule | None:
+    """The rule of an operator, or None: then it is left alone and reported."""
+    return _RULES.get(op)
+
+
+def contraction_of(node: torch.fx.Node) -> Contraction | None:
+    """What ``node`` contracts; None for everything that is not a contraction."""
+    rule = rule_for(node.target) if node.op == "call_function" else None
+    return rule.contraction if rule else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Which questions have an answer for one operator. ``count``: how often a program uses it."""
+
+    op: str
+    family: str | None
+    homogeneity: bool
+    axes: bool
+    contraction: bool
+    count: int = 0
+
+
+def coverage(program_ops: Iterable[Any] = ()) -> tuple[Coverage, ...]:
+    """One line per operator, gaps included: those in the registry, and those given without a rule.
+
+    program_ops: operators of a program, with repetition, e.g. ``(n.target for n in graph.nodes)``.
+    """
+    counts: dict[Any, int] = {}
+    for op in program_ops:
+        counts[op] = counts.get(op, 0) + 1
+    rules = {op: _RULES.get(op) for op in [*_RULES, *counts]}
+    lines = [
+        Coverage(
+            op=str(op),
+            family=rule.family if rule else None,
+            homogeneity=rule is not None and rule.homogeneity is not None,
+            axes=rule is not None and rule.axes is not None,
+            contraction=rule is not None and rule.contraction is not None,
+            count=counts.get(op, 0),
+        )
+        for op, rule in rules.items()
+    ]
+    return tuple(sorted(lines, key=lambda line: (line.family or "~", line.op)))

@@ -1,0 +1,120 @@
+"""Sums of products: linear layers, convolutions, lookups, matrix products, attention."""
+
+from __future__ import annotations
+
+import torch
+
+from scaleprop.rules import axes
+from scaleprop.rules.base import Contraction, Homogeneity, Operand, Rule, register
+
+aten = torch.ops.aten
+
+_BILINEAR = Homogeneity({0: 1, 1: 1})
+_BILINEAR_BIAS = Homogeneity({0: 1, 1: 1}, follows=(2,))
+
+register(
+    Rule(
+        op=aten.linear.default,  # y[…, n] = Σ_k x[…, k]·w[n, k] + b[n]
+        family="contraction",
+        homogeneity=_BILINEAR_BIAS,
+        axes=axes.all_but_last,
+        contraction=Contraction(
+            "linear",
+            (
+                Operand(0, "activation", (-1,)),
+                Operand(1, "weight", (-1,)),
+                Operand(2, "bias"),
+            ),
+        ),
+    )
+)
+
+
+def _convolution(op: torch._ops.OpOverload, rank: int) -> None:  # pyright: ignore[reportPrivateUsage]
+    """y[n, o, …] = Σ_{i, taps} x[n, i, …]·w[o, i, taps] + b[o]."""
+    summed = tuple(range(-rank - 1, 0))
+    operands = (
+        Operand(0, "activation", (-rank - 1,)),
+        Operand(1, "weight", summed),
+        Operand(2, "bias"),
+    )
+    register(
+        Rule(
+            op=op,
+            family="contraction",
+            homogeneity=_BILINEAR_BIAS,
+            axes=axes.first_only,
+            contraction=Contraction("conv", operands),
+        )
+    )
+
+
+_convolution(aten.conv1d.default, 1)
+_convolution(aten.conv2d.default, 2)
+_convolution(aten.conv3d.default, 3)
+
+register(
+    Rule(
+        op=aten.convolution.default,
+        family="contraction",
+        homogeneity=_BILINEAR_BIAS,
+        axes=axes.first_only,
+        high="a transposed convolution runs in high precision",
+    )
+)
+register(
+    Rule(
+        op=aten.embedding.default,  # y[…, d] = w[ids[…], d]
+        family="contraction",
+        homogeneity=Homogeneity({0: 1}),
+        contraction=Contraction("embedding", (Operand(0, "weight"),)),
+    )
+)
+
+_PRODUCT = Contraction("matmul", (Operand(0, "activation", (-1,)), Operand(1, "activation", (-2,))))
+for _op in (aten.mm.default, aten.bmm.default, aten.matmul.default):
+    register(
+        Rule(
+            op=_op,
+            family="contraction",
+            homogeneity=_BILINEAR,
+            axes=axes.all_but_last,
+            contraction=_PRODUCT,
+            high="both factors are activations; products of activations run in high precision",
+        )
+    )
+for _op in (aten.addmm.default, aten.baddbmm.default):
+    register(
+        Rule(
+            op=_op,
+            family="contraction",
+            homogeneity=Homogeneity({1: 1, 2: 1}, follows=(0,)),
+            contraction=Contraction(
+                "matmul",
+                (
+                    Operand(1, "activation", (-1,)),
+                    Operand(2, "activation", (-2,)),
+                    Operand(0, "bias"),
+                ),
+            ),
+            high="both factors are activations; products of activations run in high precision",
+        )
+    )
+
+register(
+    Rule(
+        op=aten.scaled_dot_product_attention.default,
+        family="contraction",
+        homogeneity=Homogeneity({2: 1}),  # linear in the values; queries and keys go through exp
+        axes=axes.all_but_last,
+        contraction=Contraction(
+            "attention",
+            (
+                Operand(0, "activation", (-1,)),
+                Operand(1, "activation", (-1,)),
+                Operand(2, "activation", (-2,)),
+            ),
+        ),
+        high="attention runs in high precision",
+    )
+)
