@@ -98,6 +98,11 @@ def hadamard_fake(x: Tensor, block: int, signs: Tensor | None = None, axis: int 
     return x.new_empty(x.shape)
 
 
+def _as_called(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    """One gradient per argument that the call spelled out: torch drops those left at defaults."""
+    return grads[: len(ctx.needs_input_grad)]
+
+
 def _quantize_setup(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
     """Codes have no gradient: what comes out does not require one."""
     ctx.mark_non_differentiable(*output)
@@ -105,7 +110,8 @@ def _quantize_setup(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
 
 
 def _quantize_backward(ctx: Any, *grads: Any) -> Any:
-    return None, None, None, None, None, None if ctx.scales is None else [None] * len(ctx.scales)
+    none = None if ctx.scales is None else [None] * len(ctx.scales)
+    return _as_called(ctx, None, None, None, None, None, none)
 
 
 def _fake_quantize_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -115,7 +121,7 @@ def _fake_quantize_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
 def _fake_quantize_backward(ctx: Any, grad: Tensor) -> Any:
     """Straight through."""
     none = None if ctx.scales is None else [None] * len(ctx.scales)
-    return grad, None, None, None, None, none
+    return _as_called(ctx, grad, None, None, None, None, none)
 
 
 def _dequantize_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -124,7 +130,7 @@ def _dequantize_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
 
 
 def _dequantize_backward(ctx: Any, grad: Tensor) -> Any:
-    return [None] * ctx.count, None, None, None, None
+    return _as_called(ctx, [None] * ctx.count, None, None, None, None)
 
 
 def _scaled_mm_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -151,7 +157,7 @@ def _scaled_mm_backward(ctx: Any, grad: Tensor) -> Any:
     grad_bias = None
     if ctx.dtypes[2] is not None and ctx.needs_input_grad[2]:
         grad_bias = wide.reshape(-1, wide.shape[-1]).sum(0).to(ctx.dtypes[2])
-    return grad_x, grad_w, grad_bias, None, None, None
+    return _as_called(ctx, grad_x, grad_w, grad_bias, None, None, None)
 
 
 def _hadamard_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -167,7 +173,7 @@ def _hadamard_backward(ctx: Any, grad: Tensor) -> Any:
         moved = result.movedim(ctx.axis, -1)
         repeated = signs.to(grad.dtype).repeat(moved.shape[-1] // signs.shape[0])
         result = (moved * repeated).movedim(-1, ctx.axis)
-    return result, None, None, None
+    return _as_called(ctx, result, None, None, None)
 
 
 _KERNELS = {"quantize": quantize_kernel, "dequantize": dequantize_kernel,
