@@ -25,7 +25,7 @@ class Grouping:
     """
 
     granularity: Granularity
-    shape: tuple[Any, ...]
+    shape: Sequence[Any]
 
     def __post_init__(self) -> None:
         if self.granularity.kind == "tile" and len(self.shape) < 2:
@@ -55,7 +55,7 @@ class Grouping:
             case "row":
                 return (*self.shape[:-1], 1)
             case "channel":
-                return self.shape[-1:]
+                return (self.shape[-1],)
             case "block":
                 return (*self.shape[:-1], self.counts[1])
             case "tile":

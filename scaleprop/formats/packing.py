@@ -65,8 +65,8 @@ def _code(columns: tuple[Tensor, ...], start: int, bits: int) -> Tensor:
 
 
 def pad_last(x: Tensor, size: Any) -> Tensor:
-    """``x`` with zeros appended to its last axis up to ``size``; itself where nothing is missing."""
-    missing = size - x.shape[-1]
+    """``x`` with zeros appended to its last axis up to ``size``; itself where it has that."""
+    missing: Any = size - x.shape[-1]
     if isinstance(missing, int) and missing == 0:
         return x
     return torch.constant_pad_nd(x, [0, missing], 0)
@@ -74,6 +74,7 @@ def pad_last(x: Tensor, size: Any) -> Tensor:
 
 def crop_last(x: Tensor, size: Any) -> Tensor:
     """The first ``size`` entries of the last axis; itself where that is all."""
-    if isinstance(size, int) and isinstance(x.shape[-1], int) and x.shape[-1] == size:
+    missing: Any = size - x.shape[-1]
+    if isinstance(missing, int) and missing == 0:
         return x
     return x[..., :size]

@@ -29,7 +29,6 @@ from scaleprop.formats.scaled import ScaledFormat, parse
 from scaleprop.formats.scales import Scales, find_scales, given_scales
 from scaleprop.formats.tensor import (
     ScaledTensor,
-    dequantize_parts,
     is_packed,
     normalized_axis,
 )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import struct
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from scaleprop.errors import FormatError
 from scaleprop.formats.elements import ElementFormat, FloatElement, IntegerElement
-from scaleprop.formats.grouping import Grouping, static_shape
+from scaleprop.formats.grouping import Grouping, is_zero, static_shape
 from scaleprop.formats.rounding import nearest, power_of_two_below
 from scaleprop.formats.scaled import POWER_RULES, ScaledFormat
 
@@ -56,6 +57,11 @@ class Scales:
         """The inverse, on rounded values (zero point already subtracted)."""
         scaled = values * self.scale
         return scaled if self.tensor_scale is None else scaled * self.tensor_scale
+
+
+def float32(value: float) -> float:
+    """The nearest float32, as a Python float."""
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def target(fmt: ScaledFormat) -> float:
@@ -141,7 +147,7 @@ def _absmean(grouped: Tensor, amax: Tensor, fmt: ScaledFormat, grouping: Groupin
 
 def whole_amax(amax: Tensor) -> Tensor:
     """The largest entry, a scalar, in float32; 0 of an empty tensor."""
-    if any(isinstance(size, int) and size == 0 for size in amax.shape):
+    if any(is_zero(size) for size in amax.shape):
         return amax.new_zeros((), dtype=torch.float32)
     return amax.amax().to(torch.float32)
 
@@ -169,7 +175,7 @@ def _find_two_level(grouped: Tensor, fmt: ScaledFormat, grouping: Grouping, amax
     encode = torch.where((tensor_amax == 0) | (encode == 0), 1.0, encode)
     outer = tensor_scale_of(tensor_amax, fmt)
     decode = 1.0 / encode
-    per_amax = encode * torch.tensor(1.0 / item.max, dtype=torch.float32).item()
+    per_amax = encode * float32(1.0 / item.max)
     base = amax.to(torch.float32) * per_amax
 
     def scales(block_amax: Tensor) -> Tensor:
@@ -194,7 +200,7 @@ def _find_two_level(grouped: Tensor, fmt: ScaledFormat, grouping: Grouping, amax
 
 
 def _ceiling(fmt: ScaledFormat) -> float:
-    """Where block scales under a tensor scale saturate: 448 also where four-over-six aims at 256."""
+    """Where block scales under a tensor scale saturate: 448, also if four-over-six aims at 256."""
     return max(_TARGETS.get(fmt.scale.name, 1.0), target(fmt))
 
 

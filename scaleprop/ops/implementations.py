@@ -55,6 +55,11 @@ def check_parts(parts: Sequence[Tensor], fmt: ScaledFormat) -> None:
                           f"not {len(parts)}")
 
 
+def is_int(size: Any) -> bool:
+    """Whether a size is known."""
+    return isinstance(size, int)
+
+
 def operand(parts: Sequence[Tensor], format: str, k: Any, dtype: torch.dtype) -> Tensor:
     """x̂ [..., k] of an operand of ``scaled_mm``, in ``dtype``.
 
@@ -64,15 +69,15 @@ def operand(parts: Sequence[Tensor], format: str, k: Any, dtype: torch.dtype) ->
     if format in PLAIN:
         if len(parts) != 1 or not parts[0].is_floating_point():
             raise FormatError(f"an operand of format {format!r} is one float tensor")
-        expected = parts[0].shape[-1]
-        if isinstance(k, int) and isinstance(expected, int) and k != expected:
+        expected: Any = parts[0].shape[-1]
+        if is_int(k) and is_int(expected) and k != expected:
             raise FormatError(f"scaled_mm: k is {k}, but an operand's last axis has {expected}")
         return parts[0].to(dtype)
     fmt = parse(format)
     check_parts(parts, fmt)
     shape = (*parts[0].shape[:-1], k)
     stored = storage_layout(fmt, shape)[0][0][-1]
-    if isinstance(stored, int) and stored != parts[0].shape[-1]:
+    if is_int(stored) and stored != parts[0].shape[-1]:
         raise FormatError(f"scaled_mm: {k} elements of {str(fmt)!r} take a last axis of {stored}, "
                           f"but the data has {parts[0].shape[-1]}")
     return dequantize_parts(parts, fmt, shape, -1, dtype)
@@ -140,7 +145,7 @@ def check_hadamard(x: Tensor, block: int, signs: Tensor | None, axis: int) -> No
     if block < 1 or block & (block - 1):
         raise FormatError(f"hadamard: block {block} is not a power of two")
     size = x.shape[axis]
-    if isinstance(size, int) and size % block:
+    if is_int(size) and size % block:
         raise FormatError(f"hadamard: block {block} does not divide axis {axis} of size {size}: "
                           "use a smaller block")
     if signs is not None and tuple(signs.shape) not in ((block,), (size,)):
