@@ -1,0 +1,1 @@
+"""Measurements behind the figures in the README; run from the repository root."""
