@@ -9,6 +9,7 @@
 from scaleprop.formats.elements import ElementFormat
 from scaleprop.formats.quantize import dequantize, fake_quantize, quantize
 from scaleprop.formats.scaled import ScaledFormat, named_formats, parse
+from scaleprop.formats.statistics import error_statistics
 from scaleprop.formats.tensor import ScaledTensor, storage_layout
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "ScaledFormat",
     "ScaledTensor",
     "dequantize",
+    "error_statistics",
     "fake_quantize",
     "named_formats",
     "parse",

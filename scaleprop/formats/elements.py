@@ -88,8 +88,6 @@ class FloatElement(ElementFormat):
         first of them is Inf where ``has_inf``.
     has_zero: E8M0 has neither zero nor subnormals: its code 0 is 2^-bias.
     native: the torch dtype with these very codes, used for storage and for casts.
-    cast: (dtype, shift) such that casting x·2^shift to dtype rounds as this format does; the
-        subnormal ranges coincide.
     """
 
     exponent_bits: int
@@ -100,7 +98,6 @@ class FloatElement(ElementFormat):
     has_inf: bool = False
     has_zero: bool = True
     native: torch.dtype | None = None
-    cast: tuple[torch.dtype, int] | None = None
 
     @property
     def bits(self) -> int:
@@ -249,14 +246,13 @@ class CodebookElement(ElementFormat):
 
 def _float(name: str, exponent: int, fraction: int, *, reserved: int = 0, signed: bool = True,
            bias: int | None = None, has_inf: bool = False, has_zero: bool = True,
-           native: torch.dtype | None = None,
-           cast: tuple[torch.dtype, int] | None = None) -> FloatElement:
+           native: torch.dtype | None = None) -> FloatElement:
     """A float literal; ``reserved``: how many magnitude codes at the top are not finite."""
     return FloatElement(
         name=name, exponent_bits=exponent, fraction_bits=fraction, signed=signed,
         bias=(1 << (exponent - 1)) - 1 if bias is None else bias,
         max_code=(1 << (exponent + fraction)) - 1 - reserved,
-        has_inf=has_inf, has_zero=has_zero, native=native, cast=cast)
+        has_inf=has_inf, has_zero=has_zero, native=native)
 
 
 _E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -266,10 +262,10 @@ _NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 _LITERALS: tuple[ElementFormat, ...] = (
-    _float("e4m3", 4, 3, reserved=1, native=_E4M3, cast=(_E4M3, 0)),  # OFP8 E4M3 (FN): max 448
-    _float("e5m2", 5, 2, reserved=4, has_inf=True, native=_E5M2, cast=(_E5M2, 0)),  # max 57344
-    _float("e3m2", 3, 2, cast=(_E5M2, -12)),  # MX FP6: max 28
-    _float("e2m3", 2, 3, cast=(_E4M3, -6)),  # MX FP6: max 7.5
+    _float("e4m3", 4, 3, reserved=1, native=_E4M3),  # OFP8 E4M3 (FN): max 448
+    _float("e5m2", 5, 2, reserved=4, has_inf=True, native=_E5M2),  # max 57344
+    _float("e3m2", 3, 2),  # MX FP6: max 28
+    _float("e2m3", 2, 3),  # MX FP6: max 7.5
     _float("e2m1", 2, 1),  # MX FP4: 0 .5 1 1.5 2 3 4 6
     _float("e8m0", 8, 0, reserved=1, signed=False, bias=127, has_zero=False,
            native=torch.float8_e8m0fnu),  # MX scale: 2^-127 … 2^127

@@ -171,7 +171,8 @@ def _find_two_level(grouped: Tensor, fmt: ScaledFormat, grouping: Grouping, amax
     """
     item = fmt.element
     top = target(fmt)
-    encode = ((top * item.max) / tensor_amax).clamp(max=FLT_MAX)
+    # number / tensor would multiply by a rounded reciprocal
+    encode = (torch.full_like(tensor_amax, top * item.max) / tensor_amax).clamp(max=FLT_MAX)
     encode = torch.where((tensor_amax == 0) | (encode == 0), 1.0, encode)
     outer = tensor_scale_of(tensor_amax, fmt)
     decode = 1.0 / encode
