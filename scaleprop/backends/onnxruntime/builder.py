@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ class GraphBuilder:
 
     def __init__(self, name: str, opset: int) -> None:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": opset, MICROSOFT: 1}, name=name)
+        self._body = self.graph  # where nodes go: the graph, or a branch of an If
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._names: dict[str, int] = {}
         # stamped on, and prefixed to the name of, each node made from now on
@@ -39,7 +40,7 @@ class GraphBuilder:
         values = [ir.Value(name=label if outputs == 1 else f"{label}.{i}") for i in range(outputs)]
         node = ir.Node(domain, op_type, list(inputs), attrs, outputs=values, name=label,
                        metadata_props=dict(self.metadata))
-        self.graph.append(node)
+        self._body.append(node)
         return values[0] if outputs == 1 else tuple(values)
 
     def constant(self, value: Any, dtype: Any, name: str = "const") -> ir.Value:
@@ -54,10 +55,10 @@ class GraphBuilder:
         """A weight. Torch tensors are referenced, not copied, until the model is written."""
         label = self.unique(name)
         if isinstance(tensor, torch.Tensor):
-            data: Any = TorchTensor(tensor.detach().contiguous(), name=label)
+            data = _torch_data(tensor.detach(), label)
         else:
             data = ir.tensor(np.ascontiguousarray(tensor).reshape(tensor.shape), name=label)
-        value = ir.Value(name=label, shape=data.shape, type=ir.TensorType(data.dtype),
+        value = ir.Value(name=label, shape=ir.Shape(tuple(tensor.shape)), type=ir.TensorType(data.dtype),
                          const_value=data)
         self.graph.register_initializer(value)
         return value
@@ -65,6 +66,18 @@ class GraphBuilder:
     def integers(self, values: Sequence[int]) -> ir.Value:
         """A 1-D int64 constant: axes, shapes, starts, ends."""
         return self.constant(list(values), np.int64)
+
+    def branch(self, name: str, emit: Callable[[], ir.Value], dtype: ir.DataType) -> ir.Graph:
+        """A subgraph of what ``emit`` appends; initializers still go to the main graph."""
+        outer, self._body = self._body, ir.Graph(
+            [], [], nodes=[], opset_imports=self.graph.opset_imports, name=self.unique(name))
+        try:
+            result = emit()
+            result.type = ir.TensorType(dtype)
+            self._body.outputs.append(result)
+            return self._body
+        finally:
+            self._body = outer
 
     def rename(self, value: ir.Value, stem: str) -> None:
         """Give a computed value the name ``stem``, made unique."""
@@ -78,3 +91,12 @@ class GraphBuilder:
         for name, value in list(self.graph.initializers.items()):
             if not value.uses() and not value.is_graph_output():
                 del self.graph.initializers[name]
+
+
+def _torch_data(tensor: torch.Tensor, name: str) -> Any:
+    """A tensor by reference; one that is not contiguous is copied when it is written."""
+    if tensor.is_contiguous():
+        return TorchTensor(tensor, name=name)
+    kind = TorchTensor(tensor[(slice(0, 0),) * tensor.dim()].contiguous()).dtype
+    return ir.LazyTensor(lambda: TorchTensor(tensor.contiguous(), name=name), dtype=kind,
+                         shape=ir.Shape(tensor.shape), name=name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -31,8 +31,11 @@ class Context:
       a list of these, or any object that the lowerings of its users understand.
     """
 
-    def __init__(self, builder: GraphBuilder) -> None:
+    def __init__(self, builder: GraphBuilder, readers: Mapping[int, set[Any]] | None = None
+                 ) -> None:  # fmt: skip
+        """readers: address of a parameter → the operators that read it."""
         self.builder = builder
+        self._readers = readers or {}
         self.lowerings: dict[str, str] = {}
         self.memo: dict[Any, Any] = {}  # for lowerings: what was already emitted, by their own key
         self._results: dict[Node, Any] = {}
@@ -127,6 +130,19 @@ class Context:
     def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """``builder.op`` with one output."""
         return self.builder.op(op_type, *inputs, **attributes)
+
+    def branch(self, condition: ir.Value, then: Callable[[], ir.Value],
+               otherwise: Callable[[], ir.Value], dtype: torch.dtype) -> ir.Value:  # fmt: skip
+        """``If`` over what the two functions emit. They must not put values in ``memo``."""
+        kind = onnx_type(held(dtype))
+        return self.op("If", condition, then_branch=self.builder.branch("then", then, kind),
+                       else_branch=self.builder.branch("else", otherwise, kind))
+
+    def is_shared(self, node: Node, among: Sequence[Any]) -> bool:
+        """Whether an operator other than those in ``among`` reads the same parameter."""
+        tensor = self.tensor(node)
+        return tensor is not None and bool(
+            self._readers.get(tensor.data_ptr(), set()) - set(among))
 
     # ---- types and shapes ---------------------------------------------------------------------
 

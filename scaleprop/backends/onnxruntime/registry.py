@@ -58,6 +58,11 @@ def lowering_of(node: torch.fx.Node) -> Lowering:
     return found
 
 
+def is_lowered(target: Any) -> bool:
+    """Whether an operator has a lowering."""
+    return target in _LOWERINGS
+
+
 def lowered_operators() -> Iterator[str]:
     """Names of every operator that has a lowering, for the support table."""
     for target in _LOWERINGS:

@@ -1,0 +1,198 @@
+"""Running an ONNX model on flat torch leaves, and writing it to a file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+
+from scaleprop.backends.base import Executable
+from scaleprop.backends.onnxruntime.emitter import Emitted, Port
+from scaleprop.backends.onnxruntime.types import NUMPY_EXTRA, onnx_type
+from scaleprop.errors import BackendError, ConfigError
+
+INLINE_LIMIT = 1_500_000_000  # bytes of weights; a protobuf message ends at 2^31
+DATA_SUFFIX = ".data"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SessionConfig:
+    """onnxruntime session options; the defaults are onnxruntime's own.
+
+    threads: of one operator; None takes ``torch.get_num_threads()``.
+    spinning: let idle threads spin between operators. Faster alone, harmful when several sessions
+        or torch share the cores.
+    entries: further ``session.*`` configuration entries.
+    """
+
+    threads: int | None = None
+    spinning: bool = True
+    entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def options(self) -> ort.SessionOptions:
+        """As onnxruntime takes them."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads or torch.get_num_threads()
+        options.log_severity_level = 3
+        if not self.spinning:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        for key, value in self.entries.items():
+            options.add_session_config_entry(key, value)
+        return options
+
+
+class OnnxExecutable(Executable):
+    """A model in an onnxruntime session, with the ports of the program it came from."""
+
+    def __init__(self, emitted: Emitted, session: ort.InferenceSession) -> None:
+        self._inputs, self._outputs = emitted.inputs, emitted.outputs
+        self._lowerings = dict(emitted.lowerings)
+        self._fed = [(i, p) for i, p in enumerate(emitted.inputs) if p.kind != "constant"]
+        self._fetched = [port.name for port in emitted.outputs if port.kind != "constant"]
+        self.session = session
+
+    @property
+    def lowerings(self) -> Mapping[str, str]:
+        return self._lowerings
+
+    def __call__(self, leaves: Sequence[Any]) -> list[Any]:
+        """Run. Tensors are passed and returned without a copy.
+
+        Raises:
+            ConfigError: where the number of leaves or a dtype is wrong.
+            BackendError: where onnxruntime fails.
+        """
+        if len(leaves) != len(self._inputs):
+            raise ConfigError(f"expected {len(self._inputs)} inputs, got {len(leaves)}")
+        # keeps the memory that onnxruntime reads alive until it has run
+        held = {port.name: _contiguous(leaves[index], port) for index, port in self._fed}
+        feed = {name: _to_ort(tensor) for name, tensor in held.items()}
+        try:
+            results = self.session.run_with_ort_values(self._fetched, feed) if self._fetched else []
+        except Exception as error:
+            shapes = {name: list(tensor.shape) for name, tensor in held.items()}
+            raise BackendError(f"onnxruntime failed on inputs {shapes}: {error}") from error
+        found = iter(results)
+        return [port.value if port.kind == "constant" else _from_ort(next(found), port)
+                for port in self._outputs]
+
+
+def _contiguous(leaf: Any, port: Port) -> torch.Tensor:
+    tensor = leaf if isinstance(leaf, torch.Tensor) else torch.tensor(leaf, dtype=port.dtype)
+    if tensor.dtype != port.dtype:
+        raise ConfigError(f"input {port.name!r}: expected {port.dtype}, got {tensor.dtype}")
+    return tensor.detach().cpu().contiguous()
+
+
+def _to_ort(tensor: torch.Tensor) -> ort.OrtValue:
+    """The same memory as an onnxruntime value."""
+    if tensor.dtype in NUMPY_EXTRA:
+        bits = torch.uint16 if tensor.dtype.itemsize == 2 else torch.uint8
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            tensor.view(bits).numpy(), int(onnx_type(tensor.dtype)))
+    return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
+
+
+def _from_ort(value: Any, port: Port) -> Any:
+    if port.dtype in NUMPY_EXTRA:
+        array: np.ndarray[Any, Any] = value.numpy()
+        bits = torch.from_numpy(array.view(np.uint8 if array.dtype.itemsize == 1 else np.uint16))
+        tensor = bits.view(port.dtype)
+    elif port.dtype is torch.bool:
+        tensor = torch.from_dlpack(value).view(torch.bool)
+    else:
+        tensor = torch.from_dlpack(value)
+    return tensor.item() if port.kind == "number" else tensor
+
+
+def open_session(
+    emitted: Emitted, source: bytes | Path, config: SessionConfig
+) -> OnnxExecutable:
+    """Load a model from bytes or a file.
+
+    Raises:
+        BackendError: where onnxruntime refuses the model.
+    """
+    given = source if isinstance(source, bytes) else str(source)
+    try:
+        session = ort.InferenceSession(given, config.options(), providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise BackendError(f"onnxruntime refused the model: {error}") from error
+    return OnnxExecutable(emitted, session)
+
+
+def run_in_memory(emitted: Emitted, config: SessionConfig) -> OnnxExecutable:
+    """A session of a model that is not kept in a file; a large one goes through a temporary one."""
+    if weight_bytes(emitted.model) <= INLINE_LIMIT:
+        return open_session(emitted, ir.to_proto(emitted.model).SerializeToString(), config)
+    with tempfile.TemporaryDirectory(prefix="scaleprop-") as folder:
+        path = Path(folder) / "model.onnx"
+        _save(emitted.model, path, external=True)
+        return open_session(emitted, path, config)
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values()
+               if value.const_value is not None)
+
+
+def _save(model: ir.Model, path: Path, external: bool) -> None:
+    if external:
+        ir.save(model, path, external_data=path.name + DATA_SUFFIX)
+    else:
+        ir.save(model, path)
+
+
+def write(
+    emitted: Emitted, path: Path, external: bool | None, check: Callable[[Path], None]
+) -> None:
+    """Write a model so that ``path`` holds either the old file or the whole, checked new one.
+
+    The files are written in a folder beside ``path``, checked there, and renamed. external: weights
+    in ``<path>.data``; None decides by size.
+
+    Raises:
+        ConfigError: where ``path`` does not end in ``.onnx`` or cannot be written.
+    """
+    if path.suffix != ".onnx":
+        raise ConfigError(f"cannot export to {str(path)!r}: the name must end in .onnx")
+    if path.is_dir():
+        raise ConfigError(f"cannot export to {str(path)!r}: it is a directory")
+    if external is None:
+        external = weight_bytes(emitted.model) > INLINE_LIMIT
+    with _beside(path) as folder:
+        # the external file's name is stored in the model, so it must be the final one already
+        written = folder / path.name
+        try:
+            _save(emitted.model, written, external)
+        except OSError as error:
+            raise ConfigError(f"cannot export to {str(path)!r}: {error}") from error
+        check(written)
+        data = path.name + DATA_SUFFIX
+        if external and (folder / data).exists():
+            os.replace(folder / data, path.with_name(data))
+        os.replace(written, path)
+        if not external:
+            path.with_name(data).unlink(missing_ok=True)  # of the file that was replaced
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Generator[Path]:
+    """A temporary folder on the same file system as ``path``; gone whatever happens."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise ConfigError(f"cannot export to {str(path)!r}: {error}; "
+                          f"remedy: choose an existing, writable folder") from error
+    with folder as name:
+        yield Path(name)
