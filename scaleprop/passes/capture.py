@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from scaleprop.passes.base import Program
 from scaleprop.passes.structures import register_structures
 
 logger = logging.getLogger(__name__)
+
+_TORCH_HOME = str(Path(torch.__file__).parent)
 
 
 def capture(
@@ -216,6 +220,9 @@ def _finish(
     unlifted = flat.module(check_guards=False)
     # a plain GraphModule: without the input-check hooks, and train() and eval() work again
     module = torch.fx.GraphModule(unlifted, unlifted.graph)
+    for node in module.graph.nodes:
+        if "stack_trace" in node.meta:
+            node.meta["stack_trace"] = _user_frames(node.meta["stack_trace"])
     program = Program(
         module=module,
         in_spec=_required(flat.call_spec.in_spec),
@@ -235,6 +242,13 @@ def _finish(
         logger.info("capture: %s", note)
     axes = dimensions.name_dimensions(program.placeholders, names)
     return dataclasses.replace(program, dynamic_axes=axes)
+
+
+def _user_frames(trace: str) -> str:
+    """A stack trace without torch's own frames: its last line is then the user's."""
+    frames = re.split(r"(?m)^(?=\s*File \")", trace)
+    kept = [frame for frame in frames if _TORCH_HOME not in frame.split(", line", 1)[0]]
+    return "".join(kept) if any(frame.strip() for frame in kept) else trace
 
 
 def _required(spec: pytree.TreeSpec | None) -> pytree.TreeSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ class Rewriter:
         self.graph = self.module.graph
         self.by = by
         self.modified = False
+        self.renamed: dict[str, str] = {}  # replaced node → its successor, for records
+        self._made: set[torch.fx.Node] = set()
         self._mode = _torch_compat.fake_mode_of(self.graph)
 
     def call(
@@ -34,8 +37,11 @@ class Rewriter:
         why: str,
     ) -> torch.fx.Node:
         """A new call, right before ``at``, whose source location it takes over."""
+        name = str(op).split(".")[1] if "." in str(op) else None
         with self.graph.inserting_before(at):
-            node = self.graph.call_function(op, tuple(args), dict(kwargs or {}))
+            node = self.graph.create_node(
+                "call_function", op, tuple(args), dict(kwargs or {}), name=name
+            )
         self._describe(node, at, why)
 
         def value(argument: torch.fx.Node) -> Any:
@@ -64,6 +70,8 @@ class Rewriter:
     def replace(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
         """Let every user of ``old`` read ``new``."""
         self.modified = True
+        if new in self._made:
+            self.renamed.setdefault(old.name, new.name)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         if not old.users:
             self.graph.erase_node(old)
@@ -82,13 +90,24 @@ class Rewriter:
         if not self.modified:
             return self.program
         self.graph.eliminate_dead_code()
-        module = torch.fx.GraphModule(self.module, self.graph)
-        return self.program.replace(module=module)
+        old = self.program
+        records = tuple(
+            dataclasses.replace(record, node=self.renamed.get(record.node, record.node))
+            for record in old.records
+        )
+        moved = {new: old.statistics[name] for name, new in self.renamed.items()
+                 if name in old.statistics}  # fmt: skip
+        return old.replace(
+            module=torch.fx.GraphModule(self.module, self.graph),
+            records=records,
+            statistics={**old.statistics, **moved},
+        )
 
     def _describe(self, node: torch.fx.Node, source: torch.fx.Node, why: str) -> None:
         for key in ("stack_trace", "nn_module_stack"):
             if key in source.meta:
                 node.meta[key] = source.meta[key]
+        self._made.add(node)
         earlier = source.meta.get(PROVENANCE)
         origin = earlier.source if isinstance(earlier, Provenance) else source.name
         node.meta[PROVENANCE] = Provenance(by=self.by, why=why, source=origin)

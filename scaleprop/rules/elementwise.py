@@ -49,3 +49,6 @@ for _op in (
     aten.clamp.default,
 ):
     register(Rule(op=_op, family="elementwise", axes=axes.identity))
+
+# a cast may round or leave the reals, so it takes plain tensors only
+register(Rule(op=getattr(aten, "_to_copy").default, family="cast", axes=axes.identity))  # noqa: B009

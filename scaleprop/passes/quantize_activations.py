@@ -1,0 +1,138 @@
+"""Quantize activations: what a scaled operator reads is brought to its format right before it.
+
+    scaled_mm([x], w, …)  →  scaled_mm(quantize(x, format), w, …)
+    conv(x, ŵ, b)         →  conv(fake_quantize(x, format), ŵ, b)
+
+Dynamic scales are found at run time, by the format's own rule, per tensor, token or block. Static
+ones come from calibration and become buffers. Operators that read the same value in the same
+format share one quantization.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+import torch.fx
+
+from scaleprop.calibration.statistics import TensorStatistics
+from scaleprop.errors import CalibrationError, PreconditionError, describe, source_line
+from scaleprop.formats import parse, quantize
+from scaleprop.passes.assign import Assignment, assignment_of
+from scaleprop.passes.base import PROVENANCE, Pass, PassResult, Program, Provenance
+from scaleprop.passes.operators import FAKE_QUANTIZE, QUANTIZE, SCALED_MM
+from scaleprop.passes.rewrite import Rewriter, shape_of
+from scaleprop.recipes.base import Role
+from scaleprop.report.records import TensorRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeActivations(Pass):
+    """Insert the quantization of every assigned activation."""
+
+    name: ClassVar[str] = "quantize-activations"
+
+    def requires(self, program: Program) -> None:
+        """Weights come first: they make the operators that take quantized activations."""
+        for node in program.module.graph.nodes:
+            assignment = assignment_of(node)
+            is_linear = assignment is not None and assignment.contraction.kind == "linear"
+            if is_linear and node.target is not SCALED_MM:
+                raise PreconditionError(
+                    f"{describe(node)} is not a scaled operator yet; run quantize-weights first"
+                )
+
+    def run(self, program: Program) -> PassResult:
+        """The program with quantized activations, and a record for each operand."""
+        work = _Activations(Rewriter(program, self.name), self.name)
+        for node in list(work.rewriter.graph.nodes):
+            assignment = assignment_of(node)
+            if assignment is not None and assignment.activation is not None:
+                work.rewrite(node, assignment, assignment.activation)
+        result = work.rewriter.finish()
+        result = result.replace(records=(*result.records, *work.records))
+        note = f"{len(work.records)} operands read {work.made} quantized activations"
+        return PassResult(result, work.rewriter.modified, (note,))
+
+
+class _Activations:
+    """The pass at work: the graph, what is quantized already, and the records so far."""
+
+    def __init__(self, rewriter: Rewriter, by: str) -> None:
+        self.rewriter = rewriter
+        self.by = by
+        self.records: list[TensorRecord] = []
+        self._quantized: dict[Any, torch.fx.Node] = {}
+        self._scales: dict[Any, list[torch.fx.Node]] = {}
+
+    @property
+    def made(self) -> int:
+        """How many quantizations were inserted."""
+        return len(self._quantized)
+
+    def rewrite(self, node: torch.fx.Node, assignment: Assignment, role: Role) -> None:
+        is_mm = node.target is SCALED_MM
+        operands: Any = node.args[0]
+        x: torch.fx.Node = operands[0] if is_mm else assignment.argument(node, "activation")
+        name = str(parse(role.format))
+        operator = QUANTIZE if is_mm else FAKE_QUANTIZE
+        key = (x, operator, name, role.rounding, role.scaling)
+        if key not in self._quantized:
+            scales = self._static_scales(node, x, role) if role.scaling == "static" else None
+            why = f"{node.name} reads {x.name} in {name}, {role.scaling}"
+            args = (x, name, -1, role.rounding, None, scales)
+            self._quantized[key] = self.rewriter.call(operator, args, at=node, why=why)
+        quantized = self._quantized[key]
+        if is_mm:
+            node.args = (quantized, *node.args[1:3], name, *node.args[4:])
+        else:
+            node.replace_input_with(x, quantized)
+        self.rewriter.modified = True
+        self.records.append(self._record(node, x, assignment, role))
+
+    def _static_scales(
+        self, node: torch.fx.Node, x: torch.fx.Node, role: Role
+    ) -> list[torch.fx.Node]:
+        """Buffers with the scale (and zero point) that the format finds for the seen range."""
+        key = (x, role.format)
+        if key not in self._scales:
+            statistics = self._statistics(node, x)
+            extremes = torch.tensor([statistics.min, statistics.max], dtype=torch.float32)
+            _, *parts = quantize(extremes, role.format).parts
+            names = ("scale", "zero_point")
+            why = f"{x.name} was in [{statistics.min:.4g}, {statistics.max:.4g}] in calibration"
+            self._scales[key] = [
+                self.rewriter.constant(part, f"{x.name}_{name}", at=node, why=why)
+                for part, name in zip(parts, names, strict=False)
+            ]
+        return self._scales[key]
+
+    def _statistics(self, node: torch.fx.Node, x: torch.fx.Node) -> TensorStatistics:
+        """What calibration saw of ``x``, or of the captured node that ``x`` stands for."""
+        made = x.meta.get(PROVENANCE)
+        source = made.source if isinstance(made, Provenance) else x.name
+        found = self.rewriter.program.statistics
+        statistics = found.get(x.name) or found.get(source)
+        if statistics is None:
+            raise CalibrationError(
+                f"{describe(node)}: the scale of its input {x.name!r} is static and was not "
+                "calibrated. Remedy: pass calibration= (example inputs, or a function that calls "
+                "the model), or choose a recipe with dynamic scales, such as 'int8-dynamic'"
+            )
+        return statistics
+
+    def _record(
+        self, node: torch.fx.Node, x: torch.fx.Node, assignment: Assignment, role: Role
+    ) -> TensorRecord:
+        return TensorRecord(
+            node=node.name,
+            op=assignment.op,
+            operand=x.name,
+            role="fprop.x",
+            shape=shape_of(x),
+            decided_by=self.by,
+            format=str(parse(role.format)),
+            scale_kind=role.scaling,
+            source=source_line(node),
+        )

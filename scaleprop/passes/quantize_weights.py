@@ -1,0 +1,232 @@
+"""Quantize weights: parameters become packed codes and scales, operators become scaled ones.
+
+    linear(x, w, b)    →  scaled_mm([x], [codes, scale, …], b, "f32", format, K)
+    conv(x, w, b)      →  conv(x, view(dequantize([codes, scale, …])), b)
+    embedding(w, ids)  →  dequantize([codes[ids], scale[ids], …])
+
+One weight at a time, so that the peak is the source plus what is quantized already. A tensor used
+twice in one format is stored once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.fx
+
+from scaleprop.errors import PostconditionError, PreconditionError, describe, source_line
+from scaleprop.formats import ScaledFormat, ScaledTensor, parse, quantize
+from scaleprop.passes.assign import ASSIGNMENT, Assignment, assignment_of
+from scaleprop.passes.base import Pass, PassResult, Program
+from scaleprop.passes.error import error_statistics
+from scaleprop.passes.operators import DEQUANTIZE, SCALED_MM
+from scaleprop.passes.rewrite import Rewriter
+from scaleprop.recipes.base import Role
+from scaleprop.report.records import Role as RecordRole
+from scaleprop.report.records import TensorRecord
+
+logger = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+_PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Store assigned weights in their formats.
+
+    clipping: ``amax`` or ``mse`` for all weights; None: as the recipe says per role.
+    seed: for recipes that round weights stochastically.
+    """
+
+    clipping: Literal["amax", "mse"] | None = None
+    seed: int = 0
+
+    name: ClassVar[str] = "quantize-weights"
+
+    def requires(self, program: Program) -> None:
+        """Formats must have been assigned, even if to nothing."""
+        if not any(r.decided_by == "assign-formats" for r in program.records) and not any(
+            assignment_of(node) for node in program.module.graph.nodes
+        ):
+            raise PreconditionError("no formats are assigned; run assign-formats first")
+
+    def run(self, program: Program) -> PassResult:
+        """The program with scaled operators, and a record per weight."""
+        work = _Weights(Rewriter(program, self.name), self)
+        for node in list(work.rewriter.graph.nodes):
+            assignment = assignment_of(node)
+            if assignment is not None:
+                work.rewrite(node, assignment)
+        result = work.rewriter.finish()
+        result = result.replace(records=(*result.records, *work.records))
+        note = f"{len(work.records)} weights quantized"
+        return PassResult(result, work.rewriter.modified, (note,))
+
+    def ensures(self, program: Program) -> None:
+        """Every operator with an assigned weight reads it in its format."""
+        for node in program.module.graph.nodes:
+            assignment = assignment_of(node)
+            is_left = assignment is not None and assignment.contraction.kind != "conv"
+            if is_left and node.target not in (SCALED_MM, DEQUANTIZE):
+                raise PostconditionError(f"{describe(node)} was assigned a format and has none")
+
+
+class _Weights:
+    """The pass at work: the graph, what is stored already, and the records so far."""
+
+    def __init__(self, rewriter: Rewriter, options: QuantizeWeights) -> None:
+        self.rewriter = rewriter
+        self.options = options
+        self.records: list[TensorRecord] = []
+        self._stored: dict[Any, tuple[list[torch.fx.Node], ScaledTensor, dict[str, Any]]] = {}
+        self._generator = torch.Generator().manual_seed(options.seed)
+
+    def rewrite(self, node: torch.fx.Node, assignment: Assignment) -> None:
+        rewrites: dict[str, Callable[[torch.fx.Node, Assignment], None]] = {
+            "linear": self._linear,
+            "conv": self._conv,
+            "embedding": self._embedding,
+        }
+        rewrites[assignment.contraction.kind](node, assignment)
+
+    def _linear(self, node: torch.fx.Node, assignment: Assignment) -> None:
+        x, w = assignment.argument(node, "activation"), assignment.argument(node, "weight")
+        k = w.meta["val"].shape[-1]
+        parts, name = [w], _PLAIN[w.meta["val"].dtype]
+        if assignment.weight is not None:
+            parts, name = self._parts(node, w, assignment.weight)
+        why = f"the weight of {node.name} is {name}"
+        x_name = _PLAIN[x.meta["val"].dtype]
+        bias = assignment.argument(node, "bias")
+        args = ([x], parts, bias, x_name, name, k)
+        product = self.rewriter.call(SCALED_MM, args, at=node, why=why)
+        product.meta[ASSIGNMENT] = assignment
+        self._record(product, node, w, assignment.weight, "fprop.w")
+        self.rewriter.renamed[node.name] = product.name
+        self.rewriter.replace(node, self._as_dtype(product, node))
+
+    def _conv(self, node: torch.fx.Node, assignment: Assignment) -> None:
+        w = assignment.argument(node, "weight")
+        if assignment.weight is None:
+            return
+        shape = list(w.meta["val"].shape)
+        parts, name = self._parts(node, w, assignment.weight)
+        why = f"the weight of {node.name} is {name}"
+        flat = [shape[0], w.meta["val"].numel() // shape[0]]
+        restore = (parts, name, flat, -1, w.meta["val"].dtype)
+        weight = self.rewriter.call(DEQUANTIZE, restore, at=node, why=why)
+        if len(shape) != 2:
+            weight = self.rewriter.call(aten.view.default, (weight, shape), at=node, why=why)
+        node.replace_input_with(w, weight)
+        self.rewriter.modified = True
+        self._record(node, node, w, assignment.weight, "fprop.w")
+
+    def _embedding(self, node: torch.fx.Node, assignment: Assignment) -> None:
+        w: Any = node.args[0]
+        ids = node.args[1]
+        if assignment.weight is None or not isinstance(ids, torch.fx.Node):
+            return
+        parts, name = self._parts(node, w, assignment.weight)
+        why = f"the table of {node.name} is {name}"
+        width = w.meta["val"].shape[-1]
+        rows = [
+            self.rewriter.call(aten.index.Tensor, (part, [ids]), at=node, why=why)
+            if part.meta["val"].ndim
+            else part
+            for part in parts
+        ]
+        sizes = [
+            self.rewriter.call(aten.sym_size.int, (ids, axis), at=node, why=why)
+            if isinstance(size, torch.SymInt)
+            else size
+            for axis, size in enumerate(ids.meta["val"].shape)
+        ]
+        restore = (rows, name, [*sizes, width], -1, node.meta["val"].dtype)
+        value = self.rewriter.call(DEQUANTIZE, restore, at=node, why=why)
+        value.meta[ASSIGNMENT] = assignment
+        self._record(value, node, w, assignment.weight, "embedding")
+        self.rewriter.replace(node, value)
+
+    def _as_dtype(self, product: torch.fx.Node, node: torch.fx.Node) -> torch.fx.Node:
+        """scaled_mm returns float32; the model may compute in a narrower type."""
+        dtype = node.meta["val"].dtype
+        if product.meta["val"].dtype == dtype:
+            return product
+        cast: Any = getattr(aten, "_to_copy").default  # noqa: B009
+        why = f"{node.name} was {dtype}"
+        return self.rewriter.call(cast, (product,), {"dtype": dtype}, at=node, why=why)
+
+    def _parts(
+        self, node: torch.fx.Node, w: torch.fx.Node, role: Role
+    ) -> tuple[list[torch.fx.Node], str]:
+        """``get_attr`` nodes of the stored parts, and the format's name."""
+        fmt = parse(role.format)
+        key = self._key(w, role)
+        if key not in self._stored:
+            tensor = self.rewriter.tensor(w)
+            if tensor is None:
+                raise PreconditionError(f"{describe(node)}: its weight is no parameter any more")
+            matrix = tensor.detach().reshape(tensor.shape[0], -1)
+            scaled = self._quantize(matrix, fmt, role)
+            names = _part_names(fmt)
+            why = f"{w.target} in {fmt}"
+            parts = [
+                self.rewriter.constant(part, f"{w.target}_{part_name}", at=node, why=why)
+                for part, part_name in zip(scaled.parts, names, strict=True)
+            ]
+            self._stored[key] = (parts, scaled, error_statistics(matrix, scaled))
+            logger.debug("%s: %s", w.target, fmt)
+        return self._stored[key][0], str(fmt)
+
+    def _key(self, w: torch.fx.Node, role: Role) -> Any:
+        tensor = self.rewriter.tensor(w)
+        place = None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride())
+        return place, role.format, role.rounding, self.options.clipping or role.clipping
+
+    def _quantize(self, matrix: torch.Tensor, fmt: ScaledFormat, role: Role) -> ScaledTensor:
+        clipping = self.options.clipping or role.clipping
+        searched = fmt.replace(rule="mse") if clipping == "mse" else fmt
+        generator = self._generator if role.rounding == "stochastic" else None
+        found = quantize(matrix, searched, rounding=role.rounding, generator=generator)
+        # how a scale was found is not part of what is stored
+        return dataclasses.replace(found, format=fmt)
+
+    def _record(
+        self,
+        node: torch.fx.Node,
+        original: torch.fx.Node,
+        w: torch.fx.Node,
+        role: Role | None,
+        kind: RecordRole,
+    ) -> None:
+        if role is None:
+            return
+        _, scaled, errors = self._stored[self._key(w, role)]
+        value = w.meta["val"]
+        self.records.append(
+            TensorRecord(
+                node=node.name,
+                op=str(original.target),
+                operand=str(w.target),
+                role=kind,
+                shape=tuple(value.shape),
+                decided_by=self.options.name,
+                format=str(parse(role.format)),
+                scale_kind="weight",
+                nbytes=scaled.nbytes,
+                nbytes_high=value.numel() * value.element_size(),
+                source=source_line(original),
+                **errors,
+            )
+        )
+
+
+def _part_names(fmt: ScaledFormat) -> list[str]:
+    names = ["data", "scale"]
+    names += ["tensor_scale"] if fmt.two_level else []
+    return names + (["zero_point"] if fmt.zero_point else [])
