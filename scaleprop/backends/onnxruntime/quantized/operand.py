@@ -1,0 +1,316 @@
+"""A quantized activation, in whichever representation a kernel wants; each is emitted once.
+
+``Quantized`` is what ``scaleprop::quantize`` lowers to. Nothing is appended until a consumer asks:
+``fake`` (float32), ``codes`` (uint8 and scales), ``limbs`` (uint8 pieces of a row), ``pieces``
+(float32 rows that a kernel's own int8 quantization passes through). Several linears that read one
+quantize node share them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import torch
+
+from scaleprop.backends.onnxruntime.quantized import rounding, scales
+from scaleprop.backends.onnxruntime.quantized.emit import ZERO, Emitter
+from scaleprop.backends.onnxruntime.quantized.scales import Scales
+from scaleprop.formats.elements import FloatElement, IntegerElement
+from scaleprop.formats.scaled import POWER_RULES, ScaledFormat
+
+BASE = 128.0  # ratio of neighbouring limbs: a base of 256 would saturate at +128
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """x̂ = (codes - zero)·scale: uint8 codes [..., K]; scale () or, where ``by_row``, [..., 1]."""
+
+    codes: ir.Value
+    zero: ir.Value
+    scale: ir.Value
+    by_row: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Limbs:
+    """x̂[..., k] = outer · Σ_i factors[..., 0, i] · (codes[..., i, k] - 128).
+
+    codes: uint8 [..., L, K]; factors: float32 [..., 1, L]; outer: () or None. ``open``: L is found
+    when the graph runs.
+    """
+
+    codes: ir.Value
+    factors: ir.Value
+    outer: ir.Value | None
+    open: bool
+
+
+class Quantized:
+    """An activation [..., K] and the format it is quantized to (None: it stays float32).
+
+    static: given scales ([scale], [scale, zero point], [scale, tensor scale]); empty if dynamic.
+    """
+
+    def __init__(self, e: Emitter, x: ir.Value, fmt: ScaledFormat | None, rank: int, size: int,
+                 static: Sequence[torch.Tensor] = ()) -> None:
+        self.e = e
+        self.x = x
+        self.format = fmt
+        self.rank = rank
+        self.size = size
+        self.static = tuple(static)
+        self._limbs: dict[int, Limbs] = {}
+        self._pieces: dict[tuple[int, int], ir.Value] = {}
+
+    # ---- what the format allows ---------------------------------------------------------------
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether one integer product with these codes is exact."""
+        fmt = self.format
+        if fmt is None or not isinstance(fmt.element, IntegerElement):
+            return False
+        kind = fmt.granularity.kind
+        return kind == "tensor" or (kind == "row" and not fmt.zero_point and not self.static)
+
+    @property
+    def closes_exactly(self) -> bool:
+        """Whether limbs hold every value exactly, as many as the data needs."""
+        fmt = self.format
+        if fmt is None or self.static or fmt.granularity.kind != "block":
+            return False
+        narrow = isinstance(fmt.element, FloatElement) and fmt.bits <= 6
+        integer = isinstance(fmt.element, IntegerElement) and not fmt.zero_point
+        return (narrow or integer) and (fmt.scale.fraction_bits <= 3)
+
+    @property
+    def power_scales(self) -> bool:
+        """Whether x̂ is the element's value times a power of two."""
+        fmt = self.format
+        return fmt is not None and not self.static and not fmt.two_level \
+            and fmt.rule in POWER_RULES
+
+    @property
+    def limb_peak(self) -> float:
+        """Largest magnitude in the first limb."""
+        fmt = self.format
+        return 127.0 if fmt is None or fmt.block is None else fmt.element.max * _gain(fmt)
+
+    # ---- float32 ------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _grouped(self) -> ir.Value:
+        fmt = self.format
+        if fmt is None or fmt.block is None:
+            return self.x
+        return self.e.split_last(self.x, self.rank, self.size, fmt.block[1])
+
+    @functools.cached_property
+    def scales(self) -> Scales:
+        """Found from the data, or the given ones."""
+        assert self.format is not None
+        if not self.static:
+            return scales.find(self.e, self._grouped, self.format, self.rank)
+        e, first = self.e, self.static[0].float()
+        value = e.f32(first.numpy())
+        if self.format.two_level:
+            outer = self.static[1].float()
+            encode = (1.0 / (first * outer)).clamp(max=torch.finfo(torch.float32).max)
+            return Scales(value, encode=e.f32(encode.numpy()), outer=e.f32(outer.numpy()))
+        if self.format.zero_point:
+            zero = self.static[1]
+            return Scales(value, zero_code=e.u8(zero.numpy()), zero_point=e.f32(zero.numpy()))
+        return Scales(value)
+
+    def _spread(self, scale: ir.Value) -> ir.Value:
+        """Scales as they broadcast against the grouped view."""
+        assert self.format is not None
+        return self.e.unsqueeze(scale, -1) if self.format.block is not None else scale
+
+    @functools.cached_property
+    def _grid(self) -> ir.Value:
+        """Rounded values in units of the element (zero point subtracted), grouped."""
+        e, fmt, found = self.e, self.format, self.scales
+        assert fmt is not None
+        if found.encode is not None:
+            units = e("Mul", self._grouped, self._spread(found.encode))
+        elif fmt.rule in POWER_RULES and not self.static:
+            units = e("Mul", self._grouped, self._spread(e("Reciprocal", found.scale)))
+        else:
+            units = e("Div", self._grouped, self._spread(found.scale))
+        if found.zero_point is None:
+            return rounding.round_to(e, units, fmt.element)
+        assert isinstance(fmt.element, IntegerElement)
+        zero = self._spread(found.zero_point)
+        codes = e("Clip", e("Add", e("Round", units), zero), 0.0, float(fmt.element.levels))
+        return e("Sub", codes, zero)
+
+    @functools.cached_property
+    def fake(self) -> ir.Value:
+        """x̂ in float32, [..., K]."""
+        if self.format is None:
+            return self.x
+        e, fmt = self.e, self.format
+        if self.has_codes and fmt.granularity.kind == "tensor" and fmt.element.max > 1.0:
+            codes = self.codes
+            return e("DequantizeLinear", codes.codes, codes.scale, codes.zero)
+        x = e("Mul", self._grid, self._spread(self.scales.scale))
+        if self.scales.outer is not None:
+            x = e("Mul", x, self.scales.outer)
+        return x if fmt.block is None else e.join_last(x, self.rank, self.size, fmt.block[1])
+
+    # ---- uint8 codes --------------------------------------------------------------------------
+
+    @functools.cached_property
+    def codes(self) -> Codes:
+        """uint8 codes of an integer format with one scale for the tensor or one per row."""
+        e, fmt = self.e, self.format
+        assert fmt is not None and isinstance(fmt.element, IntegerElement) and self.has_codes
+        plain = fmt.bits == 8 and fmt.scale.name == "f32" and fmt.element.unit == 1.0
+        if fmt.zero_point and plain and not self.static:
+            codes, scale, zero = e.builder.op("DynamicQuantizeLinear", self.x, outputs=3)
+            return Codes(codes, zero, scale, by_row=False)
+        scale = self.scales.scale
+        if fmt.element.unit != 1.0:
+            scale = e("Mul", scale, fmt.element.unit)
+        if fmt.zero_point:
+            assert self.scales.zero_code is not None
+            codes = e.quantize_u8(self.x, scale, self.scales.zero_code)
+            if fmt.bits != 8:
+                codes = e("Clip", codes, e.u8(0), e.u8(fmt.element.levels))
+            return Codes(codes, self.scales.zero_code, scale, by_row=False)
+        by_row = fmt.granularity.kind == "row"
+        if by_row:  # one block per row: every row has its own scale
+            zero = e("Expand", e.u8(ZERO), e("Shape", scale))
+            codes = e("QuantizeLinear", self.x, scale, zero, axis=-1, block_size=self.size)
+        else:
+            codes = e.quantize_u8(self.x, scale, ZERO)
+        if self.static or fmt.rule != "exact" or fmt.scale.name != "f32":
+            high = fmt.element.high  # only amax/max in float32 cannot saturate
+            codes = e("Clip", codes, e.u8(ZERO - high), e.u8(ZERO + high))
+        return Codes(codes, e.u8(ZERO), scale, by_row)
+
+    # ---- limbs --------------------------------------------------------------------------------
+
+    def limbs(self, count: int) -> Limbs:
+        """At least ``count`` limbs; more, where the data needs them and the format allows it."""
+        if count not in self._limbs:
+            self._limbs[count] = self._make_limbs(count)
+        return self._limbs[count]
+
+    def _make_limbs(self, count: int) -> Limbs:
+        e = self.e
+        values, unit, outer, condition = self._row_values()
+        codes: list[ir.Value] = []
+        rest, scale = values, 1.0
+        for index in range(count):
+            code = e.quantize_u8(rest, scale, ZERO)
+            codes.append(e.unsqueeze(code, -2))
+            if index + 1 < count or condition is not None:
+                rest = e("Sub", rest, e("DequantizeLinear", code, e.f32(scale), e.u8(ZERO)))
+            scale /= BASE
+        extra = 0
+        if condition is not None:
+            extra, last = 2, rest
+            codes.append(e.branch(
+                condition, lambda inner: _further_limbs(inner, last, scale, extra),
+                lambda inner: inner("Slice", codes[0], inner.ints(0), inner.ints(0),
+                                    inner.ints(-2))))
+        joined = codes[0] if len(codes) == 1 else e("Concat", *codes, axis=-2)
+        # NaN survives no integer: a row that holds one gets factors of NaN
+        poison = e("Mul", e.reduce("ReduceSum", values, [-1], keep=True), 0.0)
+        factors = e.unsqueeze(e("Add", unit, poison), -2)
+        factors = e("Mul", factors, e.f32([BASE**-i for i in range(count + extra)]))
+        return Limbs(joined, factors, outer, open=condition is not None)
+
+    def _row_values(self) -> tuple[ir.Value, ir.Value, ir.Value | None, ir.Value | None]:
+        """(x̂ in units of its row, |·| ≤ 127; the units [..., 1]; tensor scale; needs more limbs).
+
+        Units are powers of two wherever the format's scales are.
+        """
+        e, fmt = self.e, self.format
+        if fmt is None or fmt.block is None:
+            return *_normalized_rows(e, self.fake), None, None
+        found = self.scales
+        top = e.power_below(e.reduce("ReduceMax", found.scale, [-1], keep=True))
+        top = e("Max", top, 2.0**-126)
+        gain = _gain(fmt)
+        relative = e("Div", found.scale, top)
+        values = e("Mul", self._grid, self._spread(e("Mul", relative, gain)))
+        values = e.join_last(values, self.rank, self.size, fmt.block[1])
+        condition = None
+        if self.closes_exactly and found.largest is not None:
+            step = _smallest(fmt) * gain * 2.0**-fmt.scale.fraction_bits
+            edge = (1.0 / BASE) / step
+            empty = e("Equal", found.largest, 0.0)
+            lowest = e.reduce("ReduceMin", e("Where", empty, 1.0, relative), None)
+            condition = e("Less", lowest, edge)
+        return values, e("Mul", top, 1.0 / gain), found.outer, condition
+
+    # ---- float rows for a kernel that quantizes to int8 blocks itself --------------------------
+
+    def pieces(self, count: int, block: int) -> ir.Value:
+        """x̂ as a sum of ``count`` rows [..., count, K] (T2).
+
+        All but the last are on a grid of amax/127 per block, so that a kernel which quantizes that
+        way reproduces them; the last holds what is left, and alone is rounded by the kernel.
+        """
+        key = (count, block)
+        if key not in self._pieces:
+            self._pieces[key] = self._make_pieces(count, block)
+        return self._pieces[key]
+
+    def _make_pieces(self, count: int, block: int) -> ir.Value:
+        e = self.e
+        if count == 1:
+            return self.fake
+        rest = e.split_last(self.fake, self.rank, self.size, block)
+        rows: list[ir.Value] = []
+        for _ in range(count - 1):
+            step = e("Mul", scales.amax(e, rest, [-1], keep=False), 1.0 / 127.0)
+            step = e.unsqueeze(e("Max", step, 2.0**-120), -1)
+            row = e("Mul", e("Round", e("Div", rest, step)), step)
+            rows.append(row)
+            rest = e("Sub", rest, row)
+        flat = [e.join_last(row, self.rank, self.size, block) for row in (*rows, rest)]
+        return e("Concat", *(e.unsqueeze(row, -2) for row in flat), axis=-2)
+
+
+def _gain(fmt: ScaledFormat) -> float:
+    """What element values are multiplied by in the first limb, in the row's largest block.
+
+    A block's scale is below ``headroom`` times the row's power of two.
+    """
+    headroom = 1.0 if fmt.rule in POWER_RULES else 2.0
+    return 2.0 ** math.floor(math.log2(127.0 / (fmt.element.max * headroom)))
+
+
+def _smallest(fmt: ScaledFormat) -> float:
+    """The step of which every value of the element is a multiple."""
+    if isinstance(fmt.element, FloatElement):
+        return fmt.element.smallest
+    assert isinstance(fmt.element, IntegerElement)
+    return fmt.element.unit
+
+
+def _normalized_rows(e: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """(x over the unit of its row, the units [..., 1]): units are amax/127."""
+    unit = e("Mul", scales.amax(e, x, [-1], keep=True), 1.0 / 127.0)
+    unit = e("Max", unit, 2.0**-120)
+    return e("Div", x, unit), unit
+
+
+def _further_limbs(e: Emitter, rest: ir.Value, scale: float, count: int) -> ir.Value:
+    codes: list[ir.Value] = []
+    for index in range(count):
+        code = e.quantize_u8(rest, scale, ZERO)
+        codes.append(e.unsqueeze(code, -2))
+        if index + 1 < count:
+            rest = e("Sub", rest, e("DequantizeLinear", code, e.f32(scale), e.u8(ZERO)))
+        scale /= BASE
+    return e("Concat", *codes, axis=-2)
+

@@ -1,0 +1,72 @@
+"""Rounding to element formats in float32 arithmetic, a few passes over the data.
+
+A float grid has ulp 2^(e-m) for |x| in [2^e, 2^(e+1)) and 2^(emin-m) below 2^(emin+1). Adding and
+subtracting c rounds to the ulp of x + c, nearest-even, where c is an even multiple of that ulp. So
+c must lie in the binade whose float32 ulp is the grid's: c = |x|·2^(23-m) does, without looking at
+bits, because |x| and c have the same mantissa; it is even whenever x is a tie, since a tie has m+2
+significant bits. Where x and -c cross into the binade below, |x| is within 2^-21 of a power of two,
+which is on both grids. Below 2^(emin+1) the constant 1.5·2^(23-m+emin) serves.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from scaleprop.backends.onnxruntime.quantized.emit import FLOAT, INT32, Emitter
+from scaleprop.formats.elements import (
+    CodebookElement,
+    ElementFormat,
+    FloatElement,
+    IntegerElement,
+)
+
+_HALF_LOG = 0x00800000 - 0x003504F4 + 1  # added to float bits: carries into the exponent above √2
+
+
+def why_not(element: ElementFormat) -> str | None:
+    """Why values cannot be rounded to this element when the graph runs; None where they can."""
+    if isinstance(element, IntegerElement):
+        return None
+    if isinstance(element, CodebookElement):
+        if element.name == "log2u4":
+            return None
+        return f"{element.name} is a codebook without arithmetic rounding"
+    assert isinstance(element, FloatElement)
+    if not element.signed or not element.has_zero:
+        return f"{element.name} has no sign or no zero: it is a scale format"
+    if element.emax + 24 - element.mantissa_bits > 126:
+        return f"{element.name} reaches too close to float32's largest value for exact rounding"
+    return None
+
+
+def clip(e: Emitter, x: ir.Value, element: ElementFormat) -> ir.Value:
+    """``x`` limited to the element's range."""
+    return e("Clip", x, float(element.min), float(element.max))
+
+
+def round_to(e: Emitter, x: ir.Value, element: ElementFormat) -> ir.Value:
+    """``x`` (float32, in units of the element) on the element's grid, saturated; NaN stays NaN."""
+    if isinstance(element, IntegerElement):
+        if element.unit == 1.0:
+            return clip(e, e("Round", x), element)
+        steps = e("Round", e("Mul", x, 1.0 / element.unit))
+        return clip(e, e("Mul", steps, element.unit), element)
+    if isinstance(element, CodebookElement):
+        return _round_log2(e, x, element)
+    assert isinstance(element, FloatElement)
+    x = clip(e, x, element)
+    digits = 23 - element.mantissa_bits
+    lowest = math.ldexp(1.5, digits + element.emin)
+    magic = e("Clip", e("Mul", e("Abs", x), math.ldexp(1.0, digits)), lowest)
+    return e("Sub", e("Add", x, magic), magic)
+
+
+def _round_log2(e: Emitter, x: ir.Value, element: CodebookElement) -> ir.Value:
+    """The power of two nearest in the logarithm: halves of an octave are mantissa √2."""
+    bits = e("BitCast", clip(e, x, element), to=INT32)
+    raised = e("Add", bits, e.builder.constant(_HALF_LOG, np.int32))
+    mask = e.builder.constant(0x7F800000, np.int32)
+    return e("BitCast", e("BitwiseAnd", raised, mask), to=FLOAT)
