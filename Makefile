@@ -1,0 +1,38 @@
+# `make demo` and `make test` need nothing but Python 3.11+ and a package index: each sets up first.
+# A smaller install on Linux, with the CPU build of torch:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+JOBS   ?= 2
+
+.PHONY: demo readme test lint setup clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scaleprop needs Python 3.11+; set PYTHON=")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (minutes, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: $(STAMP)  ## compile a sentence encoder with every recipe; writes demo/
+	@$(BIN)/python -m examples.minilm
+
+readme: $(STAMP)  ## put the last demo's table into README.md
+	@$(BIN)/python -m examples.readme_table
+
+# One thread a worker: they would fight otherwise.
+test: lint  ## ruff, pyright, pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache

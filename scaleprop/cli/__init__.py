@@ -1,0 +1,20 @@
+"""The command line: ``scaleprop compile | analyze | export | formats | recipes | passes | …``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 (a bug), 2 (refused, reason on stderr), 130."""
+    try:
+        import click  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import rich  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        sys.stderr.write(f'error: the command line needs {error.name}: '
+                         'pip install "scaleprop[cli]"\n')
+        return 2
+    from scaleprop.cli.app import run
+
+    return run(arguments)

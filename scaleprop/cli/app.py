@@ -1,0 +1,371 @@
+"""The commands. Heavy imports happen inside them, so that ``--help`` is immediate."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from scaleprop.backends.registry import BACKENDS
+from scaleprop.errors import ConfigError, ScalePropError
+
+REFUSED = 2  # exit status of an error with a reason
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+_RECIPE = "int8-dynamic"
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status. Never raises for a refused request."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        result = app.main(given, prog_name="scaleprop", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:  # what click makes of KeyboardInterrupt
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    except ScalePropError as error:
+        if "--debug" in given:
+            raise
+        click.echo(f"error: {error}", err=True)
+        return REFUSED
+    except BrokenPipeError:  # the reader has left, as in `scaleprop formats | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="scaleprop")
+def app() -> None:
+    """Rewrite PyTorch models to low-precision numbers, and see what that did.
+
+    MODEL is package.module:factory, where the factory returns a module or
+    (module, example_inputs), or a .pt2 file from torch.export.save.
+    """
+
+
+Command = Callable[..., Any]
+
+
+def _common(command: Command) -> Command:
+    """``--json``, ``--verbose`` and ``--debug``; stdout belongs to the result."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else.")
+    @click.option("-v", "--verbose", is_flag=True, help="Log what is done, on stderr.")
+    @click.option("--debug", is_flag=True, help="Log everything; show tracebacks.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, as_json: bool, verbose: bool, debug: bool, **kwargs: Any) -> Any:
+        from scaleprop.cli.output import command_output
+
+        _log_to_stderr(logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING)
+        with command_output(as_json) as emit:
+            return command(*args, emit=emit if as_json else None, **kwargs)
+
+    return wrapped
+
+
+def _log_to_stderr(level: int) -> None:
+    """scaleprop's log only: on the root logger, torch's internal traces would come along."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("scaleprop")
+    logger.handlers = [handler]
+    logger.setLevel(level)
+
+
+def _model(command: Command) -> Command:
+    """MODEL, and its inputs."""
+    command = click.option(
+        "--inputs", metavar="MODULE:FUNCTION", help="Returns example inputs, if MODEL has none.",
+    )(command)
+    command = click.option(
+        "--calibration", metavar="MODULE:FUNCTION",
+        help="Returns an iterable of example inputs; or takes the model and runs it.",
+    )(command)
+    return click.argument("model", metavar="MODEL")(command)
+
+
+_one_recipe = click.option(
+    "--recipe", default=_RECIPE, show_default=True,
+    help="A name from `scaleprop recipes`, or a .toml or .json file.",
+)
+
+
+def _decisions(command: Command) -> Command:
+    """What decides how a model is compiled, besides the recipe."""
+    options = (
+        click.option("--backend", default=next(iter(BACKENDS)), show_default=True,
+                     help=", ".join(BACKENDS)),
+        click.option("--exclude", multiple=True, metavar="PATTERN",
+                     help="What stays high: module path, parameter or operator; repeatable."),
+        click.option("--include", multiple=True, metavar="PATTERN",
+                     help="Quantize only these; repeatable."),
+        click.option("-p", "--pass", "passes", multiple=True, metavar="NAME{OPTION=VALUE}",
+                     help="One more pass to run, or options of a usual one; repeatable."),
+        click.option("--verify", is_flag=True, help="Compare with the reference."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+_report = click.option(
+    "--report", type=click.Path(path_type=Path), help="Save the report as .html or .json.",
+)
+
+
+def _compile(model: str, inputs: str | None, calibration: str | None, **options: Any) -> Any:
+    """``scaleprop.compile`` on what the arguments name."""
+    from scaleprop.api import compile as compile_model
+    from scaleprop.cli.models import load_subject
+
+    subject = load_subject(model, inputs)
+    return compile_model(
+        subject.model, subject.inputs, calibration=_calibration(calibration),
+        progress=sys.stderr.isatty(), **options,
+    )
+
+
+def _calibration(spec: str | None) -> Any:
+    """The function itself where it takes the model; what it returns where it takes nothing."""
+    from scaleprop.cli.models import call, resolve
+
+    if spec is None:
+        return None
+    function = resolve(spec, "calibration")
+    required = [
+        parameter for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    return function if required else call(spec, "calibration")
+
+
+def _finish(report: Any, files: Sequence[Path], report_path: Path | None, emit: Any) -> None:
+    """Save the report where asked, and print it."""
+    written = [str(file) for file in files]
+    if report_path is not None:
+        report.save(report_path)
+        written.append(str(report_path))
+    if emit:
+        emit({"files": written, "report": report.to_dict()})
+        return
+    from scaleprop.cli.output import console
+
+    report.show(console())
+    for file in written:
+        click.echo(f"wrote {file}")
+
+
+@app.command("compile")
+@_model
+@_one_recipe
+@_decisions
+@click.option("--out", type=click.Path(path_type=Path),
+              help="A folder for scaleprop.load, or a .onnx file.")
+@_report
+@_common
+def compile_command(out: Path | None, report: Path | None, emit: Any, **options: Any) -> None:
+    """Compile MODEL, and report on every tensor."""
+    _check_suffix(report)
+    compiled = _compile(**options)
+    files: list[Path] = []
+    if out is not None:
+        files.append(compiled.export(out) if out.suffix == ".onnx" else compiled.save(out))
+    _finish(compiled.report, files, report, emit)
+
+
+@app.command("export")
+@_model
+@_one_recipe
+@_decisions
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The .onnx file.")
+@_report
+@_common
+def export_command(out: Path, report: Path | None, emit: Any, **options: Any) -> None:
+    """Compile MODEL to an ONNX file, checked against the reference."""
+    _check_suffix(report)
+    if out.suffix != ".onnx":
+        raise ConfigError(f"--out {str(out)!r}: an export is a .onnx file")
+    compiled = _compile(**options)
+    _finish(compiled.report, [compiled.export(out)], report, emit)
+
+
+def _check_suffix(report: Path | None) -> None:
+    """Refuse before minutes of work what would be refused after them."""
+    if report is not None and report.suffix.lower() not in (".html", ".json"):
+        raise ConfigError(f"--report {str(report)!r}: a report is saved as .html or .json")
+
+
+@app.command("analyze")
+@_model
+@_report
+@_common
+def analyze_command(
+    model: str, inputs: str | None, calibration: str | None, report: Path | None, emit: Any
+) -> None:
+    """Say what each format would cost MODEL, tensor by tensor. Nothing is changed."""
+    from scaleprop.analysis import analyze
+    from scaleprop.cli.models import load_subject
+
+    _check_suffix(report)
+    subject = load_subject(model, inputs)
+    found = analyze(subject.model, subject.inputs, calibration=_calibration(calibration))
+    _finish(found, [], report, emit)
+
+
+@app.command("bench")
+@_model
+@click.option("--recipe", "recipes", multiple=True, default=(_RECIPE,), show_default=True,
+              help="Repeatable.")
+@_decisions
+@click.option("--seconds", default=5.0, show_default=True, help="How long to measure.")
+@_common
+def bench_command(
+    model: str, inputs: str | None, calibration: str | None, recipes: tuple[str, ...],
+    seconds: float, emit: Any, **options: Any,
+) -> None:
+    """Time recipes against float32 on MODEL's example inputs: interleaved medians."""
+    import dataclasses
+
+    from scaleprop.cli.bench import bench
+    from scaleprop.cli.models import load_subject
+    from scaleprop.cli.output import print_table
+    from scaleprop.report.text import megabytes
+
+    options["calibration"] = _calibration(calibration)
+    rows = bench(load_subject(model, inputs), recipes, seconds=seconds, **options)
+    if emit:
+        emit({"rows": [dataclasses.asdict(row) for row in rows]})
+        return
+    print_table(
+        ("what", "ms", "speed", "parameters", "size", "cosine"),
+        [(row.name, f"{row.milliseconds:.3f}", f"{row.speedup:.2f}×", megabytes(row.nbytes),
+          f"{row.size_ratio:.3f}×", f"{row.cosine:.5f}") for row in rows],
+        numbers=("ms", "speed", "parameters", "size", "cosine"),
+    )
+
+
+@app.command("formats")
+@click.argument("names", nargs=-1, metavar="[FORMAT]...")
+@_common
+def formats_command(names: tuple[str, ...], emit: Any) -> None:
+    """List the named formats, or describe the given ones."""
+    from scaleprop.cli.listing import formats
+
+    rows = formats(names)
+    if emit:
+        emit({"formats": rows})
+        return
+    from scaleprop.cli.output import print_table
+
+    print_table(
+        ("name", "in full", "bits", "max", "shares a scale", "scale", "rule", "bytes per value"),
+        [(row["name"], row["in_full"], str(row["bits"]), f"{row['max']:g}", row["shares_a_scale"],
+          row["scale"], row["rule"], f"{row['bytes_per_value']:g}") for row in rows],
+        numbers=("bits", "max", "bytes per value"),
+    )
+    click.echo("Any combination works: element[tensor|row|channel|1x32|16x16]*scale(*f32)(+zp)"
+               "(:rule), e.g. int4[1x64]*f16+zp")
+
+
+@app.command("recipes")
+@click.argument("name", required=False)
+@_common
+def recipes_command(name: str | None, emit: Any) -> None:
+    """List the recipes, or one by NAME or file."""
+    from scaleprop.cli.listing import recipes
+
+    rows = recipes(name)
+    if emit:
+        emit({"recipes": rows})
+        return
+    from scaleprop.cli.output import print_table
+
+    roles = list(dict.fromkeys(role for row in rows for role in row["roles"]))
+    print_table(
+        ("name", *roles, "description"),
+        [(row["name"], *(_role(row["roles"].get(role)) for role in roles), row["description"])
+         for row in rows],
+    )
+
+
+def _role(role: dict[str, Any] | None) -> str:
+    if role is None:
+        return "high"
+    extras = [value for key, usual in (("scaling", "dynamic"), ("clipping", "amax"),
+                                       ("rounding", "nearest"))
+              if (value := role[key]) != usual]
+    return " ".join([role["format"], *extras])
+
+
+@app.command("passes")
+@_common
+def passes_command(emit: Any) -> None:
+    """List the passes with their options."""
+    from scaleprop.cli.listing import passes
+
+    rows = passes()
+    if emit:
+        emit({"passes": rows})
+        return
+    from scaleprop.cli.output import print_table
+
+    print_table(
+        ("name", "options", "keeps the function", "what it does"),
+        [(row["name"],
+          "\n".join(f"{name}: {kind} = {usual}" for name, kind, usual in row["options"]),
+          "yes" if row["preserves_function"] else "", row["summary"]) for row in rows],
+    )
+
+
+@app.command("doctor")
+@_common
+def doctor_command(emit: Any) -> int:
+    """Show versions, CPU features and optional packages, and try every backend.
+
+    Exit status 1 where a backend that is installed fails.
+    """
+    from scaleprop.cli.doctor import examine
+
+    found = examine()
+    if emit:
+        emit(found)
+    else:
+        _print_doctor(found)
+    return int(any(test["status"] == "failed" for test in found["self_test"]))
+
+
+def _print_doctor(found: dict[str, Any]) -> None:
+    from scaleprop.cli.output import print_pairs, print_table
+
+    cpu, providers = found["cpu"], found["onnxruntime_providers"]
+    features = "unknown" if cpu["features"] is None else ", ".join(cpu["features"]) or "none known"
+    print_pairs({
+        "scaleprop": found["scaleprop"] or "not installed",
+        "python": found["python"],
+        "torch": found["torch"] or "not installed",
+        "platform": found["platform"],
+        "processor": f"{cpu['model'] or 'unknown'}, {found['cores']} cores",
+        "features": features,
+        "onnxruntime": ", ".join(providers) if providers else "not installed",
+    })
+    print_table(
+        ("package", "version"),
+        [(row["name"], row["version"] or f"missing: {row['install']}")
+         for row in found["packages"]],
+    )
+    print_table(
+        ("backend", "self-test", "detail"),
+        [(test["backend"], test["status"], test["detail"]) for test in found["self_test"]],
+    )

@@ -1,0 +1,80 @@
+"""``scaleprop bench``: recipes against float32, on the model's example inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from scaleprop.api import CompiledModel, compile, split_example, stored_bytes
+from scaleprop.cli.models import Subject
+from scaleprop.cli.timing import interleaved_medians
+from scaleprop.recipes import Recipe
+
+FLOAT32 = Recipe(name="float32", description="nothing is quantized", roles={})
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One contestant. ``speedup`` and ``size_ratio`` are against eager float32.
+
+    nbytes: of parameters and buffers. cosine: of all float outputs, to eager float32.
+    """
+
+    name: str
+    milliseconds: float
+    speedup: float
+    nbytes: int
+    size_ratio: float
+    cosine: float
+
+
+def bench(
+    subject: Subject, recipes: Sequence[str], backend: str, seconds: float,
+    options: Mapping[str, Any],
+) -> list[Row]:
+    """Rows for the eager model, the backend without quantization, and each recipe.
+
+    options: further arguments of ``scaleprop.compile``.
+    """
+    args, kwargs = split_example(subject.inputs)
+    eager = subject.model if isinstance(subject.model, torch.nn.Module) else subject.model.module()
+    if isinstance(subject.model, torch.nn.Module):
+        eager.eval()
+    compiled: dict[str, CompiledModel] = {}
+    for recipe in (FLOAT32, *recipes):
+        made = compile(subject.model, subject.inputs, recipe, backend, **options)
+        compiled[f"{backend} {made.recipe.name}"] = made
+    calls: dict[str, Callable[[], Any]] = {"eager float32": lambda: eager(*args, **kwargs)}
+    calls |= {name: (lambda m=m: m(*args, **kwargs)) for name, m in compiled.items()}
+    with torch.no_grad():
+        expected = calls["eager float32"]()
+        cosines = {name: cosine(call(), expected) for name, call in calls.items()}
+        times = interleaved_medians(calls, seconds)
+    before = stored_bytes(eager)
+    sizes = {"eager float32": before, **{name: m.nbytes for name, m in compiled.items()}}
+    return [
+        Row(name, 1e3 * time, times["eager float32"] / time, sizes[name], sizes[name] / before,
+            cosines[name])
+        for name, time in times.items()
+    ]
+
+
+def cosine(actual: Any, expected: Any) -> float:
+    """Of all finite float outputs of two calls, as one vector each; 1 where both are zero."""
+    pairs = [
+        (a.double().flatten(), e.double().flatten())
+        for a, e in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True)
+        if isinstance(e, torch.Tensor) and e.is_floating_point()
+    ]
+    if not pairs:
+        return math.nan
+    a, e = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+    keep = e.isfinite()
+    a, e = a[keep], e[keep]
+    norms = float(a.norm() * e.norm())
+    return float(a @ e) / norms if norms else 1.0
