@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 import torch
@@ -23,6 +23,7 @@ from scaleprop.formats.elements import FloatElement, IntegerElement
 from scaleprop.formats.scaled import POWER_RULES, ScaledFormat
 
 BASE = 128.0  # ratio of neighbouring limbs: a base of 256 would saturate at +128
+STAGES = (1, 2, 4)  # numbers of limbs between which the graph chooses when it runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Limbs:
     """x̂[..., k] = outer · Σ_i factors[..., 0, i] · (codes[..., i, k] - 128).
 
     codes: uint8 [..., L, K]; factors: float32 [..., 1, L]; outer: () or None. ``open``: L is found
-    when the graph runs.
+    when the graph runs, and factors has the most that there can be.
     """
 
     codes: ir.Value
@@ -93,6 +94,11 @@ class Quantized:
         fmt = self.format
         return fmt is not None and not self.static and not fmt.two_level \
             and fmt.rule in POWER_RULES
+
+    @property
+    def usual_limbs(self) -> int:
+        """How many limbs to start with: one, where it holds blocks two exponents apart."""
+        return 1 if self._window(1) <= 0.25 else 2
 
     @property
     def limb_peak(self) -> float:
@@ -204,33 +210,28 @@ class Quantized:
 
     def _make_limbs(self, count: int) -> Limbs:
         e = self.e
-        values, unit, outer, condition = self._row_values()
-        codes: list[ir.Value] = []
-        rest, scale = values, 1.0
-        for index in range(count):
-            code = e.quantize_u8(rest, scale, ZERO)
-            codes.append(e.unsqueeze(code, -2))
-            if index + 1 < count or condition is not None:
-                rest = e("Sub", rest, e("DequantizeLinear", code, e.f32(scale), e.u8(ZERO)))
-            scale /= BASE
-        extra = 0
-        if condition is not None:
-            extra, last = 2, rest
-            codes.append(e.branch(
-                condition, lambda inner: _further_limbs(inner, last, scale, extra),
-                lambda inner: inner("Slice", codes[0], inner.ints(0), inner.ints(0),
-                                    inner.ints(-2))))
-        joined = codes[0] if len(codes) == 1 else e("Concat", *codes, axis=-2)
+        values, unit, outer, lowest = self._row_values()
+        codes = _Splitter(count, self._window, lowest).split(e, values, 0)
+        limit = count if lowest is None else STAGES[-1]
         # NaN survives no integer: a row that holds one gets factors of NaN
         poison = e("Mul", e.reduce("ReduceSum", values, [-1], keep=True), 0.0)
         factors = e.unsqueeze(e("Add", unit, poison), -2)
-        factors = e("Mul", factors, e.f32([BASE**-i for i in range(count + extra)]))
-        return Limbs(joined, factors, outer, open=condition is not None)
+        factors = e("Mul", factors, e.f32([BASE**-i for i in range(limit)]))
+        return Limbs(codes, factors, outer, open=lowest is not None)
+
+    def _window(self, count: int) -> float:
+        """The smallest block scale, relative to the row's, that ``count`` limbs hold exactly."""
+        fmt = self.format
+        assert fmt is not None
+        step = _smallest(fmt) * _gain(fmt) * 2.0**-fmt.scale.fraction_bits
+        return BASE ** -(count - 1) / step
 
     def _row_values(self) -> tuple[ir.Value, ir.Value, ir.Value | None, ir.Value | None]:
-        """(x̂ in units of its row, |·| ≤ 127; the units [..., 1]; tensor scale; needs more limbs).
+        """(x̂ in units of its row, |·| ≤ 127; the units [..., 1]; tensor scale; smallest scale).
 
-        Units are powers of two wherever the format's scales are.
+        Units are powers of two wherever the format's scales are. The smallest scale, of all blocks
+        that are not zero and relative to their rows', tells how many limbs are exact; None where
+        the format does not promise that.
         """
         e, fmt = self.e, self.format
         if fmt is None or fmt.block is None:
@@ -242,14 +243,11 @@ class Quantized:
         relative = e("Div", found.scale, top)
         values = e("Mul", self._grid, self._spread(e("Mul", relative, gain)))
         values = e.join_last(values, self.rank, self.size, fmt.block[1])
-        condition = None
+        lowest = None
         if self.closes_exactly and found.largest is not None:
-            step = _smallest(fmt) * gain * 2.0**-fmt.scale.fraction_bits
-            edge = (1.0 / BASE) / step
             empty = e("Equal", found.largest, 0.0)
             lowest = e.reduce("ReduceMin", e("Where", empty, 1.0, relative), None)
-            condition = e("Less", lowest, edge)
-        return values, e("Mul", top, 1.0 / gain), found.outer, condition
+        return values, e("Mul", top, 1.0 / gain), found.outer, lowest
 
     # ---- float rows for a kernel that quantizes to int8 blocks itself --------------------------
 
@@ -304,13 +302,36 @@ def _normalized_rows(e: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     return e("Div", x, unit), unit
 
 
-def _further_limbs(e: Emitter, rest: ir.Value, scale: float, count: int) -> ir.Value:
-    codes: list[ir.Value] = []
-    for index in range(count):
-        code = e.quantize_u8(rest, scale, ZERO)
-        codes.append(e.unsqueeze(code, -2))
-        if index + 1 < count:
-            rest = e("Sub", rest, e("DequantizeLinear", code, e.f32(scale), e.u8(ZERO)))
-        scale /= BASE
-    return e("Concat", *codes, axis=-2)
+@dataclasses.dataclass(frozen=True)
+class _Splitter:
+    """Splits rows into limbs: ``count`` of them, then as many more as the data needs.
 
+    window: see ``Quantized._window``. lowest: what it is compared with; None for no more.
+    """
+
+    count: int
+    window: Callable[[int], float]
+    lowest: ir.Value | None
+
+    def split(self, e: Emitter, rest: ir.Value, index: int,
+              nothing: ir.Value | None = None) -> ir.Value:
+        """uint8 limbs from ``index`` on, [..., L, K]; ``rest`` is what they have to represent."""
+        scale = BASE**-index
+        code = e.quantize_u8(rest, scale, ZERO)
+        limb = e.unsqueeze(code, -2)
+        first = limb if nothing is None else nothing
+
+        def more(inner: Emitter, step: _Splitter) -> ir.Value:
+            value = inner("DequantizeLinear", code, inner.f32(scale), inner.u8(ZERO))
+            return step.split(inner, inner("Sub", rest, value), index + 1, first)
+
+        if index + 1 < self.count:
+            return e("Concat", limb, more(e, self), axis=-2)
+        later = [stage for stage in STAGES if stage > self.count]
+        if self.lowest is None or not later:
+            return limb
+        step = dataclasses.replace(self, count=later[0])
+        extra = e.branch(
+            e("Less", self.lowest, self.window(self.count)), lambda inner: more(inner, step),
+            lambda inner: inner("Slice", first, inner.ints(0), inner.ints(0), inner.ints(-2)))
+        return e("Concat", limb, extra, axis=-2)
