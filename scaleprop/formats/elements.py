@@ -23,10 +23,16 @@ import dataclasses
 import functools
 import math
 import re
+import struct
 
 import torch
 
 from scaleprop.errors import FormatError
+
+
+def float32(value: float) -> float:
+    """The nearest float32, as a Python float."""
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,7 +210,7 @@ class IntegerElement(ElementFormat):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodebookElement(ElementFormat):
-    """Any ascending list of 2^n ≤ 16 values; a code is an index into it.
+    """Any ascending list of 2^n ≤ 16 float32 values; a code is an index into it.
 
     logarithmic: nearest in the logarithm (boundaries are geometric means) instead of nearest.
     """
@@ -216,6 +222,8 @@ class CodebookElement(ElementFormat):
         powers = (2, 4, 8, 16)
         if len(self.values) not in powers or list(self.values) != sorted(set(self.values)):
             raise FormatError(f"codebook {self.name!r}: needs 2, 4, 8 or 16 ascending values")
+        if any(value != float32(value) for value in self.values):
+            raise FormatError(f"codebook {self.name!r}: values must be float32 numbers")
 
     @property
     def bits(self) -> int:
@@ -235,7 +243,7 @@ class CodebookElement(ElementFormat):
 
     @functools.cached_property
     def boundaries(self) -> tuple[tuple[float, bool], ...]:
-        """Between neighbours: (boundary, whether a value on the boundary goes up: to even)."""
+        """Between neighbours: (boundary in float64, whether a value on it goes up: to even)."""
         pairs = zip(self.values, self.values[1:], strict=False)
         middle = (lambda a, b: math.sqrt(a * b)) if self.logarithmic else (lambda a, b: (a + b) / 2)
         return tuple((middle(a, b), index % 2 == 1) for index, (a, b) in enumerate(pairs))
@@ -286,8 +294,8 @@ _LITERALS: tuple[ElementFormat, ...] = (
                     logarithmic=True),
     CodebookElement(name="log2s4", logarithmic=False,
                     values=(*(-(2.0**-k) for k in range(8)), *(2.0**-k for k in range(7, -1, -1)))),
-    CodebookElement(name="logsqrt2u4", values=tuple(2.0 ** (-k / 2) for k in range(15, -1, -1)),
-                    logarithmic=True),
+    CodebookElement(name="logsqrt2u4", logarithmic=True,
+                    values=tuple(float32(2.0 ** (-k / 2)) for k in range(15, -1, -1))),
 )
 
 ELEMENTS: dict[str, ElementFormat] = {literal.name: literal for literal in _LITERALS}

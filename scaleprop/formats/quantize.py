@@ -130,7 +130,7 @@ def quantize_parts(x: Tensor, fmt: ScaledFormat, axis: int = -1, rounding: Round
     else:
         codes = encode(rounded, fmt.element)
     data = work.grouping.join(codes, keep_padding=True)
-    parts = [pack(data, fmt.bits) if is_packed(fmt) else data.contiguous()]
+    parts = [(pack(data, fmt.bits) if is_packed(fmt) else data).contiguous()]
     parts.append(_stored_scale(work.grouping.compact(work.scales.scale), fmt.scale))
     if work.scales.tensor_scale is not None:
         parts.append(work.scales.tensor_scale.clone())
@@ -229,7 +229,8 @@ class _StraightThrough(torch.autograd.Function):
 def fake_quantize(x: Tensor, fmt: str | ScaledFormat, axis: int = -1, rounding: str = "nearest",
                   generator: torch.Generator | None = None, bits: Tensor | None = None,
                   scales: Sequence[Tensor] | None = None) -> Tensor:
-    """``quantize(...).dequantize()`` without the codes, bit for bit; in x's shape and dtype.
+    """``quantize(...).dequantize()`` without the codes, in x's shape and dtype; the same values to
+    the last bit (but -0, which integers cannot store, may stay -0).
 
     Arguments as in ``quantize``. The gradient passes straight through.
 

@@ -69,7 +69,7 @@ def round_value(x: float, item: ElementFormat, rounding: Rounding = NEAREST,
     if isinstance(item, CodebookElement):
         return _round_codebook(x, item, rounding, bits)
     if x > item.max or x < item.min:
-        return item.max if x > 0 else item.min
+        return item.max if x > item.max else item.min
     size = Fraction(abs(x))
     if isinstance(item, IntegerElement):
         ulp = Fraction(item.unit)
@@ -88,8 +88,9 @@ def _round_codebook(x: float, item: CodebookElement, rounding: Rounding, bits: i
     index = max(i for i, value in enumerate(item.values) if value <= x)
     low, high = Fraction(item.values[index]), Fraction(item.values[index + 1])
     delta = (Fraction(x) - low) / (high - low)
-    if rounding.mode == "nearest" and item.logarithmic:
-        up = x * x > item.values[index] * item.values[index + 1]
+    if rounding.mode == "nearest":
+        boundary, even = item.boundaries[index]
+        up = x > boundary or (x == boundary and even)
     else:
         up = goes_up(delta, rounding, bits, index % 2 == 1)
     return item.values[index + up]

@@ -18,6 +18,7 @@ from scaleprop.formats.elements import (
     ElementFormat,
     FloatElement,
     IntegerElement,
+    float32,
 )
 
 MODES = ("nearest", "stochastic", "stochastic_odd", "stochastic_fast", "stochastic_fastest")
@@ -108,8 +109,17 @@ def _leading_power(x: Tensor, digits: int) -> Tensor:
 def _lookup(x: Tensor, element: CodebookElement) -> Tensor:
     value = torch.full_like(x, element.values[0])
     for (boundary, even), upper in zip(element.boundaries, element.values[1:], strict=True):
-        value = torch.where(x >= boundary if even else x > boundary, upper, value)
+        value = torch.where(_beyond(x, boundary, even), upper, value)
     return torch.where(x.isnan(), x, value)
+
+
+def _beyond(x: Tensor, boundary: float, inclusive: bool) -> Tensor:
+    """x > boundary (or ≥), also where the boundary is no float32 but x is."""
+    if x.dtype != torch.float64:
+        rounded = float32(boundary)
+        inclusive = inclusive if rounded == boundary else rounded > boundary
+        boundary = rounded
+    return x >= boundary if inclusive else x > boundary
 
 
 def stochastic(x: Tensor, element: ElementFormat, rounding: Rounding, bits: Tensor) -> Tensor:
@@ -164,6 +174,9 @@ def _round_to_odd(x: Tensor) -> Tensor:
 
 def _codebook_stochastic(x: Tensor, element: CodebookElement, rounding: Rounding,
                          bits: Tensor) -> Tensor:
+    """Between neighbours, δ in float64 (its rounding moves the odds by 2^-53)."""
+    if x.dtype != torch.float64:
+        return _codebook_stochastic(x.double(), element, rounding, bits).to(x.dtype)
     lower = torch.full_like(x, element.values[0])
     gap = torch.full_like(x, element.values[1] - element.values[0])
     for value, upper in zip(element.values[1:-1], element.values[2:], strict=True):

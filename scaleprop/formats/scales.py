@@ -15,14 +15,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import struct
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from scaleprop.errors import FormatError
-from scaleprop.formats.elements import ElementFormat, FloatElement, IntegerElement
+from scaleprop.formats.elements import ElementFormat, FloatElement, IntegerElement, float32
 from scaleprop.formats.grouping import Grouping, is_zero, static_shape
 from scaleprop.formats.rounding import nearest, power_of_two_below
 from scaleprop.formats.scaled import POWER_RULES, ScaledFormat
@@ -57,11 +56,6 @@ class Scales:
         """The inverse, on rounded values (zero point already subtracted)."""
         scaled = values * self.scale
         return scaled if self.tensor_scale is None else scaled * self.tensor_scale
-
-
-def float32(value: float) -> float:
-    """The nearest float32, as a Python float."""
-    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def target(fmt: ScaledFormat) -> float:
@@ -139,9 +133,14 @@ def round_scale(scale: Tensor, fmt: ScaledFormat) -> Tensor:
     return nearest(bounded, fmt.scale)
 
 
+def _wide_sum(grouped: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
+    """Summed in float64, so that the order does not show."""
+    return grouped.sum(dims, keepdim, dtype=torch.float64)
+
+
 def _absmean(grouped: Tensor, amax: Tensor, fmt: ScaledFormat, grouping: Grouping) -> Tensor:
-    total = grouping.reduce(torch.sum, grouped.abs())
-    size = grouping.reduce(torch.sum, grouping.split(torch.ones_like(grouping.join(grouped))))
+    total = grouping.reduce(_wide_sum, grouped.abs())
+    size = grouping.reduce(_wide_sum, grouping.split(torch.ones_like(grouping.join(grouped))))
     return finish(round_scale(total / size.clamp(min=1.0), fmt), amax, fmt)
 
 

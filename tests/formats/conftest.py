@@ -1,0 +1,9 @@
+"""Lets the tests of this folder import ``format_support``."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)
