@@ -10,7 +10,7 @@ import torch.fx
 from torch._dynamo.source import ConstantSource
 from torch._ops import OperatorBase, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import default_decompositions
+from torch.export import ExportedProgram, default_decompositions
 from torch.fx.experimental.symbolic_shapes import (
     ConstraintViolationError,
     DimDynamic,
@@ -25,6 +25,7 @@ __all__ = [
     "GuardOnDataDependentSymNode",
     "OpOverload",
     "ShapeEnv",
+    "decompose",
     "decomposition_table",
     "fake_input",
     "fake_mode_of",
@@ -59,6 +60,21 @@ def decomposition_table() -> dict[OperatorBase, Callable[..., Any]]:
     for name in _KEPT_WHOLE:
         table.pop(_overload(name), None)
     return table
+
+
+def decompose(exported: ExportedProgram) -> ExportedProgram:
+    """``exported`` in the operators of ``decomposition_table``.
+
+    Without example inputs ``run_decompositions`` leaves out its guard function, which mistakes
+    keyword inputs of models with optional ones in between.
+    """
+    inputs = exported.example_inputs
+    exported.example_inputs = None
+    try:
+        with torch.no_grad():
+            return exported.run_decompositions(decomposition_table())
+    finally:
+        exported.example_inputs = inputs
 
 
 def fake_mode_of(graph: torch.fx.Graph) -> FakeTensorMode:

@@ -198,6 +198,8 @@ def _unquantizable(
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return []
+    if not any(isinstance(n.meta.get("val"), torch.Tensor) for n in node.all_input_nodes):
+        return []  # a constant made in place
     rule = rule_for(node.target)
     if rule is None:
         if getattr(node.target, "namespace", None) is None:

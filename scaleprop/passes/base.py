@@ -79,6 +79,11 @@ class Program:
         return dataclasses.replace(self, **changes)
 
     @property
+    def example_leaves(self) -> list[Any]:
+        """The example inputs, flattened."""
+        return pytree.tree_leaves((self.example_args, dict(self.example_kwargs)))
+
+    @property
     def placeholders(self) -> list[torch.fx.Node]:
         """The graph's inputs, in flattened pytree order."""
         return [node for node in self.module.graph.nodes if node.op == "placeholder"]

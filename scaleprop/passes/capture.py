@@ -184,10 +184,10 @@ def _fixed_axes(
     names = exported.graph_signature.user_inputs
     values = {node.name: node.meta.get("val") for node in exported.graph.nodes}
     return [
-        (str(name), axis, values[name].shape[axis])
+        (str(name), axis, int(values[name].shape[axis]))
         for name, wanted in zip(names, axes, strict=True)
         for axis in wanted
-        if isinstance(values[name].shape[axis], int)
+        if not dimensions.is_symbolic(values[name].shape[axis])
     ]
 
 
@@ -209,8 +209,7 @@ def _finish(
     notes: Sequence[str],
 ) -> Program:
     try:
-        with torch.no_grad():
-            flat = exported.run_decompositions(_torch_compat.decomposition_table())
+        flat = _torch_compat.decompose(exported)
     except Exception as error:
         raise CaptureError(
             f"could not bring the exported graph to core ATen: {type(error).__name__}: {error}\n"

@@ -93,7 +93,7 @@ def argument_names(
     forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Parameter name → value, as ``torch.export`` names a model's inputs."""
-    bound = inspect.signature(forward).bind(*args, **kwargs).arguments
+    bound = inspect.signature(forward).bind_partial(*args, **kwargs).arguments
     named: dict[str, Any] = {}
     for name, parameter in inspect.signature(forward).parameters.items():
         if name not in bound:
@@ -130,6 +130,11 @@ def user_names(dynamic_shapes: Any, inputs: Any) -> list[tuple[torch.Tensor, dic
     return []
 
 
+def is_symbolic(size: Any) -> bool:
+    """Whether a size may vary; tracing can leave a symbol behind that stands for one number."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
+
+
 def name_dimensions(
     placeholders: Sequence[torch.fx.Node], given: Mapping[str, Mapping[int, str]]
 ) -> dict[str, dict[int, str]]:
@@ -145,7 +150,7 @@ def name_dimensions(
         if not isinstance(value, torch.Tensor):
             continue
         found[node.name] = {
-            axis: size for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)
+            axis: size for axis, size in enumerate(value.shape) if is_symbolic(size)
         }
     for node, sizes in found.items():
         for axis, size in sizes.items():

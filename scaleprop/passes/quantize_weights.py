@@ -22,7 +22,7 @@ from scaleprop.errors import PostconditionError, PreconditionError, describe, so
 from scaleprop.formats import ScaledFormat, ScaledTensor, parse, quantize
 from scaleprop.passes.assign import ASSIGNMENT, Assignment, assignment_of
 from scaleprop.passes.base import Pass, PassResult, Program
-from scaleprop.passes.error import error_statistics
+from scaleprop.passes.error import weight_error
 from scaleprop.passes.operators import DEQUANTIZE, SCALED_MM
 from scaleprop.passes.rewrite import Rewriter
 from scaleprop.recipes.base import Role
@@ -179,7 +179,7 @@ class _Weights:
                 self.rewriter.constant(part, f"{w.target}_{part_name}", at=node, why=why)
                 for part, part_name in zip(scaled.parts, names, strict=True)
             ]
-            self._stored[key] = (parts, scaled, error_statistics(matrix, scaled))
+            self._stored[key] = (parts, scaled, weight_error(matrix, scaled))
             logger.debug("%s: %s", w.target, fmt)
         return self._stored[key][0], str(fmt)
 

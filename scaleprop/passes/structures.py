@@ -18,8 +18,8 @@ from scaleprop.errors import UnsupportedOpError
 
 logger = logging.getLogger(__name__)
 
-_LEAVES = (torch.Tensor, int, float, complex, bool, str, bytes, type(None), torch.dtype,
-           torch.device, torch.nn.Module, type)  # fmt: skip
+_LEAVES = (torch.Tensor, int, torch.SymInt, float, complex, bool, str, bytes, type(None),
+           torch.dtype, torch.device, torch.nn.Module, type)  # fmt: skip
 
 # attribute names that hold tensors, those that do not, and the values of the latter
 _Context = tuple[tuple[str, ...], tuple[str, ...], tuple[Any, ...]]
@@ -53,7 +53,7 @@ def register_class(cls: type) -> None:
 
     def flatten(value: Any) -> tuple[list[Any], _Context]:
         attributes = vars(value)
-        carrying = tuple(name for name in attributes if _holds_tensors(attributes[name]))
+        carrying = tuple(name for name in attributes if _is_data(attributes[name]))
         rest = tuple(name for name in attributes if name not in carrying)
         context = (carrying, rest, tuple(attributes[name] for name in rest))
         return [attributes[name] for name in carrying], context
@@ -104,6 +104,12 @@ def _load_constant(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return torch.device(value["device"]) if "device" in value else getattr(torch, value["dtype"])
+
+
+def _is_data(value: Any) -> bool:
+    """Whether an attribute may differ from call to call: tensors, and counts such as lengths."""
+    is_count = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    return is_count or _holds_tensors(value)
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch.utils import _pytree as pytree
 
 from scaleprop import _torch_compat as compat
 from scaleprop.passes.base import Program
@@ -19,7 +18,7 @@ def propagate_values(program: Program) -> None:
     inputs.
     """
     mode = compat.symbolic_fake_mode()
-    flat = pytree.tree_leaves((program.example_args, dict(program.example_kwargs)))
+    flat = program.example_leaves
     inputs = [
         compat.fake_input(mode, leaf, node.name, frozenset(program.dynamic_axes.get(node.name, ())))
         if isinstance(leaf, torch.Tensor) else leaf

@@ -3,13 +3,16 @@
     addmm(b, x, w)      →  linear(x, wᵀ, b)        mm(x, w), matmul(x, w)  →  linear(x, wᵀ)
     … with permute(w)   →  linear(x, w, …)         linear(x, w) + b        →  linear(x, w, b)
     linear(view(x), …)  →  view(linear(x, …))      where only leading axes are regrouped
+    linear(x, f(w), …) where f only moves elements →  linear(x, w', …)
     embedding by index_select(w, 0, ids)           →  embedding(w, ids)
 
-A parameter kept as [K, N] is transposed once, here; the old tensor goes when nothing reads it.
+A parameter kept as [K, N], or of which linears read slices, is rearranged once, here; the old
+tensor goes when nothing reads it.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ import torch.fx
 
 from scaleprop.passes.canonicalise.match import argument, aten, is_call, refuse, sizes
 from scaleprop.passes.rewrite import Rewriter
+from scaleprop.rules import rule_for
 from scaleprop.rules.axes import match_axes
 
 _PRODUCTS = (aten.mm.default, aten.matmul.default)
@@ -24,13 +28,65 @@ _PRODUCTS = (aten.mm.default, aten.matmul.default)
 
 def rewrite(rewriter: Rewriter) -> int:
     """Rewrite in place; returns how many."""
-    steps = (_from_product, _from_addmm, _lift_view, _absorb_bias, _from_index_select)
+    steps = (
+        _fold_moved_weight,
+        _from_product,
+        _from_addmm,
+        _lift_view,
+        _absorb_bias,
+        _from_index_select,
+    )
     count = 0
     for step in steps:
         for node in list(rewriter.graph.nodes):
             if node.op == "call_function":
                 count += step(rewriter, node)
     return count
+
+
+def _fold_moved_weight(rewriter: Rewriter, node: torch.fx.Node) -> bool:
+    """A linear whose weight is a slice (view, permutation, …) of a parameter."""
+    if not is_call(node, aten.linear.default):
+        return False
+    folded = False
+    for operand in node.args[1:3]:
+        if not isinstance(operand, torch.fx.Node) or operand.op == "get_attr":
+            continue
+        moved = _moved_parameter(rewriter, operand)
+        if moved is None:
+            refuse(node, f"its operand {operand.name} is computed")
+            continue
+        target, tensor = moved
+        constant = rewriter.constant(
+            tensor.detach().clone(memory_format=torch.contiguous_format),
+            f"{target}_part",
+            at=node,
+            why=f"what {operand.name} takes from {target}",
+        )
+        node.replace_input_with(operand, constant)
+        rewriter.modified = folded = True
+    return folded
+
+
+def _moved_parameter(rewriter: Rewriter, node: Any) -> tuple[str, Any] | None:
+    """(parameter, value) of a node that only moves elements of one parameter."""
+    if not isinstance(node, torch.fx.Node):
+        return None
+    tensor = rewriter.tensor(node)
+    if tensor is not None:
+        return str(node.target), tensor
+    rule = rule_for(node.target) if node.op == "call_function" else None
+    is_item = node.target is operator.getitem
+    if not is_item and (rule is None or rule.family != "movement"):
+        return None
+    if len(node.all_input_nodes) != 1 or node.args[0] is not node.all_input_nodes[0]:
+        return None  # a size or an index from elsewhere, or several tensors
+    inner = _moved_parameter(rewriter, node.args[0])
+    if inner is None:
+        return None
+    op: Any = node.target
+    with torch.no_grad():
+        return inner[0], op(inner[1], *node.args[1:], **node.kwargs)
 
 
 def _from_product(rewriter: Rewriter, node: torch.fx.Node) -> bool:
