@@ -58,8 +58,8 @@ class GraphBuilder:
             data = _torch_data(tensor.detach(), label)
         else:
             data = ir.tensor(np.ascontiguousarray(tensor).reshape(tensor.shape), name=label)
-        value = ir.Value(name=label, shape=ir.Shape(tuple(tensor.shape)), type=ir.TensorType(data.dtype),
-                         const_value=data)
+        value = ir.Value(name=label, shape=ir.Shape(tuple(tensor.shape)),
+                         type=ir.TensorType(data.dtype), const_value=data)
         self.graph.register_initializer(value)
         return value
 

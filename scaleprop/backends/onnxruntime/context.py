@@ -69,7 +69,7 @@ class Context:
             value = self.weight(result, arg.name)
         elif isinstance(result, Size):
             value = self._once(("scalar", result.expression),
-                               lambda: shapes.scalar(self.builder, result.emit()))
+                               lambda: shapes.scalar(self.builder, result.vector()))
         elif isinstance(result, ir.Value):
             value = result
         else:

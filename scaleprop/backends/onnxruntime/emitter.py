@@ -58,12 +58,16 @@ class Port:
 
 @dataclasses.dataclass(frozen=True)
 class Emitted:
-    """An ONNX model, its ports in pytree order, and what each graph node was lowered to."""
+    """An ONNX model, its ports in pytree order, and what each graph node was lowered to.
+
+    values: graph node → name of the ONNX value that holds its tensor, for nodes that have one.
+    """
 
     model: ir.Model
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     lowerings: Mapping[str, str]
+    values: Mapping[str, str]
 
 
 def emit(program: Program, metadata: Mapping[str, str] | None = None) -> Emitted:
@@ -108,7 +112,14 @@ class _Emitter:
         model = ir.Model(self.builder.graph, ir_version=IR_VERSION, producer_name="scaleprop")
         model.metadata_props.update(self._model_metadata(metadata))
         return Emitted(model, tuple(self.inputs), tuple(self.outputs),
-                       dict(self.context.lowerings))
+                       dict(self.context.lowerings), self._values())
+
+    def _values(self) -> dict[str, str]:
+        kept = {value for node in self.builder.graph for value in node.outputs}
+        results = ((node, self.context.result(node)) for node in self.program.module.graph.nodes
+                   if node.op == "call_function")
+        return {node.name: str(value.name) for node, value in results
+                if isinstance(value, ir.Value) and value in kept}
 
     def _input(self, node: torch.fx.Node) -> None:
         meta = node.meta.get("val")

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +73,26 @@ class OnnxExecutable(Executable):
         """
         if len(leaves) != len(self._inputs):
             raise ConfigError(f"expected {len(self._inputs)} inputs, got {len(leaves)}")
-        # keeps the memory that onnxruntime reads alive until it has run
-        held = {port.name: _contiguous(leaves[index], port) for index, port in self._fed}
-        feed = {name: _to_ort(tensor) for name, tensor in held.items()}
-        try:
-            results = self.session.run_with_ort_values(self._fetched, feed) if self._fetched else []
-        except Exception as error:
-            shapes = {name: list(tensor.shape) for name, tensor in held.items()}
-            raise BackendError(f"onnxruntime failed on inputs {shapes}: {error}") from error
+        results = self._run(leaves, self._fetched) if self._fetched else []
         found = iter(results)
         return [port.value if port.kind == "constant" else _from_ort(next(found), port)
                 for port in self._outputs]
+
+    def fetch(self, leaves: Sequence[Any], names: Collection[str]) -> dict[str, torch.Tensor]:
+        """Values of the graph by name, as onnxruntime holds them; they must be graph outputs."""
+        order = list(names)
+        return {name: torch.from_numpy(value.numpy())
+                for name, value in zip(order, self._run(leaves, order), strict=True)}
+
+    def _run(self, leaves: Sequence[Any], names: Sequence[str]) -> Sequence[Any]:
+        # held keeps the memory that onnxruntime reads alive until it has run
+        held = {port.name: _contiguous(leaves[index], port) for index, port in self._fed}
+        feed = {name: _to_ort(tensor) for name, tensor in held.items()}
+        try:
+            return self.session.run_with_ort_values(list(names), feed)
+        except Exception as error:
+            shapes = {name: list(tensor.shape) for name, tensor in held.items()}
+            raise BackendError(f"onnxruntime failed on inputs {shapes}: {error}") from error
 
 
 def _contiguous(leaf: Any, port: Port) -> torch.Tensor:

@@ -22,11 +22,18 @@ from scaleprop.backends.onnxruntime.builder import GraphBuilder
 class Size:
     """A size that is known only when the graph runs.
 
-    expression: equal expressions, equal sizes. emit: the size as a one-element int64 vector.
+    expression: equal expressions, equal sizes. emit: the size as a one-element int64 vector;
+    None where nothing computes it, and only a reshape can infer it.
     """
 
     expression: Any
-    emit: Callable[[], ir.Value] = dataclasses.field(compare=False)
+    emit: Callable[[], ir.Value] | None = dataclasses.field(compare=False)
+
+    def vector(self) -> ir.Value:
+        """The size as a one-element int64 vector."""
+        if self.emit is None:
+            raise ValueError(f"size {self.expression} can only be inferred")
+        return self.emit()
 
 
 Dim = int | Size
@@ -55,7 +62,7 @@ def shape_vector(builder: GraphBuilder, sizes: Sequence[Dim]) -> ir.Value:
         if known:
             pieces.append(builder.integers(known))
             known = []
-        pieces.append(size.emit())
+        pieces.append(size.vector())
     if known:
         pieces.append(builder.integers(known))
     return pieces[0] if len(pieces) == 1 else builder.op("Concat", *pieces, axis=0)
@@ -74,8 +81,9 @@ def reshape(
         for axis, size in enumerate(want)
     ]
     unknown = [axis for axis, size in enumerate(target) if isinstance(size, Size)]
-    if unknown:
-        target[unknown[-1]] = -1
+    if unknown:  # the one that nothing computes, else the last
+        inferred = [axis for axis in unknown if want[axis].emit is None]  # pyright: ignore
+        target[(inferred or unknown)[-1]] = -1
     return builder.op("Reshape", x, shape_vector(builder, target))
 
 

@@ -93,8 +93,9 @@ def instance_norm(
             raise LoweringError(f"{describe(node)}: neither statistics nor inputs to take them of")
         return _batch_norm(ctx, x, weight, bias, mean, variance, eps)
     channels = [ctx.meta(x).shape[1]]
-    return ctx.op("InstanceNormalization", ctx.value(x), _or_constant(ctx, weight, channels, 1.0, x),
-                  _or_constant(ctx, bias, channels, 0.0, x), epsilon=eps)
+    gain = _or_constant(ctx, weight, channels, 1.0, x)
+    shift = _or_constant(ctx, bias, channels, 0.0, x)
+    return ctx.op("InstanceNormalization", ctx.value(x), gain, shift, epsilon=eps)
 
 
 @lowers(aten._native_batch_norm_legit_no_training.default)

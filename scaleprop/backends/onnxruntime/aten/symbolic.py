@@ -40,7 +40,7 @@ def _vector(ctx: Context, arg: Any, dtype: torch.dtype) -> ir.Value:
     if isinstance(arg, Node):
         result = ctx.result(arg)
         if isinstance(result, Size):
-            return ctx.cast(result.emit(), ctx.dtype(arg), dtype)
+            return ctx.cast(result.vector(), ctx.dtype(arg), dtype)
         if isinstance(result, (bool, int, float)):
             arg = result
         else:

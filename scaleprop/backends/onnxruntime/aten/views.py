@@ -27,9 +27,11 @@ def view(ctx: Context, node: Node, x: Node, size: Sequence[Any]) -> ir.Value:
     for wanted, meta in zip(size, ctx.meta(node).shape, strict=True):
         if isinstance(meta, int):
             want.append(meta)
+        elif isinstance(wanted, int) and wanted >= 0:
+            want.append(wanted)
         elif isinstance(wanted, int):  # −1: the trace knows which size it is
             expression = meta.node.expr
-            want.append(known.get(expression, Size(expression, lambda: ctx.ints([-1]))))
+            want.append(known.get(expression, Size(expression, None)))
         else:
             want.append(ctx.dim(wanted))
     return ctx.reshape(ctx.value(x), have, want)

@@ -1,0 +1,95 @@
+"""Does a written model compute what the program means? Checked node by node.
+
+Low precision is discontinuous: one float32 sum that differs in its last bit can move a code, a
+moved extreme can move a whole tensor's scale, and two right implementations drift apart by as
+much as the format's own error. So every node is compared *given the same inputs*: the reference
+runs with onnxruntime's own values in place of its own, and each node must agree within its bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import torch
+import torch.fx
+
+from scaleprop.backends.onnxruntime.emitter import Emitted
+from scaleprop.backends.onnxruntime.quantized.cost import TOLERANCE
+from scaleprop.backends.onnxruntime.session import OnnxExecutable, SessionConfig
+from scaleprop.errors import MismatchError, describe
+from scaleprop.passes.base import Program, relative_error
+
+PLAIN_BOUND = 2.0**-13  # float32 operators: other summation orders, other polynomials for erf
+PROBE = ".probe.onnx"
+
+
+def check_nodes(
+    emitted: Emitted, written: Path, program: Program, leaves: Sequence[Any], config: SessionConfig
+) -> float:
+    """Compare every node of the file ``written`` with the reference, on its own inputs.
+
+    ``leaves`` are flat inputs. A second model beside ``written``, which shares its weights and
+    makes every value an output, is run and deleted.
+
+    Returns:
+        The largest error found: max|difference| / max|reference|.
+
+    Raises:
+        MismatchError: naming the node, its error and its bound.
+    """
+    model = onnx.load(written, load_external_data=False)
+    outputs = {value.name for value in model.graph.output}
+    for name in dict.fromkeys(emitted.values.values()):
+        if name not in outputs:
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    probe = written.with_name(written.stem + PROBE)
+    try:
+        probe.write_bytes(model.SerializeToString())
+        session = ort.InferenceSession(str(probe), config.options(),
+                                       providers=["CPUExecutionProvider"])
+        found = OnnxExecutable(emitted, session).fetch(leaves, set(emitted.values.values()))
+    finally:
+        probe.unlink(missing_ok=True)
+    values = {node: found[name] for node, name in emitted.values.items()}
+    forced = _Forced(program.module, values)
+    with torch.no_grad():
+        forced.run(*leaves, enable_io_processing=False)
+    return forced.worst
+
+
+class _Forced(torch.fx.Interpreter):
+    """The reference, with another implementation's values put in place of its own."""
+
+    def __init__(
+        self, module: torch.fx.GraphModule, values: Mapping[str, torch.Tensor]
+    ) -> None:
+        super().__init__(module)
+        self._values = values
+        self.worst = 0.0
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        expected = super().run_node(n)
+        actual = self._values.get(n.name)
+        if actual is None or not isinstance(expected, torch.Tensor):
+            return expected
+        self.worst = max(self.worst, _compare(n, actual, expected))
+        return actual.to(expected.dtype)
+
+
+def _compare(node: torch.fx.Node, actual: torch.Tensor, expected: torch.Tensor) -> float:
+    if actual.shape != expected.shape:
+        raise MismatchError(f"{describe(node)}: onnxruntime gives shape {list(actual.shape)}, "
+                            f"the reference {list(expected.shape)}")
+    error = relative_error(actual, expected)
+    quantized = str(node.target).startswith("scaleprop.")
+    bound = (TOLERANCE if quantized else PLAIN_BOUND) if expected.is_floating_point() else 0.0
+    if not error <= bound:
+        raise MismatchError(
+            f"{describe(node)}: given the same inputs, onnxruntime differs from the reference by "
+            f"{error:.3g} of the largest value (bound {bound:.3g})"
+        )
+    return error
