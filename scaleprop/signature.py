@@ -95,7 +95,7 @@ class Signature:
     @classmethod
     def of(cls, program: Program, names: Sequence[str]) -> Signature:
         """The signature of a captured program."""
-        flat = pytree.tree_leaves((program.example_args, dict(program.example_kwargs)))
+        flat = program.example_leaves
         leaves = tuple(
             _leaf(node.name, node.meta.get("val"), example)
             for node, example in zip(program.placeholders, flat, strict=True)

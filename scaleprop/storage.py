@@ -58,7 +58,7 @@ def save(compiled: CompiledModel, directory: Path) -> Path:
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())
                                and not (directory / "config.json").exists()):
         raise ConfigError(f"{directory} exists and is not a saved model; choose another path")
-    leaves = pytree.tree_leaves((program.example_args, dict(program.example_kwargs)))
+    leaves = program.example_leaves
     config = {
         "format_version": FORMAT_VERSION,
         "backend": compiled.backend,

@@ -38,3 +38,11 @@ class Backend(abc.ABC):
             LoweringError, UnsupportedOpError: naming node, operator, source line and remedy.
             BackendUnavailable: where a package or device is missing.
         """
+
+    def verify(self, program: Program) -> None:
+        """Hold what ``lower`` makes of ``program`` to this backend's own bounds, where it has any
+        that are tighter than the end-to-end bound of ``scaleprop.fidelity``.
+
+        Raises:
+            MismatchError: naming the node.
+        """
