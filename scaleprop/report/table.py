@@ -61,7 +61,7 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
             ("size", f"{text.megabytes(report.nbytes_before)} → "
                      f"{text.megabytes(report.nbytes_after)} ({report.size_ratio:.3f}×)")
         )
-    rows.append(("quantized", f"{len(report.quantized)} of {len(report.records)} tensors"))
+    rows.append(("quantized" if report.recipe else "compared", f"tensors: {report.tally}"))
     rows += [(name, f"{value:.6g}") for name, value in report.fidelity.items()]
     rows += [
         ("stayed high", f"{count} × {op}: {reason}") for op, reason, count in report.reasons()

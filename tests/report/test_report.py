@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -204,14 +205,21 @@ def test_an_empty_report_saves_and_shows(
 ) -> None:
     Report().save(tmp_path / "r.html")
     assert "no tensors" in (tmp_path / "r.html").read_text()
-    Report().show()
-    assert "0 of 0 tensors" in capsys.readouterr().out
+    Report(recipe="int8").show()
+    assert "tensors: 0 of 0" in capsys.readouterr().out
+
+
+def test_an_analysis_counts_tensors_and_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    weight, activation = make_report().records[:2]
+    other = dataclasses.replace(weight, format="nvfp4")
+    Report(records=(weight, other, activation)).show()
+    assert "tensors: 2 in 2 formats" in capsys.readouterr().out
 
 
 def test_show_names_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
     make_report().show()
     shown = capsys.readouterr().out
-    for expected in ("mxfp4", "2 of 3 tensors", "0.160×", "18.2", "12.50", "integer limbs",
+    for expected in ("mxfp4", "tensors: 2 of 3", "0.160×", "18.2", "12.50", "integer limbs",
                      "1 × aten.conv2d: excluded by exclude='<conv>'", "a note", "cosine"):
         assert expected in shown
 
