@@ -305,8 +305,8 @@ def _cells(section: Mapping[str, Any], name: str, row: Mapping[str, Any], counts
 
 def summary(sections: Mapping[str, Any]) -> list[str]:
     """One line per workload: our rows against the best peer of their class."""
-    wanted = ("ours int8", "ours int8-dynamic", "ours int4", "ours int8, Inductor",
-              "ours int8-dynamic, Inductor")
+    wanted = ("ours int8", "ours int8-dynamic", "ours int4", "ours int4-int8",
+              "ours int8, Inductor", "ours int8-dynamic, Inductor")
     header = ["workload", "threads", *(f"{name} ÷ best peer" for name in wanted)]
     body: list[list[object]] = []
     for name, section in sections.items():
