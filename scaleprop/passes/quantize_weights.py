@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,6 +32,7 @@ from scaleprop.report.records import TensorRecord
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
+_CHUNK = 1 << 18  # elements quantized at a time
 _PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -192,9 +193,13 @@ class _Weights:
         clipping = self.options.clipping or role.clipping
         searched = fmt.replace(rule="mse") if clipping == "mse" else fmt
         generator = self._generator if role.rounding == "stochastic" else None
-        found = quantize(matrix, searched, rounding=role.rounding, generator=generator)
+        pieces = [
+            quantize(piece, searched, rounding=role.rounding, generator=generator).parts
+            for piece in _independent_rows(matrix, fmt)
+        ]
+        parts = pieces[0] if len(pieces) == 1 else _joined(pieces)
         # how a scale was found is not part of what is stored
-        return dataclasses.replace(found, format=fmt)
+        return ScaledTensor.from_parts(parts, fmt, matrix.shape, dtype=matrix.dtype)
 
     def _record(
         self,
@@ -224,6 +229,17 @@ class _Weights:
                 **errors,
             )
         )
+
+
+def _independent_rows(matrix: torch.Tensor, fmt: ScaledFormat) -> Sequence[torch.Tensor]:
+    """Chunks of rows that share no scale: their temporaries are small and stay in cache."""
+    if fmt.two_level or fmt.granularity.kind not in ("row", "block"):
+        return [matrix]
+    return matrix.split(max(_CHUNK // max(matrix.shape[1], 1), 1))
+
+
+def _joined(pieces: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
 
 
 def _part_names(fmt: ScaledFormat) -> list[str]:
