@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scaleprop.analysis import Analysis, analyze
+    from scaleprop.analysis import analyze
     from scaleprop.api import CompiledModel, compile, load
     from scaleprop.formats import (
         ElementFormat,
@@ -29,7 +29,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     **dict.fromkeys(("CompiledModel", "compile", "load"), "scaleprop.api"),
-    **dict.fromkeys(("Analysis", "analyze"), "scaleprop.analysis"),
+    "analyze": "scaleprop.analysis",
     **dict.fromkeys(
         ("ElementFormat", "ScaledFormat", "ScaledTensor",
          "dequantize", "fake_quantize", "quantize"),
@@ -40,7 +40,6 @@ _HOME = {
 }
 
 __all__ = [
-    "Analysis",
     "CompiledModel",
     "ElementFormat",
     "Recipe",

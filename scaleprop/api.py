@@ -43,7 +43,6 @@ class CompiledModel:
     executable: Executable
     baseline: tuple[Any, ...]
     nbytes_before: int
-    notes: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on inputs shaped as the example inputs; returns the model's own output structure.
@@ -69,7 +68,7 @@ class CompiledModel:
         )
         return Report(recipe=self.recipe.name, backend=self.backend, records=records,
                       nbytes_before=self.nbytes_before, nbytes_after=self.nbytes,
-                      notes=(*self.program.notes, *self.notes))
+                      notes=self.program.notes)
 
     def verify(self) -> Fidelity:
         """Compare this backend with the reference on the example inputs.
@@ -181,7 +180,7 @@ def load(directory: str | Path, backend: str | None = None) -> CompiledModel:
         program=saved.program, recipe=saved.recipe, backend=name,
         signature=Signature.of(saved.program, saved.names),
         executable=backend_named(name).lower(saved.program),
-        baseline=saved.baseline, nbytes_before=saved.nbytes_before, notes=saved.notes,
+        baseline=saved.baseline, nbytes_before=saved.nbytes_before,
     )
 
 

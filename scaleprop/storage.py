@@ -44,7 +44,6 @@ class SavedModel:
     names: tuple[str, ...]
     baseline: tuple[Any, ...]
     nbytes_before: int
-    notes: tuple[str, ...]
 
 
 def save(compiled: CompiledModel, directory: Path) -> Path:
@@ -69,7 +68,7 @@ def save(compiled: CompiledModel, directory: Path) -> Path:
         "dynamic_axes": {name: {str(axis): dim for axis, dim in axes.items()}
                          for name, axes in program.dynamic_axes.items()},
         "nbytes_before": compiled.nbytes_before,
-        "notes": list(compiled.notes),
+        "notes": list(program.notes),
         "records": [dataclasses.asdict(record) for record in program.records],
         "example": [None if isinstance(leaf, torch.Tensor) else {"constant": leaf}
                     for leaf in leaves],
@@ -124,12 +123,13 @@ def load(directory: Path) -> SavedModel:
         module=_module(graph_from_json(nodes), tensors),
         in_spec=in_spec, out_spec=out_spec, example_args=tuple(args), example_kwargs=kwargs,
         dynamic_axes=axes, records=tuple(_record(entry) for entry in config["records"]),
+        notes=tuple(config["notes"]),
     )
     propagate_values(program)
     return SavedModel(
         program=program, recipe=Recipe.from_dict(config["recipe"]), backend=config["backend"],
         names=tuple(config["names"]), baseline=tuple(_leaves("baseline", config, stored)),
-        nbytes_before=config["nbytes_before"], notes=tuple(config["notes"]),
+        nbytes_before=config["nbytes_before"],
     )
 
 
