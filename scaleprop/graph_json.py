@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.fx
 
+from scaleprop._torch_compat import OpOverload
 from scaleprop.errors import ConfigError, UnsupportedOpError, describe
 
 _SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -57,7 +58,7 @@ def _node_to_json(node: torch.fx.Node) -> dict[str, Any]:
 
 
 def _target_name(node: torch.fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return f"ops.{node.target}"
     name = _FUNCTION_NAMES.get(node.target)  # pyright: ignore[reportArgumentType, reportCallIssue]
     if name is None:
@@ -120,7 +121,7 @@ def _resolve(name: str) -> Callable[..., Any]:
     if len(parts) == 4 and parts[0] == "ops":
         packet = getattr(getattr(torch.ops, parts[1]), parts[2], None)
         found = getattr(packet, parts[3], None) if packet is not None else None
-    if not isinstance(found, torch._ops.OpOverload):
+    if not isinstance(found, OpOverload):
         raise ConfigError(f"operator {name!r} is not registered here; import the package that "
                           f"defines it before loading")
     return found

@@ -150,5 +150,5 @@ class Signature:
 def _leaf(name: str, value: Any, example: Any) -> Leaf:
     if not isinstance(value, torch.Tensor):
         return Leaf(name, None, constant=example)
-    shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    shape = tuple(str(size) if isinstance(size, torch.SymInt) else size for size in value.shape)
     return Leaf(name, value.dtype, shape)

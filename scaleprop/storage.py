@@ -6,6 +6,7 @@ Nothing is pickled. A directory is written under a temporary name and renamed wh
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -133,8 +134,9 @@ def load(directory: Path) -> SavedModel:
     )
 
 
-def _record(entry: Mapping[str, Any]) -> TensorRecord:
-    return TensorRecord(**{**entry, "shape": tuple(entry["shape"])})
+def _record(entry: dict[str, Any]) -> TensorRecord:
+    entry["shape"] = tuple(entry["shape"])
+    return TensorRecord(**entry)
 
 
 def _spec(text: str) -> pytree.TreeSpec:
@@ -149,11 +151,12 @@ def _module(graph: torch.fx.Graph, tensors: Mapping[str, torch.Tensor]) -> torch
     """A module that holds ``tensors`` under their dotted names, as buffers."""
     root = torch.nn.Module()
     for name, tensor in tensors.items():
-        owner, *path, leaf = [root, *name.split(".")]
+        *path, leaf = name.split(".")
+        owner = root
         for part in path:
             if not hasattr(owner, part):
                 owner.add_module(part, torch.nn.Module())
-            owner = getattr(owner, part)
+            owner = owner.get_submodule(part)
         owner.register_buffer(leaf, tensor)
     return torch.fx.GraphModule(root, graph)
 
@@ -184,23 +187,20 @@ def _leaves(kind: str, config: Mapping[str, Any], stored: Mapping[str, torch.Ten
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     # clone: safetensors refuses tensors that share memory, as views of one parameter do
     flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    _safetensors().torch.save_file(flat, path)
+    _safetensors("safetensors.torch").save_file(flat, path)
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    library = _safetensors()
     try:
-        return library.torch.load_file(path)
-    except (OSError, library.SafetensorError) as error:
+        return _safetensors("safetensors.torch").load_file(path)
+    except (OSError, _safetensors("safetensors").SafetensorError) as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _safetensors() -> Any:
+def _safetensors(module: str) -> Any:
     try:
-        import safetensors
-        import safetensors.torch
+        return importlib.import_module(module)
     except ImportError as error:
         raise BackendUnavailable(
             "saving and loading need safetensors: pip install safetensors"
         ) from error
-    return safetensors
