@@ -15,7 +15,7 @@ FLOAT = int(ir.DataType.FLOAT)
 INT8 = int(ir.DataType.INT8)
 UINT8 = int(ir.DataType.UINT8)
 INT32 = int(ir.DataType.INT32)
-UINT32 = int(ir.DataType.UINT32)
+INT64 = int(ir.DataType.INT64)
 ZERO = 128  # zero point of symmetric uint8 activations: onnxruntime's fast GEMM is u8 × s8
 
 Operand = ir.Value | float

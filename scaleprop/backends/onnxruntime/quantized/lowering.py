@@ -17,13 +17,10 @@ from scaleprop.backends.onnxruntime.quantized import rounding as rounds
 from scaleprop.backends.onnxruntime.quantized import scales as scale_rules
 from scaleprop.backends.onnxruntime.quantized.cost import TOLERANCE
 from scaleprop.backends.onnxruntime.quantized.emit import Emitter
+from scaleprop.backends.onnxruntime.quantized.expand import computed_values, constant_matrix
 from scaleprop.backends.onnxruntime.quantized.operand import Quantized
 from scaleprop.backends.onnxruntime.quantized.products import Problem, choose
-from scaleprop.backends.onnxruntime.quantized.weights import (
-    Weight,
-    computed_values,
-    constant_matrix,
-)
+from scaleprop.backends.onnxruntime.quantized.weights import Weight
 from scaleprop.backends.onnxruntime.registry import lowers
 from scaleprop.errors import LoweringError, describe
 from scaleprop.formats import ScaledTensor, parse

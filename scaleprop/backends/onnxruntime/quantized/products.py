@@ -23,6 +23,7 @@ from scaleprop.formats.elements import IntegerElement
 
 ROUNDING = 2.0**-21  # a handful of float32 roundings
 FLOAT_SUM = 2.0**-18  # a float32 sum over K
+WORTH = 1.3  # how much faster a lowering must be that is less accurate than a float32 sum
 
 
 def limb_error(count: int) -> float:
@@ -282,9 +283,12 @@ def _activation_limbs(x: Quantized) -> Sequence[int]:
 
 
 def choose(p: Problem, tolerance: float = cost.TOLERANCE) -> Candidate:
-    """The fastest candidate within the tolerance; where some are exact, the fastest of those."""
+    """The fastest candidate within the tolerance; where some are exact, the fastest of those.
+
+    One that is less accurate than a float32 sum has to be ``WORTH`` it.
+    """
     found = list(candidates(p))
     exact = [c for c in found if c.error(p) == 0.0]
     allowed = exact or [c for c in found if c.error(p) <= tolerance] or [FloatProduct()]
-    return min(allowed, key=lambda c: c.seconds(p))
+    return min(allowed, key=lambda c: c.seconds(p) * (WORTH if c.error(p) > FLOAT_SUM * 2 else 1.0))
 

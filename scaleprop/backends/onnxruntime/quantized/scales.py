@@ -6,6 +6,7 @@ The same operations in the same order in float32, so that scales equal the refer
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
@@ -13,8 +14,8 @@ import onnx_ir as ir
 from scaleprop.backends.onnxruntime.quantized.emit import FLOAT, UINT8, Emitter
 from scaleprop.backends.onnxruntime.quantized.rounding import round_to
 from scaleprop.formats.elements import IntegerElement
-from scaleprop.formats.scaled import POWER_RULES, ScaledFormat
-from scaleprop.formats.scales import FLT_MAX, scale_bound, target
+from scaleprop.formats.scaled import FLT_MAX, POWER_RULES, ScaledFormat
+from scaleprop.formats.scales import target
 
 KINDS = ("tensor", "row", "channel", "block")
 RULES = (*POWER_RULES, "exact")
@@ -117,15 +118,12 @@ def _power_scale(e: Emitter, largest: ir.Value, fmt: ScaledFormat) -> ir.Value:
 
 
 def _power_bound(fmt: ScaledFormat) -> float:
-    bound, power = scale_bound(fmt.element, fmt.scale), 2.0**127
-    while power > bound:
-        power /= 2.0
-    return power
+    return math.ldexp(1.0, math.frexp(fmt.scale_bound)[1] - 1)
 
 
 def _round_scale(e: Emitter, scale: ir.Value, fmt: ScaledFormat) -> ir.Value:
     """Nearest value of the scale format."""
-    bounded = e("Min", scale, float(scale_bound(fmt.element, fmt.scale)))
+    bounded = e("Min", scale, fmt.scale_bound)
     if fmt.scale.name == "f32":
         return bounded
     if fmt.scale.name in ("bf16", "f16"):

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from scaleprop.backends.onnxruntime.quantized.emit import FLOAT, INT8, INT32, Emitter
+from scaleprop.backends.onnxruntime.quantized import expand
+from scaleprop.backends.onnxruntime.quantized.emit import FLOAT, INT32, Emitter
+from scaleprop.backends.onnxruntime.quantized.expand import Array
 from scaleprop.formats import ScaledTensor
 from scaleprop.formats.elements import IntegerElement
 from scaleprop.formats.packing import pack
-from scaleprop.formats.rounding import decode
 from scaleprop.formats.scaled import ScaledFormat
 from scaleprop.formats.tensor import is_packed
 
@@ -91,6 +91,8 @@ class Weight:
         """How many limbs hold every column exactly; None where ``MAX_LIMBS`` do not."""
         if self.integer_columns:
             return 1
+        if self.format.scale.fraction_bits > 3:  # no power-of-two columns for such scales
+            return None
         rest = self.unscaled / self.units[:, None]
         for count in range(1, MAX_LIMBS + 1):
             rest = rest - rest.round()
@@ -125,8 +127,13 @@ class Weight:
 
     def float_matrix(self, e: Emitter) -> ir.Value:
         """ŵ as float32 [K, N]."""
-        return self._once("float", lambda: e(
-            "Transpose", self._float_rows(e, with_outer=True), perm=[1, 0]))
+        return self._once("float", lambda: self._make_float_matrix(e))
+
+    def _make_float_matrix(self, e: Emitter) -> ir.Value:
+        rows = self._float_rows(e)
+        if self.tensor.tensor_scale is not None:
+            rows = e("Mul", rows, self.outer)
+        return e("Transpose", rows, perm=[1, 0])
 
     def _once(self, key: Any, emit: Callable[[], Any]) -> Any:
         if key not in self._made:
@@ -143,19 +150,54 @@ class Weight:
         if self.integer_columns and count == 1:
             matrix, steps = self._integer_matrix(e)
         else:
-            rest = e("Mul", self._float_rows(e, with_outer=False), e.f32(self._inverse_units()))
-            limbs: list[ir.Value] = []
-            for index in range(count):
-                limb = e("Round", rest)
-                limbs.append(e("Cast", limb, to=INT8))
-                if index + 1 < count:
-                    rest = e("Mul", e("Sub", rest, limb), 128.0)
-            joined = limbs[0] if count == 1 else e("Concat", *limbs, axis=0)
-            matrix = e("Transpose", joined, perm=[1, 0])
+            matrix = self._looked_up_limbs(e, count) if self._has_limb_table else \
+                self._computed_limbs(e, count)
         return matrix, e.builder.initializer(steps.numpy(), f"{self.name}_columns")
 
-    def _inverse_units(self) -> np.ndarray:
-        return (1.0 / self.units).numpy()[:, None]
+    def _computed_limbs(self, e: Emitter, count: int) -> ir.Value:
+        """Limbs [K, count·N] by float arithmetic."""
+        inverse = (1.0 / self.units).numpy()[:, None]
+        if self.format.granularity.kind == "tile":
+            rest = e("Mul", self._float_rows(e), e.f32(inverse))
+        else:
+            rest = self._float_rows(e, inverse)
+        limbs: list[ir.Value] = []
+        zero = e.builder.constant(0, np.int8)
+        for index in range(count):
+            scale = e.f32(128.0**-index)
+            limbs.append(e("QuantizeLinear", rest, scale, zero))
+            if index + 1 < count:  # a DequantizeLinear would not be folded
+                value = e("Cast", limbs[-1], to=FLOAT)
+                rest = e("Sub", rest, value if index == 0 else e("Mul", value, scale))
+        joined = limbs[0] if count == 1 else e("Concat", *limbs, axis=0)
+        return e("Transpose", joined, perm=[1, 0])
+
+    @property
+    def _has_limb_table(self) -> bool:
+        """Whether a table by code and block exponent gives limbs: few codes, scales 2^e."""
+        fmt = self.format
+        return not fmt.scale.has_zero and fmt.bits <= 6 and is_packed(fmt) \
+            and fmt.granularity.kind == "block"
+
+    def _looked_up_limbs(self, e: Emitter, count: int) -> ir.Value:
+        """Limbs [K, count·N] from a table; blocks are told apart by exponents below the top."""
+        assert self.format.block is not None
+        ratio = self.tensor.scale.float() / self.units[:, None]
+        top = float(ratio.max())
+        vanishing = 7 * count + 8  # all limbs of a value this many exponents down are zero
+        steps = int(np.clip(np.log2(top / float(ratio.min())), 0, vanishing))
+        scale = expand.stored_scale(e, self.tensor.scale, self.format, self.name)
+        relative = e("Mul", scale, e.f32((1.0 / (self.units * top)).numpy()[:, None]))
+        relative = e("Max", relative, 2.0**-steps)
+        octave = e.builder.constant(1 << 23, np.int32)
+        bits = e("Div", e("BitCast", relative, to=INT32), octave)
+        shift = e("Sub", e.builder.constant(127, np.int32), bits)
+        rows = expand.by_block(e, self.tensor.data, self.name, self.format.bits,
+                               expand.limb_table(self.format, top, steps, count), shift,
+                               self.format.block[1], self.inputs)
+        columns = e("Transpose", rows, perm=[1, 0])
+        return columns if count == 1 else e(
+            "Reshape", columns, e.ints(self.inputs, count * self.outputs))
 
     def zero_points(self, e: Emitter) -> ir.Value | None:
         """int8 zero point of each column of ``limb_matrix``, [N]; None where they are zero."""
@@ -186,7 +228,7 @@ class Weight:
         if tensor.zero_point is not None:
             zeros = e.builder.initializer(pack(tensor.zero_point, fmt.bits), f"{self.name}_zero")
         return (e.builder.initializer(data, self.name),
-                stored_scale(e, tensor.scale, fmt, self.name), zeros)
+                expand.stored_scale(e, tensor.scale, fmt, self.name), zeros)
 
     def _integer_matrix(self, e: Emitter) -> tuple[ir.Value, Tensor]:
         """Codes themselves as int8 [K, N] (minus 2^(bits-1) with a zero point), and scales [N]."""
@@ -198,208 +240,21 @@ class Weight:
                 codes = (codes ^ 0x80).view(torch.int8)
             return e.builder.initializer(codes.t(), self.name), steps.contiguous()
         offset = 1 << (self.format.bits - 1) if self.tensor.zero_point is not None else 0
-        rows = self._looked_up(e, _integer_table(self.format, offset))
+        rows = self._looked_up(e, expand.integer_table(self.format, offset))
         return e("Transpose", rows, perm=[1, 0]), steps.contiguous()
 
-    def _float_rows(self, e: Emitter, with_outer: bool) -> ir.Value:
-        """ŵ as float32 [N, K]."""
-        n, k = self.outputs, self.inputs
-        values = element_values(e, self.tensor.data, self.format, self.name, [n], self._padded)
-        x = scaled_values(e, self.tensor, values, self.name, k, self._padded)
-        if with_outer and self.tensor.tensor_scale is not None:
-            x = e("Mul", x, self.outer)
-        return x
+    def _float_rows(self, e: Emitter, factors: Array | None = None) -> ir.Value:
+        """ŵ without the tensor scale as float32 [N, K], rows multiplied by powers of two."""
+        values = expand.element_values(e, self.tensor.data, self.format, self.name,
+                                       [self.outputs], self._padded)
+        return expand.scaled_values(e, self.tensor, values, self.name, self.inputs, self._padded,
+                                    factors)
 
     @property
     def _padded(self) -> int:
         block = self.format.block
         return self.inputs if block is None else self.inputs + -self.inputs % block[1]
 
-    def _looked_up(self, e: Emitter, table: np.ndarray) -> ir.Value:
+    def _looked_up(self, e: Emitter, table: Array) -> ir.Value:
         data = e.builder.initializer(self.tensor.data, self.name)
-        return unpacked(e, data, self.format.bits, table, [self.outputs], self.inputs)
-
-
-def element_values(e: Emitter, data: Tensor | ir.Value, fmt: ScaledFormat, name: str,
-                   lead: Sequence[int], padded: int) -> ir.Value:
-    """Stored data [*lead, …] as unscaled float32 element values [*lead, padded].
-
-    ``lead``: leading sizes; 0 copies the input's.
-    """
-    value = e.builder.initializer(data, name) if isinstance(data, Tensor) else data
-    if not is_packed(fmt):
-        unit = float(getattr(fmt.element, "unit", 1.0))
-        if fmt.element.storage == torch.uint8 and not fmt.zero_point:
-            return e("Gather", e.f32(_table(fmt)), e("Cast", value, to=INT32))
-        x = e("Cast", value, to=FLOAT)
-        return x if unit == 1.0 else e("Mul", x, unit)
-    return unpacked(e, value, fmt.bits, _table(fmt), lead, padded)
-
-
-def scaled_values(e: Emitter, tensor: ScaledTensor, values: ir.Value, name: str, size: int,
-                  padded: int) -> ir.Value:
-    """Element values [N, padded] times their stored block scales, cropped to [N, size]."""
-    fmt, rows = tensor.format, tensor.shape[0]
-    scale = stored_scale(e, tensor.scale, fmt, name)
-    zero = None
-    if tensor.zero_point is not None:
-        stored = e.builder.initializer(tensor.zero_point, f"{name}_zero")
-        zero = e("Cast", stored, to=FLOAT)
-    kind = fmt.granularity.kind
-    if kind == "block":
-        assert fmt.block is not None
-        values = e("Reshape", values, e.ints(rows, padded // fmt.block[1], fmt.block[1]))
-        scale = e.unsqueeze(scale, -1)
-        zero = None if zero is None else e.unsqueeze(zero, -1)
-    elif kind == "tile":
-        assert fmt.block is not None
-        height, width = fmt.block
-        if rows % height:
-            values = e("Pad", values, e.ints(0, 0, -rows % height, 0))
-        values = e("Reshape", values, e.ints(-(-rows // height), height, padded // width, width))
-        scale = e.unsqueeze(e.unsqueeze(scale, -1), 1)
-        zero = None if zero is None else e.unsqueeze(e.unsqueeze(zero, -1), 1)
-    x = e("Mul", values if zero is None else e("Sub", values, zero), scale)
-    if kind in ("block", "tile"):
-        x = e("Reshape", x, e.ints(-1, padded))
-    return crop(e, x, rows if kind == "tile" and rows % (fmt.block or (1, 1))[0] else None,
-                size if padded != size else None)
-
-
-def crop(e: Emitter, x: ir.Value, rows: int | None, columns: int | None) -> ir.Value:
-    """The first rows and columns of a matrix; None keeps all."""
-    for axis, size in ((0, rows), (1, columns)):
-        if size is not None:
-            x = e("Slice", x, e.ints(0), e.ints(size), e.ints(axis))
-    return x
-
-
-def stored_scale(e: Emitter, scale: Tensor | ir.Value, fmt: ScaledFormat, name: str) -> ir.Value:
-    """Stored scales as float32."""
-    value = e.builder.initializer(scale, f"{name}_scale") if isinstance(scale, Tensor) else scale
-    if fmt.scale.native is None:
-        table = decode(torch.arange(256, dtype=torch.uint8), fmt.scale).numpy()
-        return e("Gather", e.f32(table), e("Cast", value, to=INT32))
-    if fmt.scale.native == torch.float32:
-        return value
-    return e("Cast", value, to=FLOAT)
-
-
-def unpacked(e: Emitter, data: ir.Value, bits: int, table: np.ndarray, lead: Sequence[int],
-             count: int) -> ir.Value:
-    """Packed codes [*lead, bytes] looked up in ``table`` [2^bits]: [*lead, count].
-
-    Two and four bits: one gather per byte, of all its codes. Other widths are shifted out first.
-    """
-    if 8 % bits == 0:
-        per_byte = 8 // bits
-        codes = (np.arange(256)[:, None] >> (bits * np.arange(per_byte))) & ((1 << bits) - 1)
-        entries = e.builder.constant(table[codes], table.dtype)
-        x = e("Gather", entries, e("Cast", data, to=INT32))
-        total = -(-count // per_byte) * per_byte
-        x = e("Reshape", x, e.ints(*lead, total))
-    else:
-        codes, total = _shifted_out(e, data, bits, lead, count)
-        x = e("Gather", e.builder.constant(table, table.dtype), e("Cast", codes, to=INT32))
-    if total != count:
-        x = e("Slice", x, e.ints(0), e.ints(count), e.ints(-1))
-    return x
-
-
-def _shifted_out(e: Emitter, data: ir.Value, bits: int, lead: Sequence[int],
-                 count: int) -> tuple[ir.Value, int]:
-    """Codes of 3, 5, 6 or 7 bits, little-endian, as uint8 [*lead, total]."""
-    group = 8 // math.gcd(bits, 8)
-    width = group * bits // 8
-    groups = -(-count // group)
-    rank = len(lead) + 1
-    missing = groups * width - -(-count * bits // 8)
-    if missing:
-        data = e("Pad", data, e.ints(*[0] * (2 * rank - 1), missing))
-    data = e("Reshape", data, e.ints(*lead, groups, width))
-    columns = [e("Slice", data, e.ints(i), e.ints(i + 1), e.ints(-1)) for i in range(width)]
-    codes = [_code(e, columns, i * bits, bits) for i in range(group)]
-    joined = e("Concat", *codes, axis=-1)
-    return e("Reshape", joined, e.ints(*lead, groups * group)), groups * group
-
-
-def _code(e: Emitter, columns: Sequence[ir.Value], start: int, bits: int) -> ir.Value:
-    """The code at bit offset ``start`` of the bytes ``columns``."""
-    first, offset = divmod(start, 8)
-    code = columns[first]
-    if offset:
-        code = e("BitShift", code, e.u8(offset), direction="RIGHT")
-    if offset + bits > 8:
-        high = e("BitShift", columns[first + 1], e.u8(8 - offset), direction="LEFT")
-        code = e("BitwiseOr", code, high)
-    return e("BitwiseAnd", code, e.u8((1 << bits) - 1))
-
-
-@functools.cache
-def _table(fmt: ScaledFormat) -> np.ndarray:
-    """float32 value of each code; with a zero point the code itself."""
-    codes = torch.arange(1 << fmt.bits)
-    if fmt.zero_point:
-        return codes.float().numpy()
-    if isinstance(fmt.element, IntegerElement):
-        half = 1 << (fmt.bits - 1)
-        return (((codes ^ half) - half).float() * fmt.element.unit).numpy()
-    return decode(codes.to(torch.uint8), fmt.element).numpy()
-
-
-def _integer_table(fmt: ScaledFormat, offset: int) -> np.ndarray:
-    """int8 value of each packed integer code, minus ``offset`` where codes are unsigned."""
-    codes = torch.arange(1 << fmt.bits)
-    half = 1 << (fmt.bits - 1)
-    values = codes - offset if fmt.zero_point else (codes ^ half) - half
-    return values.to(torch.int8).numpy()
-
-
-def constant_matrix(e: Emitter, tensor: ScaledTensor, name: str) -> ir.Value:
-    """x̂ of a constant of any rank and axis, float32, in its logical shape; folded at load."""
-    axis = tensor.axis % len(tensor.shape)
-    moved = [size for i, size in enumerate(tensor.shape) if i != axis] + [tensor.shape[axis]]
-    size, block = moved[-1], tensor.format.block
-    padded = size if block is None else size + -size % block[1]
-    rows = math.prod(moved[:-1])
-    flat = dataclasses.replace(
-        tensor, data=tensor.data.reshape(rows, -1), shape=torch.Size([rows, size]), axis=-1,
-        scale=_flat_scale(tensor.scale, tensor.format, rows),
-        zero_point=None if tensor.zero_point is None else
-        _flat_scale(tensor.zero_point, tensor.format, rows))
-    values = element_values(e, flat.data, flat.format, name, [rows], padded)
-    x = scaled_values(e, flat, values, name, size, padded)
-    if tensor.tensor_scale is not None:
-        x = e("Mul", x, float(tensor.tensor_scale))
-    if len(moved) != 2:
-        x = e("Reshape", x, e.ints(*moved))
-    if axis == len(moved) - 1:
-        return x
-    order = list(range(len(moved) - 1))
-    order.insert(axis, len(moved) - 1)
-    return e("Transpose", x, perm=order)
-
-
-def _flat_scale(scale: Tensor, fmt: ScaledFormat, rows: int) -> Tensor:
-    """Stored scales with all leading axes as one; tiles keep theirs."""
-    if fmt.granularity.kind in ("row", "block"):
-        return scale.reshape(rows, -1)
-    return scale.reshape(-1, scale.shape[-1]) if fmt.granularity.kind == "tile" else scale
-
-
-def computed_values(e: Emitter, parts: Sequence[ir.Value], fmt: ScaledFormat, rank: int,
-                    size: int) -> ir.Value:
-    """x̂ [..., size] of parts computed when the graph runs (rows gathered from a table)."""
-    block = fmt.block
-    padded = size if block is None else size + -size % block[1]
-    x = element_values(e, parts[0], fmt, "rows", [0] * (rank - 1), padded)
-    scale = stored_scale(e, parts[1], fmt, "rows")
-    zero = e("Cast", parts[-1], to=FLOAT) if fmt.zero_point else None
-    if block is not None:
-        x = e.split_last(x, rank, padded, block[1])
-        scale = e.unsqueeze(scale, -1)
-        zero = None if zero is None else e.unsqueeze(zero, -1)
-    x = e("Mul", x if zero is None else e("Sub", x, zero), scale)
-    if fmt.two_level:
-        x = e("Mul", x, parts[2])
-    return x if block is None else e.join_last(x, rank, size, block[1])
+        return expand.unpacked(e, data, self.format.bits, table, [self.outputs], self.inputs)
