@@ -1,0 +1,86 @@
+"""The ATen and oneDNN calls of one planned linear, written so that tracing records them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch.fx.node import map_arg
+
+from scaleprop import ops
+from scaleprop.backends.inductor import casts
+from scaleprop.backends.inductor.linears import Linear, Operand
+
+Parts = Mapping[str, Tensor]
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Values computed so far, and casts shared by the linears that read the same value."""
+
+    values: Mapping[torch.fx.Node, Any]
+    fake_quantized: dict[torch.fx.Node, Tensor] = dataclasses.field(
+        default_factory=dict[torch.fx.Node, Tensor])
+
+    def plain(self, operand: Operand) -> Tensor:
+        """x̂ of an operand: fake-quantized in one go, never through codes."""
+        if operand.x.target is not ops.quantize:
+            return self.values[operand.x]
+        if operand.x not in self.fake_quantized:
+            arguments: Any = (operand.x.args, operand.x.kwargs)
+            args, kwargs = map_arg(arguments, lambda node: self.values[node])
+            self.fake_quantized[operand.x] = casts.fake_quantize(*args, **kwargs)
+        return self.fake_quantized[operand.x]
+
+
+def emit(linear: Linear, inputs: Inputs, constants: Parts, dtype: torch.dtype) -> Tensor:
+    """[..., all columns of all members]; quantized codes where the epilogue quantizes.
+
+    dtype: float32, or bfloat16 where every reader takes that.
+    """
+    if linear.kind == "float":
+        y = torch.ops.mkldnn._linear_pointwise(
+            inputs.plain(linear.operand).to(torch.float32), constants["weight"],
+            constants.get("bias"), "none", [], "")
+        return y.to(dtype)
+    x = inputs.values[linear.operand.x]
+    row = linear.operand.x_format is not None and linear.operand.x_format.granularity.kind == "row"
+    if linear.kind == "fp8" or row:
+        return _scaled_afterwards(linear, x, constants).to(dtype)
+    return _per_tensor(linear, x, constants, dtype)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _per_tensor(linear: Linear, x: list[Tensor], constants: Parts, dtype: torch.dtype) -> Tensor:
+    """INT8 with one scale for x: the kernel applies it, the bias and the epilogue."""
+    after = linear.epilogue
+    out = after.dtype if after.quantize is not None else dtype
+    tail = (constants["weight"], constants["scale"], constants["zero_point"],
+            constants.get("bias"), after.scale, after.zero_point, out,
+            after.post_op, [], after.algorithm)
+    if linear.given is not None:
+        y = torch.ops.onednn.qlinear_pointwise.default(_flat(x[0]), *linear.given, *tail)
+    else:
+        zero = x[2].to(torch.int32) if len(x) > 2 else x[1].new_zeros((), dtype=torch.int32)
+        y = torch.ops.onednn.qlinear_pointwise.tensor(_flat(x[0]), x[1], zero, *tail)
+    return y.reshape(*x[0].shape[:-1], y.shape[-1])
+
+
+def _scaled_afterwards(linear: Linear, x: list[Tensor], constants: Parts) -> Tensor:
+    """Scales of x multiply the kernel's result, then the bias: fused with what follows."""
+    y = torch.ops.onednn.qlinear_pointwise.default(
+        _flat(x[0]), 1.0, 0, constants["weight"], constants["scale"], constants["zero_point"],
+        None, 1.0, 0, torch.float32, "none", [], "")
+    y = y.reshape(*x[0].shape[:-1], y.shape[-1])
+    if "column_sum" in constants:
+        y = y - x[2].to(torch.float32) * constants["column_sum"]
+    y = y * x[1]
+    bias = constants.get("bias")
+    return y if bias is None else y + bias

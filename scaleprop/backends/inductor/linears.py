@@ -1,0 +1,319 @@
+"""What becomes of each ``scaled_mm``: which kernel, which prepared weight, which epilogue.
+
+- INT8 × INT8 (per tensor or per token, with or without zero point) and E4M3 × E4M3 (per tensor or
+  per token): one oneDNN linear on packed 8-bit weights. INT8 sums are exact in int32, FP8 ones are
+  accumulated in float32. A GELU or ReLU behind it, and the static quantization behind that, run in
+  the linear's epilogue.
+- Everything else: x̂ (fake-quantized at run time) times ŵ, dequantized once when compiled, in a
+  packed float32 linear. Weights then take 4 bytes each in memory, whatever the format.
+
+Linears that read the same quantized input are merged into one.
+
+How far results are from the reference: both kinds scale and add the bias in float32, so one linear
+is within float32 rounding of a K-term sum (measured ≤ 2e-6 of the largest output). Where a sum
+lies next to a rounding boundary of the following quantization, that code may differ by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from scaleprop import ops
+from scaleprop.errors import LoweringError, describe
+from scaleprop.formats.elements import IntegerElement
+from scaleprop.formats.scaled import PLAIN, ScaledFormat, parse
+from scaleprop.formats.tensor import dequantize_parts
+
+Constants: TypeAlias = Mapping[torch.fx.Node, Tensor]
+
+_ACTIVATIONS = {torch.ops.aten.gelu.default: "gelu", torch.ops.aten.relu.default: "relu"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A prepared constant, and the shape and dtype that tracing is shown in its place."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What runs inside a linear after its bias: an activation, then a static quantization."""
+
+    activation: torch.fx.Node | None = None
+    post_op: str = "none"
+    algorithm: str = ""
+    quantize: torch.fx.Node | None = None
+    scale: float = 1.0
+    zero_point: int = 0
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def nodes(self) -> tuple[torch.fx.Node, ...]:
+        """The nodes that need no code of their own."""
+        return tuple(node for node in (self.activation, self.quantize) if node is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """The arguments of a ``scaled_mm`` node, parsed. x is a quantize node, or a plain value."""
+
+    node: torch.fx.Node
+    x: torch.fx.Node
+    x_format: ScaledFormat | None
+    weight: tuple[torch.fx.Node, ...]
+    w_format: ScaledFormat | None
+    bias: torch.fx.Node | None
+    k: int
+
+    @property
+    def static_scales(self) -> tuple[torch.fx.Node, ...] | None:
+        """Scale (and zero point) nodes where they are given, else None."""
+        return given_scales(self.x) if self.x_format is not None else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """One kernel call for one or more ``scaled_mm`` nodes that read the same input.
+
+    kind: ``int8``, ``fp8``, ``float``, or ``open``: weights that are computed at run time, in plain
+        float32 operators. members: each node with its range of output columns.
+    constants: prepared tensors by name: weight, scale, zero_point, bias, column_sum.
+    given: static (scale, zero point) of x, where x is quantized per tensor.
+    """
+
+    kind: str
+    operand: Operand
+    members: tuple[tuple[torch.fx.Node, int, int], ...]
+    constants: Mapping[str, Weight]
+    epilogue: Epilogue = Epilogue()
+    given: tuple[float, int] | None = None
+
+    @property
+    def description(self) -> str:
+        """For the report."""
+        x = self.operand.x_format
+        merged = f", {len(self.members)} merged" if len(self.members) > 1 else ""
+        if self.kind == "float":
+            source = "x" if x is None else f"x̂ ({x})"
+            return f"oneDNN linear f32: {source} × ŵ ({self.operand.w_format}){merged}"
+        assert x is not None
+        types = "e4m3×e4m3" if self.kind == "fp8" else ("u8×s8" if x.zero_point else "s8×s8")
+        scaling = "static" if self.given else f"per {_GRAIN[x.granularity.kind]}"
+        after = "".join(f"+{part}" for part in (
+            self.epilogue.post_op if self.epilogue.activation is not None else "",
+            "quantize" if self.epilogue.quantize is not None else "") if part)
+        return f"oneDNN qlinear {types} {scaling}{after}{merged}"
+
+
+_GRAIN = {"tensor": "tensor", "row": "token"}
+
+
+def read(node: torch.fx.Node) -> Operand:
+    """The operands of a ``scaled_mm`` node.
+
+    Raises:
+        LoweringError: for a form that passes do not make.
+    """
+    x, w, bias, x_name, w_name, k = node.args
+    if isinstance(x, (list, tuple)) and len(x) == 1 and x_name in PLAIN:
+        x = x[0]
+    quantized = isinstance(x, torch.fx.Node) and x.target is ops.quantize
+    weight = tuple(w) if isinstance(w, (list, tuple)) else ()
+    if not isinstance(x, torch.fx.Node) or quantized == (x_name in PLAIN) or not all(
+        isinstance(part, torch.fx.Node) for part in weight
+    ) or not weight or not isinstance(k, int):
+        raise LoweringError(
+            f"{describe(node)}: the inductor backend takes scaled_mm(quantize(x) or [x], "
+            "[weight parts], bias, x format, w format, k) with a fixed k. Run the passes of a "
+            "recipe, or use backend='reference'."
+        )
+    formats = [None if name in PLAIN else parse(str(name)) for name in (x_name, w_name)]
+    return Operand(node, x, formats[0], weight, formats[1],  # type: ignore[arg-type]
+                   bias, k)  # type: ignore[arg-type]
+
+
+def given_scales(quantize: torch.fx.Node) -> tuple[torch.fx.Node, ...] | None:
+    """The ``scales`` argument of a quantize node."""
+    positional = quantize.args[5] if len(quantize.args) > 5 else None
+    scales: Any = quantize.kwargs.get("scales", positional)
+    return None if scales is None else tuple(scales)
+
+
+def rounds_to_nearest(quantize: torch.fx.Node) -> bool:
+    """Whether a quantize node takes no random bits."""
+    args = quantize.args
+    return quantize.kwargs.get("rounding", args[3] if len(args) > 3 else "nearest") == "nearest"
+
+
+def is_int8(fmt: ScaledFormat | None) -> bool:
+    """INT8 with one scale per tensor or row."""
+    return (fmt is not None and isinstance(fmt.element, IntegerElement) and fmt.bits == 8
+            and fmt.element.unit == 1.0 and not fmt.two_level
+            and fmt.granularity.kind in ("tensor", "row"))
+
+
+def is_fp8(fmt: ScaledFormat | None) -> bool:
+    """E4M3 with one scale per tensor or row."""
+    return (fmt is not None and fmt.element.name == "e4m3" and not fmt.two_level
+            and fmt.granularity.kind in ("tensor", "row"))
+
+
+def _grain(fmt: ScaledFormat | None) -> str | None:
+    return None if fmt is None else fmt.granularity.kind
+
+
+def plan(graph: torch.fx.Graph, constants: Constants) -> list[Linear]:
+    """A kernel for every ``scaled_mm``, in graph order."""
+    nodes = [node for node in graph.nodes if node.target is ops.scaled_mm]
+    groups: dict[tuple[Any, ...], list[tuple[Operand, Epilogue]]] = {}
+    for node in nodes:
+        operand = read(node)
+        kind = _kind(operand, constants)
+        per_tensor = kind == "int8" and _grain(operand.x_format) == "tensor"
+        epilogue = _epilogue(node, constants) if per_tensor else Epilogue()
+        alone = bool(epilogue.nodes) or not all(n in constants for n in operand.weight)
+        key = (kind, operand.x, operand.k, str(operand.w_format), node if alone else None)
+        groups.setdefault(key, []).append((operand, epilogue))
+    return [_linear(key[0], members, constants) for key, members in groups.items()]
+
+
+def _kind(operand: Operand, constants: Constants) -> str:
+    """``int8``, ``fp8``, ``float``, or ``open`` where weights are not constants."""
+    if not all(part in constants for part in operand.weight):
+        return "open"
+    if operand.x_format is None or not rounds_to_nearest(operand.x):
+        return "float"
+    if operand.bias is not None and operand.bias not in constants:
+        return "float"
+    wf, scales = operand.w_format, operand.static_scales
+    if scales is not None and not all(scale in constants for scale in scales):
+        return "float"
+    if is_int8(operand.x_format) and is_int8(wf) and wf is not None and not wf.zero_point:
+        return "int8"
+    if is_fp8(operand.x_format) and is_fp8(wf) and fp8_linears_run():
+        return "fp8"
+    return "float"
+
+
+@functools.cache
+def fp8_linears_run() -> bool:
+    """Whether this build of oneDNN has FP8 linears for this processor."""
+    one = torch.ones(16, 16)
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(one.to(torch.float8_e4m3fn), None)
+        result = torch.ops.onednn.qlinear_pointwise(
+            one.to(torch.float8_e4m3fn), 1.0, 0, packed, torch.ones(16),
+            torch.zeros(16, dtype=torch.int32), None, 1.0, 0, torch.float32, "none", [], "")
+    except RuntimeError:
+        return False
+    return bool((result == 16.0).all())
+
+
+def _epilogue(node: torch.fx.Node, constants: Constants) -> Epilogue:
+    """The activation and static quantization behind ``node`` that nothing else reads."""
+    last, found = node, Epilogue()
+    user = _only_user(node)
+    if user is not None and user.target in _ACTIVATIONS:
+        approximate = user.kwargs.get("approximate", (*user.args[1:], "none")[0])
+        name = _ACTIVATIONS[user.target]  # type: ignore[index]
+        found = Epilogue(user, name, str(approximate) if name == "gelu" else "")
+        last, user = user, _only_user(user)
+    if user is None or user.target is not ops.quantize or user.args[0] is not last:
+        return found
+    fmt, scales = parse(str(user.args[1])), given_scales(user)
+    per_tensor = is_int8(fmt) and fmt.granularity.kind == "tensor" and rounds_to_nearest(user)
+    if not per_tensor or scales is None or not all(scale in constants for scale in scales):
+        return found
+    scale, zero_point = _static(scales, constants)
+    return dataclasses.replace(found, quantize=user, scale=scale, zero_point=zero_point,
+                               dtype=torch.uint8 if fmt.zero_point else torch.int8)
+
+
+def _only_user(node: torch.fx.Node) -> torch.fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].op == "call_function" else None
+
+
+def _static(scales: Sequence[torch.fx.Node], constants: Constants) -> tuple[float, int]:
+    values = [constants[scale] for scale in scales]
+    return float(values[0]), int(values[1]) if len(values) > 1 else 0
+
+
+def _linear(kind: str, group: Sequence[tuple[Operand, Epilogue]], constants: Constants) -> Linear:
+    operands = [operand for operand, _ in group]
+    first, epilogue = group[0]
+    if kind == "open":
+        return Linear(kind, first, ((first.node, 0, 0),), {})
+    weights = [[constants[part] for part in operand.weight] for operand in operands]
+    ends = list(itertools.accumulate(parts[0].shape[0] for parts in weights))
+    members = tuple(zip((operand.node for operand in operands), [0, *ends[:-1]], ends, strict=True))
+    prepare: Callable[..., dict[str, Weight]] = _dense if kind == "float" else _packed
+    prepared = prepare(operands, weights, constants)
+    given = None
+    scales = first.static_scales
+    if kind == "int8" and scales is not None and _grain(first.x_format) == "tensor":
+        given = _static(scales, constants)
+    return Linear(kind, first, members, prepared, epilogue, given)
+
+
+def _bias(operands: Sequence[Operand], weights: Sequence[Sequence[Tensor]],
+          constants: Constants) -> dict[str, Weight]:
+    """One bias for all; none where no operand has a constant one."""
+    if not any(operand.bias in constants for operand in operands if operand.bias is not None):
+        return {}
+    parts = [
+        parts[0].new_zeros(parts[0].shape[0], dtype=torch.float32) if operand.bias is None
+        else constants[operand.bias].to(torch.float32)
+        for operand, parts in zip(operands, weights, strict=True)
+    ]
+    return {"bias": _plain(torch.cat(parts))}
+
+
+def _plain(tensor: Tensor) -> Weight:
+    return Weight(tensor, tuple(tensor.shape), tensor.dtype)
+
+
+def _packed(operands: Sequence[Operand], weights: Sequence[Sequence[Tensor]],
+            constants: Constants) -> dict[str, Weight]:
+    """8-bit weights as oneDNN packs them, with a float32 scale per output channel."""
+    data = torch.cat([parts[0] for parts in weights]).contiguous()
+    scale = torch.cat([
+        parts[1].to(torch.float32).reshape(-1).expand(parts[0].shape[0]) for parts in weights
+    ]).contiguous()
+    n, k = data.shape
+    packed = torch.ops.onednn.qlinear_prepack(data, None)
+    result = {
+        "weight": Weight(packed, (k, n), data.dtype),
+        "scale": _plain(scale),
+        "zero_point": _plain(torch.zeros(n, dtype=torch.int32)),
+        **_bias(operands, weights, constants),
+    }
+    fmt = operands[0].x_format
+    if fmt is not None and fmt.zero_point and fmt.granularity.kind == "row":
+        result["column_sum"] = _plain(data.to(torch.int32).sum(1).to(torch.float32) * scale)
+    return result
+
+
+def _dense(operands: Sequence[Operand], weights: Sequence[Sequence[Tensor]],
+           constants: Constants) -> dict[str, Weight]:
+    """Dequantized weights in float32, packed by oneDNN."""
+    dense = torch.cat([
+        parts[0].to(torch.float32) if operand.w_format is None
+        else dequantize_parts(parts, operand.w_format, (parts[0].shape[0], operand.k))
+        for operand, parts in zip(operands, weights, strict=True)
+    ]).contiguous()
+    n, k = dense.shape
+    packed = torch.ops.mkldnn._reorder_linear_weight(dense, None)
+    return {"weight": Weight(packed, (n, k), torch.float32),
+            **_bias(operands, weights, constants)}
