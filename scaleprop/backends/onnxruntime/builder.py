@@ -35,10 +35,13 @@ class GraphBuilder:
            name: str | None = None, **attributes: Any) -> Any:
         """Append a node. Returns its output value, or a tuple where ``outputs`` > 1."""
         label = self.unique(name or (f"{self.scope}.{op_type}" if self.scope else op_type))
+        given = list(inputs)
+        while given and given[-1] is None:  # an absent optional input at the end is left out
+            given.pop()
         attrs = [ir.convenience.convert_attribute(k, v) for k, v in attributes.items()
                  if v is not None]
         values = [ir.Value(name=label if outputs == 1 else f"{label}.{i}") for i in range(outputs)]
-        node = ir.Node(domain, op_type, list(inputs), attrs, outputs=values, name=label,
+        node = ir.Node(domain, op_type, given, attrs, outputs=values, name=label,
                        metadata_props=dict(self.metadata))
         self._body.append(node)
         return values[0] if outputs == 1 else tuple(values)

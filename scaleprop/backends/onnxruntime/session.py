@@ -112,14 +112,11 @@ def _to_ort(tensor: torch.Tensor) -> ort.OrtValue:
 
 
 def _from_ort(value: Any, port: Port) -> Any:
-    if port.dtype in NUMPY_EXTRA:
-        array: np.ndarray[Any, Any] = value.numpy()
-        bits = torch.from_numpy(array.view(np.uint8 if array.dtype.itemsize == 1 else np.uint16))
-        tensor = bits.view(port.dtype)
-    elif port.dtype is torch.bool:
-        tensor = torch.from_dlpack(value).view(torch.bool)
+    if port.dtype.itemsize == 1 and port.dtype in NUMPY_EXTRA:  # numpy knows these as bytes only
+        tensor = torch.from_numpy(value.numpy().view(np.uint8)).view(port.dtype)
     else:
         tensor = torch.from_dlpack(value)
+        tensor = tensor.view(torch.bool) if port.dtype is torch.bool else tensor
     return tensor.item() if port.kind == "number" else tensor
 
 
