@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 import math
 import re
 import struct
@@ -213,10 +212,16 @@ class CodebookElement(ElementFormat):
     """Any ascending list of 2^n ≤ 16 float32 values; a code is an index into it.
 
     logarithmic: nearest in the logarithm (boundaries are geometric means) instead of nearest.
+    boundaries: between neighbours: (boundary in float64, whether a value on it goes up: to even).
+    narrow_boundaries: the same decisions for float32 values, with float32 boundaries.
     """
 
     values: tuple[float, ...]
     logarithmic: bool = False
+    boundaries: tuple[tuple[float, bool], ...] = dataclasses.field(
+        init=False, compare=False, repr=False)
+    narrow_boundaries: tuple[tuple[float, bool], ...] = dataclasses.field(
+        init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         powers = (2, 4, 8, 16)
@@ -224,6 +229,12 @@ class CodebookElement(ElementFormat):
             raise FormatError(f"codebook {self.name!r}: needs 2, 4, 8 or 16 ascending values")
         if any(value != float32(value) for value in self.values):
             raise FormatError(f"codebook {self.name!r}: values must be float32 numbers")
+        middle = (lambda a, b: math.sqrt(a * b)) if self.logarithmic else (lambda a, b: (a + b) / 2)
+        pairs = enumerate(zip(self.values, self.values[1:], strict=False))
+        found = tuple((middle(a, b), index % 2 == 1) for index, (a, b) in pairs)
+        object.__setattr__(self, "boundaries", found)
+        narrow = tuple((float32(b), up if float32(b) == b else float32(b) > b) for b, up in found)
+        object.__setattr__(self, "narrow_boundaries", narrow)
 
     @property
     def bits(self) -> int:
@@ -240,13 +251,6 @@ class CodebookElement(ElementFormat):
     @property
     def min(self) -> float:
         return self.values[0]
-
-    @functools.cached_property
-    def boundaries(self) -> tuple[tuple[float, bool], ...]:
-        """Between neighbours: (boundary in float64, whether a value on it goes up: to even)."""
-        pairs = zip(self.values, self.values[1:], strict=False)
-        middle = (lambda a, b: math.sqrt(a * b)) if self.logarithmic else (lambda a, b: (a + b) / 2)
-        return tuple((middle(a, b), index % 2 == 1) for index, (a, b) in enumerate(pairs))
 
     def decode(self, code: int) -> float:
         return self.values[code]
@@ -306,7 +310,6 @@ SCALES: tuple[str, ...] = ("f32", "bf16", "f16", "e8m0", "e4m3", "ue5m3", "ue5m3
 _GENERIC = re.compile(r"e([1-8])m(10|[0-9])")
 
 
-@functools.cache
 def element(name: str) -> ElementFormat:
     """The element format of this name: a literal, or a generic signed ``eXmY``.
 

@@ -18,7 +18,6 @@ from scaleprop.formats.elements import (
     ElementFormat,
     FloatElement,
     IntegerElement,
-    float32,
 )
 
 MODES = ("nearest", "stochastic", "stochastic_odd", "stochastic_fast", "stochastic_fastest")
@@ -108,18 +107,11 @@ def _leading_power(x: Tensor, digits: int) -> Tensor:
 
 def _lookup(x: Tensor, element: CodebookElement) -> Tensor:
     value = torch.full_like(x, element.values[0])
-    for (boundary, even), upper in zip(element.boundaries, element.values[1:], strict=True):
-        value = torch.where(_beyond(x, boundary, even), upper, value)
+    wide = x.dtype == torch.float64
+    boundaries = element.boundaries if wide else element.narrow_boundaries
+    for (boundary, inclusive), upper in zip(boundaries, element.values[1:], strict=True):
+        value = torch.where(x >= boundary if inclusive else x > boundary, upper, value)
     return torch.where(x.isnan(), x, value)
-
-
-def _beyond(x: Tensor, boundary: float, inclusive: bool) -> Tensor:
-    """x > boundary (or ≥), also where the boundary is no float32 but x is."""
-    if x.dtype != torch.float64:
-        rounded = float32(boundary)
-        inclusive = inclusive if rounded == boundary else rounded > boundary
-        boundary = rounded
-    return x >= boundary if inclusive else x > boundary
 
 
 def stochastic(x: Tensor, element: ElementFormat, rounding: Rounding, bits: Tensor) -> Tensor:

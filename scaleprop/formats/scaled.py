@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
+import math
 import re
 from collections.abc import Mapping
 from typing import Literal
@@ -41,6 +41,7 @@ RULES: Mapping[str, str] = {
     "fouroversix": "per block, the better of amax→6 and amax→4 (arXiv:2512.02010); FP4 only",
 }
 POWER_RULES = ("floor", "rceil", "ceil", "even", "pow2")
+FLT_MAX = (2.0 - 2.0**-23) * 2.0**127
 PLAIN = ("f32", "bf16", "f16")  # names of operands that are not quantized; not scaled formats
 _ALIASES = {"4over6": "fouroversix", "four_over_six": "fouroversix", "amax": "exact"}
 
@@ -72,6 +73,7 @@ class ScaledFormat:
     rule: how scales are found, one of ``RULES``.
     two_level: with a float32 scale of the whole tensor on top.
     zero_point: integers 0..2^bits-1 with a zero point per scale.
+    scale_bound: the largest scale with max·scale ≤ FLT_MAX, so that nothing finite becomes Inf.
     """
 
     element: ElementFormat
@@ -80,11 +82,13 @@ class ScaledFormat:
     rule: str
     two_level: bool = False
     zero_point: bool = False
+    scale_bound: float = dataclasses.field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         problem = _contradiction(self)
         if problem:
             raise FormatError(f"format {self.long_name!r}: {problem}")
+        object.__setattr__(self, "scale_bound", _scale_bound(self.element, self.scale))
 
     @property
     def long_name(self) -> str:
@@ -120,6 +124,15 @@ class ScaledFormat:
     def replace(self, **changes: object) -> ScaledFormat:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _scale_bound(item: ElementFormat, scale: FloatElement) -> float:
+    """The largest value of the scale format with max·scale ≤ FLT_MAX."""
+    limit = min(scale.max, FLT_MAX / max(item.max, -item.min))
+    if limit == scale.max:
+        return limit
+    exponent = math.frexp(limit)[1] - 1 - scale.fraction_bits
+    return math.ldexp(math.floor(math.ldexp(limit, -exponent)), exponent)
 
 
 def _default_rule(item: ElementFormat, scale: FloatElement) -> str:
@@ -185,13 +198,14 @@ _SHORT: Mapping[str, str] = {
 }
 _SHORT_BY_STEM: dict[str, str] = {long: short for short, long in _SHORT.items()}
 
+_PARSED: dict[str, ScaledFormat] = {}  # not functools.cache: torch.compile warns of that
+
 _GRAMMAR = re.compile(
     r"(?P<element>\w+)\[(?P<granularity>\w+)\]\*(?P<scale>\w+)(\*(?P<second>\w+))?"
     r"(?P<zero_point>\+zp)?(:(?P<rule>\w+))?")
 _SHORT_GRAMMAR = re.compile(r"(?P<stem>\w+)(?P<zero_point>\+zp)?(?P<rule>:\w+)?")
 
 
-@functools.lru_cache(maxsize=1024)
 def _parse(name: str) -> ScaledFormat:
     short = _SHORT_GRAMMAR.fullmatch(name)
     if short and short["stem"] in _SHORT:
@@ -243,7 +257,9 @@ def parse(name: str | ScaledFormat) -> ScaledFormat:
         return name
     if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise FormatError(f"a format is a name or a ScaledFormat, not {type(name).__name__}")
-    return _parse(name.strip())
+    if name not in _PARSED:
+        _PARSED[name] = _parse(name.strip())
+    return _PARSED[name]
 
 
 def named_formats() -> dict[str, ScaledFormat]:

@@ -13,7 +13,6 @@ Corner cases, the same for every format:
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -21,12 +20,11 @@ import torch
 from torch import Tensor
 
 from scaleprop.errors import FormatError
-from scaleprop.formats.elements import ElementFormat, FloatElement, IntegerElement, float32
+from scaleprop.formats.elements import IntegerElement, float32
 from scaleprop.formats.grouping import Grouping, is_zero, static_shape
 from scaleprop.formats.rounding import nearest, power_of_two_below
-from scaleprop.formats.scaled import POWER_RULES, ScaledFormat
+from scaleprop.formats.scaled import FLT_MAX, POWER_RULES, ScaledFormat
 
-FLT_MAX = torch.finfo(torch.float32).max
 # What the largest block scale becomes under a tensor scale: E4M3's maximum (TransformerEngine),
 # also for UE5M3, which keeps the rest as headroom; 256 under four-over-six, whose scales grow 1.5×.
 _TARGETS = {"e4m3": 448.0, "ue5m3": 448.0, "ue5m3x": 448.0}
@@ -61,16 +59,6 @@ class Scales:
 def target(fmt: ScaledFormat) -> float:
     """The largest block scale that the tensor scale aims at."""
     return 256.0 if fmt.rule == "fouroversix" else _TARGETS.get(fmt.scale.name, 1.0)
-
-
-@functools.cache
-def scale_bound(item: ElementFormat, scale: FloatElement) -> float:
-    """The largest value of the scale format with max·scale ≤ FLT_MAX."""
-    limit = min(scale.max, FLT_MAX / max(item.max, -item.min))
-    if limit == scale.max:
-        return limit
-    exponent = math.frexp(limit)[1] - 1 - scale.fraction_bits
-    return math.ldexp(math.floor(math.ldexp(limit, -exponent)), exponent)
 
 
 def find_scales(grouped: Tensor, fmt: ScaledFormat, grouping: Grouping) -> Scales:
@@ -110,7 +98,7 @@ def power_scale(amax: Tensor, fmt: ScaledFormat) -> Tensor:
     """2^e by an OCP-style rule: the floor scale, doubled where amax passes the rule's threshold."""
     item = fmt.element
     smallest = max(fmt.scale.smallest, 2.0**-127)
-    bound = math.ldexp(1.0, math.frexp(scale_bound(item, fmt.scale))[1] - 1)
+    bound = math.ldexp(1.0, math.frexp(fmt.scale_bound)[1] - 1)
     scale = (power_of_two_below(amax) * 2.0**-item.emax).clamp(smallest, bound)
     match fmt.rule:
         case "rceil" | "pow2":
@@ -125,8 +113,8 @@ def power_scale(amax: Tensor, fmt: ScaledFormat) -> Tensor:
 
 
 def round_scale(scale: Tensor, fmt: ScaledFormat) -> Tensor:
-    """Nearest value of the scale format, at most the bound of ``scale_bound``; same dtype."""
-    bounded = scale.clamp(max=scale_bound(fmt.element, fmt.scale))
+    """Nearest value of the scale format, at most ``fmt.scale_bound``; same dtype."""
+    bounded = scale.clamp(max=fmt.scale_bound)
     if scale.dtype == torch.float32 and fmt.scale.name in ("f32", "bf16", "f16"):
         assert fmt.scale.native is not None
         return bounded.to(fmt.scale.native).to(torch.float32)

@@ -32,6 +32,7 @@ def quantize_kernel(x: Tensor, format: str, axis: int = -1, rounding: str = "nea
                     bits: Tensor | None = None,
                     scales: Sequence[Tensor] | None = None) -> list[Tensor]:
     """``implementations.quantize``, after reading whether the random bits are in range."""
+    check_input(x, axis, parse_rounding(rounding), bits)
     check_bits_range(parse_rounding(rounding), bits)
     return implementations.quantize(x, format, axis, rounding, bits, scales)
 
@@ -40,6 +41,7 @@ def fake_quantize_kernel(x: Tensor, format: str, axis: int = -1, rounding: str =
                          bits: Tensor | None = None,
                          scales: Sequence[Tensor] | None = None) -> Tensor:
     """``implementations.fake_quantize``, contiguous and never an alias of ``x``."""
+    check_input(x, axis, parse_rounding(rounding), bits)
     check_bits_range(parse_rounding(rounding), bits)
     y = implementations.fake_quantize(x, format, axis, rounding, bits, scales)
     return y.contiguous()

@@ -8,7 +8,7 @@ import torch
 from format_support import alike, same
 
 from scaleprop.formats import fake_quantize, named_formats, parse, quantize, reference
-from scaleprop.formats.scales import FLT_MAX, scale_bound
+from scaleprop.formats.scaled import FLT_MAX
 
 E8M0 = ["e4m3", "e5m2", "e2m3", "e3m2", "e2m1", "mxint8", "int4", "e8m3"]
 
@@ -149,7 +149,7 @@ def test_e8m0_codes_0_and_254_decode_exactly():
 
 def test_scale_bound_is_the_largest_that_cannot_overflow():
     for name, fmt in named_formats().items():
-        bound = scale_bound(fmt.element, fmt.scale)
+        bound = fmt.scale_bound
         assert bound * fmt.element.max <= FLT_MAX, name
         following = bound * (1 + 2.0**-fmt.scale.fraction_bits)
         assert bound == fmt.scale.max or following * fmt.element.max > FLT_MAX, name
