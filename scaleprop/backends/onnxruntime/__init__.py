@@ -20,6 +20,7 @@ from scaleprop.backends.onnxruntime.session import (
     run_in_memory,
     write,
 )
+from scaleprop.backends.onnxruntime.sizes import other_size
 from scaleprop.passes.base import Program
 
 __all__ = ["OnnxExecutable", "OnnxRuntimeBackend", "SessionConfig", "check_nodes", "emit"]
@@ -43,8 +44,9 @@ class OnnxRuntimeBackend(Backend):
     ) -> Path:
         """Write ``program`` as an ONNX file; returns its path.
 
-        The file is checked by ``onnx.checker``, loaded, run on the example inputs and compared
-        with the reference node by node (``conformance``) before it takes its name: an export that
+        The file is checked by ``onnx.checker``, loaded, run on the example inputs (and on another
+        size, where some are dynamic) and compared with the reference node by node
+        (``conformance``) before it takes its name: an export that
         fails or is interrupted leaves an older file as it was.
 
         Args:
@@ -62,6 +64,9 @@ class OnnxRuntimeBackend(Backend):
             onnx.checker.check_model(str(written))
             open_session(emitted, written, self.config)
             worst = check_nodes(emitted, written, program, program.example_leaves, self.config)
+            other = other_size(program)
+            if other is not None:
+                worst = max(worst, check_nodes(emitted, written, program, other, self.config))
             logger.info("%s: every node within its bound; largest error %.1e", target, worst)
 
         write(emitted, target, external_data, check)

@@ -128,11 +128,12 @@ class _Emitter:
             self.context.set_result(node, meta)
             return
         dtype = self.context.dtype(node)
-        value = ir.Value(name=self.builder.unique(node.name))
+        # a tracer renames what would hide a builtin (input); the target is the user's own name
+        value = ir.Value(name=self.builder.unique(str(node.target)))
         self.builder.graph.inputs.append(value)
         if is_symbolic(meta):
             self._stamp(value, dtype, ())
-            self.inputs.append(Port("number", node.name, dtype))
+            self.inputs.append(Port("number", str(value.name), dtype))
             vector = self.builder.op("Reshape", value, self.builder.integers([1]))
             self.context.set_result(node, self.context.symbol(node, vector))
             return

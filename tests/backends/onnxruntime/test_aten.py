@@ -268,7 +268,8 @@ case("baddbmm", aten.baddbmm.default, lambda n: (f(n, 2, 3), f(n, 2, 8), f(n, 8,
 case("bilinear", aten.bilinear.default, lambda n: (f(n, 3), f(n, 4), f(5 + 1, 3, 4), f(6)))
 case("conv1d", aten.conv1d.default, lambda n: (f(n, 4, 9), f(6, 2, 3), f(6), [2], [1], [1], 2))
 case("conv2d", aten.conv2d.default, lambda n: (f(n, 3, 9, 8), f(6, 3, 3, 2), f(6), [2, 1], [1]))
-case("conv2d_same", aten.conv2d.padding, lambda n: (f(n, 3, 9, 8), f(6, 3, 2, 3), None, [1], "same"))
+case("conv2d_same", aten.conv2d.padding, 
+     lambda n: (f(n, 3, 9, 8), f(6, 3, 2, 3), None, [1], "same"))
 case("conv3d", aten.conv3d.default, lambda n: (f(n, 2, 4, 4, 4), f(3, 2, 2, 2, 2)))
 case("conv_transposed", aten.convolution.default,
      lambda n: (f(n, 4, 6, 6), f(4, 3, 3, 3), f(3), [2, 2], [1, 1], [1, 1], True, [1, 1], 1))

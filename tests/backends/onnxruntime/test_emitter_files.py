@@ -1,0 +1,141 @@
+"""Writing ONNX files: whole or not at all, checked, with external data where asked."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn as nn
+
+import scaleprop.backends.onnxruntime as onnxruntime_backend
+from scaleprop.backends.onnxruntime import OnnxRuntimeBackend, SessionConfig, emit, session
+from scaleprop.backends.onnxruntime.sizes import other_size
+from scaleprop.errors import BackendError, ConfigError, MismatchError
+from scaleprop.passes.base import Program
+from scaleprop.passes.capture import capture
+
+BACKEND = OnnxRuntimeBackend()
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    return capture(model, (torch.randn(3, 32),), {}, ({0: torch.export.Dim("batch")},))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_file_runs_on_stock_onnxruntime(program: Program, tmp_path: Path) -> None:
+    path = BACKEND.export(program, tmp_path / "model.onnx")
+    onnx.checker.check_model(str(path), full_check=True)
+    x = torch.randn(7, 32)
+    stock = onnxruntime.InferenceSession(str(path))
+    (result,) = stock.run(None, {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), program.module(x))
+    assert names(tmp_path) == ["model.onnx"]
+
+
+def test_export_checks_another_size(program: Program, tmp_path: Path) -> None:
+    assert other_size(program)[0].shape == (2, 32)  # pyright: ignore[reportOptionalSubscript]
+    fixed = dataclasses.replace(program, dynamic_axes={})
+    assert other_size(fixed) is None
+    assert BACKEND.export(program, tmp_path / "model.onnx").exists()
+
+
+def same_results(path: Path, program: Program) -> None:
+    x = torch.randn(4, 32)
+    (result,) = onnxruntime.InferenceSession(str(path)).run(None, {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), program.module(x))
+
+
+def test_external_data(program: Program, tmp_path: Path) -> None:
+    path = BACKEND.export(program, tmp_path / "model.onnx", external_data=True)
+    assert names(tmp_path) == ["model.onnx", "model.onnx.data"]
+    assert path.stat().st_size < (tmp_path / "model.onnx.data").stat().st_size
+    same_results(path, program)
+    BACKEND.export(program, path, external_data=False)
+    assert names(tmp_path) == ["model.onnx"]  # the stale weights are gone
+
+
+def test_large_models_choose_external_data(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "INLINE_LIMIT", 100)
+    path = BACKEND.export(program, tmp_path / "model.onnx")
+    assert names(tmp_path) == ["model.onnx", "model.onnx.data"]
+    same_results(path, program)
+    x = torch.randn(4, 32)
+    (result,) = BACKEND.lower(program)([x])  # through a temporary file
+    torch.testing.assert_close(result, program.module(x))
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_failed_check_keeps_the_old_file(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool
+) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"old")
+    wrong = copy.deepcopy(program)
+    with torch.no_grad():  # the file is right for another program
+        wrong.module.get_parameter("0.weight").mul_(1.01)
+    monkeypatch.setattr(onnxruntime_backend, "emit", lambda _: emit(program))
+    with pytest.raises(MismatchError, match=r"'linear'.*differs from the reference"):
+        BACKEND.export(wrong, path, external)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["model.onnx"]
+
+
+def test_interrupted_export_leaves_nothing(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(model: Any, path: Path, external: bool) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "_save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        BACKEND.export(program, tmp_path / "model.onnx")
+    assert names(tmp_path) == []
+
+
+def test_unwritable_paths(program: Program, tmp_path: Path) -> None:
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ConfigError, match=r"end in \.onnx"):
+        BACKEND.export(program, tmp_path / "model.pt")
+    with pytest.raises(ConfigError, match="directory"):
+        BACKEND.export(program, tmp_path / "folder.onnx")
+    with pytest.raises(ConfigError, match="existing, writable folder"):
+        BACKEND.export(program, tmp_path / "missing" / "model.onnx")
+    with pytest.raises(ConfigError, match="existing, writable folder"):
+        BACKEND.export(program, tmp_path / "file" / "model.onnx")
+
+
+def test_wrong_inputs_are_named(program: Program) -> None:
+    executable = BACKEND.lower(program)
+    with pytest.raises(ConfigError, match="expected 1 inputs, got 2"):
+        executable([torch.randn(3, 32), 1])
+    with pytest.raises(ConfigError, match=r"'input': expected torch\.float32, got torch\.float64"):
+        executable([torch.randn(3, 32, dtype=torch.float64)])
+    with pytest.raises(BackendError, match=r"onnxruntime failed on inputs .*\[3, 31\]"):
+        executable([torch.randn(3, 31)])
+
+
+def test_session_config(program: Program) -> None:
+    config = SessionConfig(threads=1, spinning=False, entries={"session.intra_op.allow_spinning":
+                                                               "0"})
+    x = torch.randn(2, 32)
+    (result,) = OnnxRuntimeBackend(config=config).lower(program)([x])
+    torch.testing.assert_close(result, program.module(x))
+    options = config.options()
+    assert options.intra_op_num_threads == 1
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
