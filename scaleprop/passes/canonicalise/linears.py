@@ -23,6 +23,7 @@ from scaleprop.passes.rewrite import Rewriter
 from scaleprop.rules import rule_for
 from scaleprop.rules.axes import match_axes
 
+_TRANSPOSE_OF = "scaleprop.transpose_of"  # in node.meta: the node whose transpose a constant is
 _PRODUCTS = (aten.mm.default, aten.matmul.default)
 
 
@@ -126,27 +127,26 @@ def _from_addmm(rewriter: Rewriter, node: torch.fx.Node) -> bool:
 
 def _transposed(rewriter: Rewriter, w: Any, at: torch.fx.Node) -> torch.fx.Node | None:
     """A node for wᵀ [N, K], where ``w`` [K, N] is a parameter or the transpose of one."""
-    if is_call(w, aten.permute.default, aten.transpose.int, aten.t.default):
+    moved = _moved_parameter(rewriter, w)
+    if moved is None or moved[1].ndim != 2:
+        return None
+    target, tensor = moved
+    if is_call(w, aten.permute.default, aten.transpose.int, aten.t.default) and _swaps(w):
         inner = w.args[0]
-        if rewriter.tensor(inner) is not None and len(sizes(w)) == 2 and _swaps(w):
+        if rewriter.tensor(inner) is not None:
             return inner
-        return None
-    tensor = rewriter.tensor(w)
-    if tensor is None or tensor.ndim != 2:
-        return None
     for user in w.users:
         if is_call(user, aten.linear.default) and user.args[1] is w:
             return None  # it is read as [N, K] too; two copies would cost more than they give
-    name = f"{w.target}_t"
     for existing in rewriter.graph.nodes:
-        if existing.op == "get_attr" and existing.meta.get("scaleprop.transpose_of") == w.target:
+        if existing.meta.get(_TRANSPOSE_OF) == w.name:
             return existing
         if existing is at:
             break
     turned = rewriter.constant(
-        tensor.detach().t().contiguous(), name, at=at, why=f"{w.target} as [N, K]"
+        tensor.detach().t().contiguous(), f"{target}_t", at=at, why=f"{target} as [N, K]"
     )
-    turned.meta["scaleprop.transpose_of"] = w.target
+    turned.meta[_TRANSPOSE_OF] = w.name
     return turned
 
 
