@@ -19,6 +19,7 @@ from scaleprop.calibration.progress import progress_bar
 from scaleprop.errors import CalibrationError
 from scaleprop.passes.assign import assignment_of
 from scaleprop.passes.base import Pass, PassResult, Program
+from scaleprop.passes.dimensions import is_symbolic
 from scaleprop.rules import contraction_of
 
 
@@ -131,7 +132,7 @@ class _Observed(torch.nn.Module):
             and leaf.dtype == want.dtype
             and leaf.ndim == want.ndim
             and all(
-                isinstance(size, torch.SymInt) or size == got
+                is_symbolic(size) or size == got
                 for size, got in zip(want.shape, leaf.shape, strict=True)
             )
         )
