@@ -11,11 +11,14 @@ from scaleprop.backends.onnxruntime.quantized.lowering import (
     lower_quantize,
     lower_scaled_mm,
 )
+from scaleprop.backends.onnxruntime.quantized.support import Support, support
 
 __all__ = [
+    "Support",
     "lower_dequantize",
     "lower_fake_quantize",
     "lower_hadamard",
     "lower_quantize",
     "lower_scaled_mm",
+    "support",
 ]

@@ -26,6 +26,13 @@ from scaleprop.formats.tensor import is_packed
 Array = np.ndarray[tuple[int, ...], np.dtype[np.generic]]
 
 
+def why_not(fmt: ScaledFormat) -> str | None:
+    """Why stored tensors of this format cannot be expanded; None where they can."""
+    if fmt.bits > 8:
+        return f"{fmt.element.name} has {fmt.bits} bits; codes of at most 8 bits are supported"
+    return None
+
+
 def element_values(e: Emitter, data: Tensor | ir.Value, fmt: ScaledFormat, name: str,
                    lead: Sequence[int], padded: int) -> ir.Value:
     """Stored data [*lead, …] as unscaled float32 element values [*lead, padded].
@@ -34,6 +41,8 @@ def element_values(e: Emitter, data: Tensor | ir.Value, fmt: ScaledFormat, name:
     """
     value = e.builder.initializer(data, name) if isinstance(data, Tensor) else data
     if not is_packed(fmt):
+        if value.dtype == ir.DataType.UINT8 and fmt.element.storage.is_floating_point:
+            return e("Gather", e.f32(byte_table(fmt.element.storage)), e("Cast", value, to=INT32))
         unit = float(getattr(fmt.element, "unit", 1.0))
         if fmt.element.storage == torch.uint8 and not fmt.zero_point:
             return e("Gather", e.f32(value_table(fmt)), e("Cast", value, to=INT32))
@@ -93,6 +102,8 @@ def stored_scale(e: Emitter, scale: Tensor | ir.Value, fmt: ScaledFormat, name: 
         return e("Gather", e.f32(table), e("Cast", value, to=INT32))
     if fmt.scale.native == torch.float32:
         return value
+    if value.dtype == ir.DataType.UINT8:
+        return e("Gather", e.f32(byte_table(fmt.scale.native)), e("Cast", value, to=INT32))
     return e("Cast", value, to=FLOAT)
 
 
@@ -178,6 +189,12 @@ def _assembled(e: Emitter, data: ir.Value, bits: int, lead: Sequence[int],
         digits.append(high if last else e("Mod", high, e.builder.constant(1 << bits, number)))
     return e("Reshape", e("Concat", *digits, axis=-1), e.ints(*lead, groups * group)), \
         groups * group
+
+
+@functools.cache
+def byte_table(dtype: torch.dtype) -> Array:
+    """float32 value of each byte of a float8 type."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
 
 
 @functools.cache

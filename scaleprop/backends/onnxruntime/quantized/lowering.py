@@ -17,7 +17,11 @@ from scaleprop.backends.onnxruntime.quantized import rounding as rounds
 from scaleprop.backends.onnxruntime.quantized import scales as scale_rules
 from scaleprop.backends.onnxruntime.quantized.cost import TOLERANCE
 from scaleprop.backends.onnxruntime.quantized.emit import Emitter
-from scaleprop.backends.onnxruntime.quantized.expand import computed_values, constant_matrix
+from scaleprop.backends.onnxruntime.quantized.expand import (
+    computed_values,
+    constant_matrix,
+    why_not,
+)
 from scaleprop.backends.onnxruntime.quantized.operand import Quantized
 from scaleprop.backends.onnxruntime.quantized.products import Problem, choose
 from scaleprop.backends.onnxruntime.quantized.weights import Weight
@@ -77,11 +81,15 @@ def lower_dequantize(ctx: Context, node: Node, parts: Sequence[Node] | Node, for
     fmt = parse(format)
     if isinstance(parts, Node) and isinstance(ctx.result(parts), Quantized):
         return ctx.result(parts).fake
+    _check_stored(node, fmt)
     found = ctx.parts(parts)
     e = Emitter(ctx.builder)
     rank = len(shape)
     last = axis % rank == rank - 1
     tensors = [part for part in found if isinstance(part, torch.Tensor)]
+    if fmt.granularity.kind == "tile" and rank != 2:
+        raise LoweringError(f"{describe(node)}: [{fmt.granularity}] blocks of {rank} axes; remedy: "
+                            f"reshape to a matrix before quantizing, or use 1-D blocks")
     if len(tensors) == len(found):
         sizes = [_size(ctx, node, size) for size in shape]
         tensor = ScaledTensor.from_parts(tensors, fmt, sizes, axis)
@@ -93,8 +101,10 @@ def lower_dequantize(ctx: Context, node: Node, parts: Sequence[Node] | Node, for
     if not last or fmt.granularity.kind not in ("row", "block", "tensor"):
         raise LoweringError(f"{describe(node)}: computed parts of {fmt} along axis {axis}; remedy: "
                             f"quantize along the last axis, with scales per row or block")
-    values = [ctx.builder.initializer(p, node.name) if isinstance(p, torch.Tensor) else p
-              for p in found]
+    if isinstance(parts, Node):
+        raise LoweringError(f"{describe(node)}: its parts come from {parts.target}; remedy: pass "
+                            f"tensors or a scaleprop::quantize node")
+    values = [_gathered(ctx, e, part) for part in parts]
     ctx.lowered_as(node, f"{fmt} rows, expanded when they are read")
     return computed_values(e, values, fmt, rank, _size(ctx, node, shape[-1]))
 
@@ -108,12 +118,13 @@ def lower_scaled_mm(ctx: Context, node: Node, x: Sequence[Node] | Node,
     operand = _left(ctx, node, x, x_format)
     if w_format in PLAIN:
         return _plain_product(ctx, node, e, operand, w, bias)
-    parts = ctx.parts(w)
+    parts = [] if isinstance(w, Node) else ctx.parts(w)
     tensors = [part for part in parts if isinstance(part, torch.Tensor)]
-    if len(tensors) != len(parts):
+    if not parts or len(tensors) != len(parts):
         raise LoweringError(f"{describe(node)}: the weight is computed at run time; remedy: "
                             f"keep weights as parameters, or quantize this operator's inputs with "
                             f"fake_quantize")
+    _check_stored(node, parse(w_format))
     weight = _weight(ctx, node, w, tensors, parse(w_format), _size(ctx, node, k))
     added = None if bias is None else ctx.tensor(bias)
     problem = Problem(operand, weight, _rows(ctx, x), added)
@@ -148,6 +159,19 @@ def lower_hadamard(ctx: Context, node: Node, x: Node, block: int, signs: Node | 
     value = e.join_last(e("MatMul", value, e.f32(matrix.numpy())), rank, size, block)
     ctx.lowered_as(node, f"MatMul by a {block}×{block} Sylvester matrix")
     return e("Transpose", value, perm=[order.index(i) for i in range(rank)]) if moved else value
+
+
+def _gathered(ctx: Context, e: Emitter, part: Node) -> ir.Value:
+    """A part of gathered rows. onnxruntime gathers no float8: their bytes are gathered instead."""
+    if part.target is not torch.ops.aten.index.Tensor or ctx.dtype(part).itemsize != 1:
+        return ctx.value(part)
+    table, (ids,) = ctx.tensor(part.args[0]), part.args[1]  # type: ignore[misc]
+    if table is None or not table.dtype.is_floating_point:
+        return ctx.value(part)
+    stored = ctx.weight(table.view(torch.uint8), str(part.args[0]))
+    rows = e("Gather", stored, ctx.value(ids, torch.int64), axis=0)  # type: ignore[arg-type]
+    rows.type = ir.TensorType(ir.DataType.UINT8)
+    return rows
 
 
 def _weight(ctx: Context, node: Node, w: Sequence[Node] | Node, parts: list[torch.Tensor],
@@ -221,6 +245,14 @@ def _check(ctx: Context, node: Node, fmt: ScaledFormat, rounding: str,
     if why is not None:
         raise LoweringError(f"{describe(node)}: activations in {fmt}: {why}; remedy: another "
                             f"activation format, or backend='inductor' or 'reference'")
+
+
+def _check_stored(node: Node, fmt: ScaledFormat) -> None:
+    """Raise ``LoweringError`` for stored tensors that cannot be expanded."""
+    why = why_not(fmt)
+    if why is not None:
+        raise LoweringError(f"{describe(node)}: stored as {fmt}: {why}; remedy: another format, or "
+                            f"backend='inductor' or 'reference'")
 
 
 def _known_size(ctx: Context, node: Node, x: Node, axis: int) -> int:

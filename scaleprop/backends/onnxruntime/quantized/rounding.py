@@ -2,10 +2,12 @@
 
 A float grid has ulp 2^(e-m) for |x| in [2^e, 2^(e+1)) and 2^(emin-m) below 2^(emin+1). Adding and
 subtracting c rounds to the ulp of x + c, nearest-even, where c is an even multiple of that ulp. So
-c must lie in the binade whose float32 ulp is the grid's: c = |x|·2^(23-m) does, without looking at
-bits, because |x| and c have the same mantissa; it is even whenever x is a tie, since a tie has m+2
-significant bits. Where x and -c cross into the binade below, |x| is within 2^-21 of a power of two,
-which is on both grids. Below 2^(emin+1) the constant 1.5·2^(23-m+emin) serves.
+c must lie in the binade whose float32 ulp is the grid's: 2^(23-m)·|x| does. It also must have
+trailing zeros, or x + c, where it crosses into the binade above, would be rounded off the grid; a
+cast to float16 and back leaves them. That cast may round |x| up to a power of two: then x is so
+close to it (2^-12) that the coarser grid gives the same. Below 2^(emin+1) the constant
+1.5·2^(23-m+emin) serves. (The exponent's bits alone are slower: onnxruntime's bitwise operators
+are not vectorised.)
 """
 
 from __future__ import annotations
@@ -60,8 +62,15 @@ def round_to(e: Emitter, x: ir.Value, element: ElementFormat) -> ir.Value:
     x = clip(e, x, element)
     digits = 23 - element.mantissa_bits
     lowest = math.ldexp(1.5, digits + element.emin)
-    magic = e("Clip", e("Mul", e("Abs", x), math.ldexp(1.0, digits)), lowest)
+    magic = e("Clip", e("Mul", _coarse(e, e("Abs", x), element), math.ldexp(1.0, digits)), lowest)
     return e("Sub", e("Add", x, magic), magic)
+
+
+def _coarse(e: Emitter, x: ir.Value, element: FloatElement) -> ir.Value:
+    """x ≥ 0 in few bits, in its own binade or (barely) the one above; 0 where far below emin."""
+    if element.emax > 14 or element.emin < -14:  # beyond float16: the middle of the binade
+        return e("Mul", e.power_below(x), 1.5)
+    return e("Cast", e("Cast", x, to=int(ir.DataType.FLOAT16)), to=FLOAT)
 
 
 def _round_log2(e: Emitter, x: ir.Value, element: CodebookElement) -> ir.Value:
