@@ -98,7 +98,8 @@ class Quantized:
     @property
     def usual_limbs(self) -> int:
         """How many limbs to start with: one, where it holds blocks two exponents apart."""
-        return 1 if self._window(1) <= 0.25 else 2
+        assert self.format is not None
+        return 1 if self._window(1) <= 0.25 * _gain(self.format) else 2
 
     @property
     def limb_peak(self) -> float:
@@ -214,16 +215,17 @@ class Quantized:
         codes = _Splitter(count, self._window, lowest).split(e, values, 0)
         limit = count if lowest is None else STAGES[-1]
         # NaN survives no integer: a row that holds one gets factors of NaN
-        poison = e("Mul", e.reduce("ReduceSum", values, [-1], keep=True), 0.0)
+        total = e.reduce("ReduceSum", values, [-1], keep=True)
+        poison = e("Sub", total, total)
         factors = e.unsqueeze(e("Add", unit, poison), -2)
         factors = e("Mul", factors, e.f32([BASE**-i for i in range(limit)]))
         return Limbs(codes, factors, outer, open=lowest is not None)
 
     def _window(self, count: int) -> float:
-        """The smallest block scale, relative to the row's, that ``count`` limbs hold exactly."""
+        """The smallest block scale, in units of the row, that ``count`` limbs hold exactly."""
         fmt = self.format
         assert fmt is not None
-        step = _smallest(fmt) * _gain(fmt) * 2.0**-fmt.scale.fraction_bits
+        step = _smallest(fmt) * 2.0**-fmt.scale.fraction_bits
         return BASE ** -(count - 1) / step
 
     def _row_values(self) -> tuple[ir.Value, ir.Value, ir.Value | None, ir.Value | None]:
@@ -237,17 +239,18 @@ class Quantized:
         if fmt is None or fmt.block is None:
             return *_normalized_rows(e, self.fake), None, None
         found = self.scales
-        top = e.power_below(e.reduce("ReduceMax", found.scale, [-1], keep=True))
-        top = e("Max", top, 2.0**-126)
-        gain = _gain(fmt)
-        relative = e("Div", found.scale, top)
-        values = e("Mul", self._grid, self._spread(e("Mul", relative, gain)))
+        top = e.reduce("ReduceMax", found.scale, [-1], keep=True)
+        if fmt.rule not in POWER_RULES:
+            top = e("Max", e.power_below(top), 2.0**-120)
+        unit = e("Mul", top, 1.0 / _gain(fmt))
+        relative = e("Div", found.scale, unit)
+        values = e("Mul", self._grid, self._spread(relative))
         values = e.join_last(values, self.rank, self.size, fmt.block[1])
         lowest = None
         if self.closes_exactly and found.largest is not None:
             empty = e("Equal", found.largest, 0.0)
-            lowest = e.reduce("ReduceMin", e("Where", empty, 1.0, relative), None)
-        return values, e("Mul", top, 1.0 / gain), found.outer, lowest
+            lowest = e.reduce("ReduceMin", e("Where", empty, _gain(fmt), relative), None)
+        return values, unit, found.outer, lowest
 
     # ---- float rows for a kernel that quantizes to int8 blocks itself --------------------------
 

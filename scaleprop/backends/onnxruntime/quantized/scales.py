@@ -88,6 +88,9 @@ def find(e: Emitter, grouped: ir.Value, fmt: ScaledFormat, rank: int) -> Scales:
 
 def one_level(e: Emitter, largest: ir.Value, fmt: ScaledFormat) -> ir.Value:
     """The scale of groups whose largest magnitude is ``largest``; NaN where that is not finite."""
+    if fmt.rule == "floor" and not fmt.scale.has_zero:  # Inf stays Inf: its values become NaN
+        scale = e("Mul", e.power_below(largest), 2.0**-fmt.element.emax)
+        return e("Max", scale, 2.0**-127)
     if fmt.rule in POWER_RULES or not fmt.scale.has_zero:
         scale = _power_scale(e, largest, fmt)
         empty = largest
