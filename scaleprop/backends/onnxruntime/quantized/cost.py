@@ -16,18 +16,18 @@ TOLERANCE = 2.0**-10  # largest error of a lowering, relative to the largest out
 class Rates:
     """Rates of one core.
 
-    float_bytes, byte_bytes: weight bytes/s of float32 and u8×s8 GEMMs while M is small.
-    float_macs, byte_macs: multiply-adds/s of the same when M is large.
+    float_bytes, byte_bytes: weight bytes/s that float32 and u8×s8 GEMMs read.
+    float_macs, byte_macs: multiply-adds/s of the same.
     nbits_weights: 4-bit weights/s that MatMulNBits unpacks; nbits_macs: its multiply-adds/s.
     element: seconds of one elementwise pass per float32 element; node: seconds per ONNX node.
     """
 
     float_bytes: float = 17.6e9
-    float_macs: float = 52e9
+    float_macs: float = 72e9
     byte_bytes: float = 21e9
-    byte_macs: float = 740e9
-    nbits_weights: float = 40e9
-    nbits_macs: float = 85e9
+    byte_macs: float = 1000e9
+    nbits_weights: float = 60e9
+    nbits_macs: float = 90e9
     element: float = 0.25e-9
     node: float = 2e-6
 
@@ -37,12 +37,12 @@ RATES = Rates()
 
 def float_gemm(m: int, k: int, n: int, rates: Rates = RATES) -> float:
     """Seconds of a float32 product [m, k] × [k, n]."""
-    return max(4 * k * n / rates.float_bytes, m * k * n / rates.float_macs)
+    return 4 * k * n / rates.float_bytes + m * k * n / rates.float_macs
 
 
 def byte_gemm(m: int, k: int, n: int, rates: Rates = RATES) -> float:
     """Seconds of a u8×s8 product."""
-    return max(k * n / rates.byte_bytes, m * k * n / rates.byte_macs)
+    return k * n / rates.byte_bytes + m * k * n / rates.byte_macs
 
 
 def nbits_gemm(m: int, k: int, n: int, rates: Rates = RATES) -> float:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 from scaleprop.backends.onnxruntime.quantized import rounding, scales
-from scaleprop.backends.onnxruntime.quantized.emit import ZERO, Emitter
+from scaleprop.backends.onnxruntime.quantized.emit import INT8, ZERO, Emitter
 from scaleprop.backends.onnxruntime.quantized.scales import Scales
 from scaleprop.formats.elements import FloatElement, IntegerElement
 from scaleprop.formats.scaled import POWER_RULES, ScaledFormat
@@ -260,25 +260,33 @@ class Quantized:
         All but the last are on a grid of amax/127 per block, so that a kernel which quantizes that
         way reproduces them; the last holds what is left, and alone is rounded by the kernel.
         """
+        if count == 1:
+            return self.fake
         key = (count, block)
         if key not in self._pieces:
             self._pieces[key] = self._make_pieces(count, block)
         return self._pieces[key]
 
     def _make_pieces(self, count: int, block: int) -> ir.Value:
-        e = self.e
-        if count == 1:
-            return self.fake
-        rest = e.split_last(self.fake, self.rank, self.size, block)
+        """Few nodes: these rows are for products so small that each node shows."""
+        e, lead = self.e, [0] * (self.rank - 1)
+        missing = -self.size % block
+        rest = self.fake
+        if missing:
+            rest = e("Pad", rest, e.ints(*[0] * (2 * self.rank - 1), missing))
         rows: list[ir.Value] = []
         for _ in range(count - 1):
-            step = e("Mul", scales.amax(e, rest, [-1], keep=False), 1.0 / 127.0)
-            step = e.unsqueeze(e("Max", step, 2.0**-120), -1)
-            row = e("Mul", e("Round", e("Div", rest, step)), step)
-            rows.append(row)
-            rest = e("Sub", rest, row)
-        flat = [e.join_last(row, self.rank, self.size, block) for row in (*rows, rest)]
-        return e("Concat", *(e.unsqueeze(row, -2) for row in flat), axis=-2)
+            blocks = e("Reshape", rest, e.ints(*lead, -1, block))
+            largest = e.reduce("ReduceMax", e("Abs", blocks), [-1])
+            step = e("Max", e("Mul", largest, 1.0 / 127.0), 2.0**-120)
+            codes = e("QuantizeLinear", rest, step, axis=-1, block_size=block, output_dtype=INT8)
+            rows.append(e("DequantizeLinear", codes, step, axis=-1, block_size=block))
+            rest = e("Sub", rest, rows[-1])
+        stacked = e("Concat", *rows, rest, axis=-1)
+        stacked = e("Reshape", stacked, e.ints(*lead, count, self.size + missing))
+        if missing:
+            stacked = e("Slice", stacked, e.ints(0), e.ints(self.size), e.ints(-1))
+        return stacked
 
 
 def _gain(fmt: ScaledFormat) -> float:

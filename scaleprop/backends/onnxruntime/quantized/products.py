@@ -234,8 +234,7 @@ class ResidualProduct(Candidate):
                       N=p.w.outputs, bits=p.w.format.bits, block_size=block, accuracy_level=4)
         if self.pieces == 1:
             return y
-        y = e("MatMul", e.f32([[1.0] * self.pieces]), y)
-        return with_bias(e, e.squeeze(y, -2), p)
+        return with_bias(e, e.reduce("ReduceSum", y, [-2]), p)
 
 
 @dataclasses.dataclass(frozen=True)
