@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-TOLERANCE = 2.0**-10  # largest error of a lowering, relative to the largest output
+TOLERANCE = 2.0**-11  # largest error of a lowering, relative to the largest output
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

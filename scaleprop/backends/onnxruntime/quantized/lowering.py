@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 assert ops  # imported for what it registers
 OPS = torch.ops.scaleprop
+BOUNDS = "scaled_mm bounds"  # in Context.memo: node name → stated error relative to the largest y
 
 
 @lowers(OPS.quantize.default)
@@ -131,6 +132,7 @@ def lower_scaled_mm(ctx: Context, node: Node, x: Sequence[Node] | Node,
     chosen = choose(problem, ctx.memo.get("tolerance", TOLERANCE))
     logger.debug("%s: %s, %.3g s", node.name, chosen.name, chosen.seconds(problem))
     ctx.lowered_as(node, chosen.name)
+    ctx.memo.setdefault(BOUNDS, {})[node.name] = chosen.error(problem)
     y = chosen.emit(e, problem)
     weight.release()
     if bias is not None and added is None:

@@ -89,6 +89,13 @@ class Quantized:
         return (narrow or integer) and (fmt.scale.fraction_bits <= 3)
 
     @property
+    def integer_rows(self) -> bool:
+        """Whether each row is whole numbers up to ±255 times its scale: two limbs are exact."""
+        fmt = self.format
+        return fmt is not None and isinstance(fmt.element, IntegerElement) \
+            and fmt.granularity.kind == "row" and not self.static
+
+    @property
     def power_scales(self) -> bool:
         """Whether x̂ is the element's value times a power of two."""
         fmt = self.format
@@ -236,6 +243,9 @@ class Quantized:
         the format does not promise that.
         """
         e, fmt = self.e, self.format
+        if fmt is not None and self.integer_rows:
+            unit = 2.0 if fmt.zero_point else 1.0
+            return (e("Mul", self._grid, 1.0 / unit), e("Mul", self.scales.scale, unit), None, None)
         if fmt is None or fmt.block is None:
             return *_normalized_rows(e, self.fake), None, None
         found = self.scales

@@ -2,7 +2,7 @@
 
 Errors are relative to the largest output and stated per candidate; 0 means: equal to the exact sum
 rounded once to float32. A row or column held in L limbs is off by at most ½·128^-(L-1)/127 of its
-largest entry; in a sum over K these errors add like noise, and eight times the single one has not
+largest entry; in a sum over K these errors add like noise, and 7½ times the single one has not
 been exceeded in any distribution that the tests draw from.
 """
 
@@ -28,7 +28,7 @@ WORTH = 1.3  # how much faster a lowering must be that is less accurate than a f
 
 def limb_error(count: int) -> float:
     """Error of a product whose one operand is cut to ``count`` limbs."""
-    return 8.0 * 0.5 * 128.0 ** -(count - 1) / 127.0
+    return 7.5 * 0.5 * 128.0 ** -(count - 1) / 127.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ class LimbProduct(Candidate):
 
     def error(self, p: Problem) -> float:
         exact_w = p.w.limbs_needed is not None and self.w_limbs >= p.w.limbs_needed
-        exact_x = p.x.closes_exactly
+        exact_x = p.x.closes_exactly or (p.x.integer_rows and self.x_limbs >= 2)
         if exact_w and exact_x and self._rounds_once(p):
             return 0.0
         cut = (not exact_w) * limb_error(self.w_limbs) + (not exact_x) * limb_error(self.x_limbs)

@@ -25,7 +25,7 @@ from scaleprop.formats.scaled import ScaledFormat
 
 Status = Literal["native", "exact", "bounded", "unsupported"]
 
-SIZE = 512  # rows and columns of the weight that products are chosen for
+SIZE = 1024  # rows and columns of the weight that products are chosen for
 ROWS = 128
 MORE = ("int8[row]*f32", "int8[tensor]*f32+zp", "int8[1x128]*f32", "int4[1x32]*f16",
         "int4[row]*f32", "e4m3[row]*f32", "mxfp4:rceil", "mxfp8:rceil", "nvfp4:fouroversix")
