@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -110,8 +111,9 @@ def in_child(name: str, recipe: str, limit: float) -> dict[str, Any]:
     for line in done.stdout.splitlines():
         if line.startswith(MARK):
             return {**base, **json.loads(line.removeprefix(MARK))}
-    tail = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-    return {**base, "status": "failed", "error": tail[0][:300]}
+    raised = re.findall(r"^[\w.]+(?:Error|Exception|Interrupt)\b.*$", done.stderr, re.MULTILINE)
+    reason = raised[-1] if raised else f"exit status {done.returncode}"
+    return {**base, "status": "failed", "error": reason[:300]}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
