@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 import torch.fx
 
+from scaleprop.calibration.moments import SecondMoment
 from scaleprop.calibration.statistics import TensorStatistics
 from scaleprop.errors import CalibrationError, describe
 
@@ -16,6 +18,7 @@ class Observer(torch.fx.Interpreter):
     """An interpreter that looks at the values of ``watched`` nodes and keeps none of them.
 
     statistics: node name → statistics over all batches so far.
+    moments: which of the watched values get a second moment too; ``summary`` has them.
     """
 
     def __init__(
@@ -23,11 +26,14 @@ class Observer(torch.fx.Interpreter):
         module: torch.fx.GraphModule,
         watched: Collection[str],
         on_batch: Callable[[int], None] = lambda _batch: None,
+        moments: Collection[str] = (),
     ) -> None:
         super().__init__(module, garbage_collect_values=True)
         self.statistics: dict[str, TensorStatistics] = {}
         self.batch = 0
         self._watched = frozenset(watched)
+        self._wants_moment = frozenset(moments)
+        self._moments: dict[str, SecondMoment] = {}
         self._on_batch = on_batch
 
     def observe(self, leaves: list[Any]) -> list[Any]:
@@ -41,6 +47,15 @@ class Observer(torch.fx.Interpreter):
         self.batch += 1
         self._on_batch(self.batch)
         return list(outputs)
+
+    def summary(self) -> dict[str, TensorStatistics]:
+        """Node name → statistics over all batches, with second moments where asked for."""
+        return {
+            name: dataclasses.replace(seen, second_moment=self._moments[name].total())
+            if name in self._moments
+            else seen
+            for name, seen in self.statistics.items()
+        }
 
     def run_node(self, n: torch.fx.Node) -> Any:
         """The node's value, after a look at it."""
@@ -60,3 +75,6 @@ class Observer(torch.fx.Interpreter):
         seen = TensorStatistics.of(value)
         earlier = self.statistics.get(node.name)
         self.statistics[node.name] = earlier.merge(seen) if earlier else seen
+        if node.name in self._wants_moment:
+            moment = self._moments.setdefault(node.name, SecondMoment(value.shape[-1]))
+            moment.add(value)

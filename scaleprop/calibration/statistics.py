@@ -23,6 +23,7 @@ class TensorStatistics:
         where the last axis changed its size between batches.
     exponents: [128] int64, how many elements had ⌊log2 |x|⌋ = −64 … 63, both ends included in the
         first and last bin; zeros are counted in ``zeros``.
+    second_moment: [C, C] float64, Σ xᵀx over all rows; None where it was not asked for.
     """
 
     min: float
@@ -33,6 +34,7 @@ class TensorStatistics:
     channel_amax: torch.Tensor | None
     exponents: torch.Tensor
     batches: int = 1
+    second_moment: torch.Tensor | None = None
 
     @property
     def amax(self) -> float:
@@ -78,6 +80,8 @@ class TensorStatistics:
             return dataclasses.replace(seen, batches=self.batches + other.batches)
         mine, theirs = self.channel_amax, other.channel_amax
         same = mine is not None and theirs is not None and mine.shape == theirs.shape
+        moments = self.second_moment, other.second_moment
+        summed = same and moments[0] is not None and moments[1] is not None
         return TensorStatistics(
             min=min(self.min, other.min),
             max=max(self.max, other.max),
@@ -87,6 +91,7 @@ class TensorStatistics:
             channel_amax=torch.maximum(mine, theirs) if same else None,  # type: ignore[arg-type]
             exponents=self.exponents + other.exponents,
             batches=self.batches + other.batches,
+            second_moment=moments[0] + moments[1] if summed else None,  # type: ignore[operator]
         )
 
 

@@ -1,4 +1,5 @@
-"""Calibrate: run example inputs through the graph and keep what static scales need.
+"""Calibrate: run example inputs through the graph and keep what static scales and compensated
+weights need.
 
 Memory is constant in the number of batches: only statistics are kept, and activations die as soon
 as the graph has read them. An interruption (Ctrl-C) leaves the given program as it was.
@@ -31,11 +32,14 @@ class Calibrate(Pass):
         a function ``f(model)`` that calls the model that it is given.
     everything: also watch the activations of contractions that need no static scale.
     progress: show a bar on standard error (needs rich).
+    moments: also keep second moments of what the weights of linear operators are multiplied with,
+        [K, K] each; None: for those weights whose role has ``rounding="compensated"``.
     """
 
     data: Iterable[Any] | Callable[[Any], Any] | None = None
     everything: bool = False
     progress: bool = False
+    moments: bool | None = None
 
     name: ClassVar[str] = "calibrate"
     preserves_function: ClassVar[bool] = True
@@ -47,13 +51,14 @@ class Calibrate(Pass):
                 "no calibration data. Remedy: pass an iterable of example inputs, or a function "
                 "that calls the model"
             )
-        watched = watched_nodes(program, self.everything)
+        moments = moment_nodes(program, self.moments)
+        watched = watched_nodes(program, self.everything) | moments
         if not watched:
-            note = "nothing to calibrate: no scale is static"
+            note = "nothing to calibrate: no scale is static, no weight is compensated"
             return PassResult(program, False, (note,))
         total = _length(self.data)
         with progress_bar(self.progress, total) as update:
-            observer = Observer(program.module, watched, update)
+            observer = Observer(program.module, watched, update, moments)
             model = _Observed(program, observer)
             if callable(self.data):
                 self.data(model)
@@ -66,7 +71,7 @@ class Calibrate(Pass):
                 "calibration data was empty: the model was never called. Remedy: pass at least "
                 "one batch; a generator can be read only once"
             )
-        statistics = {**program.statistics, **observer.statistics}
+        statistics = {**program.statistics, **observer.summary()}
         note = f"{len(observer.statistics)} values over {observer.batch} batches"
         return PassResult(program.replace(statistics=statistics), True, (note,))
 
@@ -88,6 +93,24 @@ def watched_nodes(program: Program, everything: bool = False) -> set[str]:
             source = node.args[operand.argument] if operand.argument < len(node.args) else None
             if operand.role == "activation" and isinstance(source, torch.fx.Node):
                 found.add(source.name)
+    return found
+
+
+def moment_nodes(program: Program, wanted: bool | None = None) -> set[str]:
+    """Names of the values whose second moments compensated weights need.
+
+    wanted: for all linear weights that get a format, or none; None: as their roles say.
+    """
+    found: set[str] = set()
+    for node in program.module.graph.nodes:
+        assignment = assignment_of(node)
+        if assignment is None or assignment.contraction.kind != "linear":
+            continue
+        weight, source = assignment.weight, assignment.argument(node, "activation")
+        compensates = weight is not None and weight.rounding == "compensated"
+        needs = compensates if wanted is None else wanted and weight is not None
+        if needs and isinstance(source, torch.fx.Node):
+            found.add(source.name)
     return found
 
 

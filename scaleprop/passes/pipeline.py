@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
-from scaleprop.errors import ConfigError
+from scaleprop.errors import CalibrationError, ConfigError
 from scaleprop.passes.assign import AssignFormats
 from scaleprop.passes.base import Pass, PassManager
 from scaleprop.passes.calibrate import Calibrate
@@ -48,14 +48,31 @@ def build(
 
     extra: passes to run on the canonical graph, before formats are assigned. One that is in the
         pipeline already replaces it there, with its options.
+
+    Raises:
+        CalibrationError: weights are to be rounded with compensation, without calibration.
     """
     given = [parse_pass(item) if isinstance(item, str) else item for item in extra]
     replaced = {step.name: step for step in given}
+    weights = replaced.get(QuantizeWeights.name, QuantizeWeights())
+    moments = _wants_moments(weights)
+    if calibration is None and (
+        recipe.compensates if moments is None else moments and "fprop.w" in recipe.roles
+    ):
+        raise CalibrationError(
+            f"recipe {recipe.name!r}: rounding='compensated' weighs errors by what calibration "
+            "saw. Remedy: pass calibration= (example inputs without padding, or a function that "
+            "calls the model), or passes=['quantize-weights{rounding=nearest}']"
+        )
     before: list[Pass] = [CleanUp(), Canonicalise()]
     after: list[Pass] = [
         AssignFormats(recipe=recipe, exclude=tuple(exclude), include=tuple(include)),
-        *([Calibrate(data=calibration, progress=progress)] if calibration is not None else []),
-        QuantizeWeights(),
+        *(
+            [Calibrate(data=calibration, progress=progress, moments=moments)]
+            if calibration is not None
+            else []
+        ),
+        weights,
         QuantizeActivations(),
         Finish(),
     ]
@@ -67,6 +84,12 @@ def build(
         *(replaced.get(step.name, step) for step in after),
     ]
     return PassManager(passes, verify=verify)
+
+
+def _wants_moments(weights: Pass) -> bool | None:
+    """Whether the pass overrides which weights are compensated; None: as the recipe says."""
+    rounding = weights.rounding if isinstance(weights, QuantizeWeights) else None
+    return None if rounding is None else rounding == "compensated"
 
 
 def pass_names() -> tuple[str, ...]:

@@ -12,16 +12,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.fx
 
-from scaleprop.errors import PostconditionError, PreconditionError, describe, source_line
+from scaleprop.calibration.statistics import TensorStatistics
+from scaleprop.errors import (
+    CalibrationError,
+    ConfigError,
+    PassError,
+    PostconditionError,
+    PreconditionError,
+    describe,
+    source_line,
+)
 from scaleprop.formats import ScaledFormat, ScaledTensor, parse, quantize
 from scaleprop.passes.assign import ASSIGNMENT, Assignment, assignment_of
 from scaleprop.passes.base import Pass, PassResult, Program
+from scaleprop.passes.compensation import DAMPING, compensated
 from scaleprop.passes.error import weight_error
 from scaleprop.passes.operators import DEQUANTIZE, SCALED_MM
 from scaleprop.passes.rewrite import Rewriter
@@ -41,13 +51,24 @@ class QuantizeWeights(Pass):
     """Store assigned weights in their formats.
 
     clipping: ``amax`` or ``mse`` for all weights; None: as the recipe says per role.
+    rounding: ``nearest`` for all weights, or ``compensated`` for those of linear operators (needs
+        calibration, see ``compensation``); None: as the recipe says per role.
+    damping: of compensated rounding, in units of the mean of the second moments.
     seed: for recipes that round weights stochastically.
     """
 
     clipping: Literal["amax", "mse"] | None = None
+    rounding: Literal["nearest", "compensated"] | None = None
+    damping: float = DAMPING
     seed: int = 0
 
     name: ClassVar[str] = "quantize-weights"
+
+    def __post_init__(self) -> None:
+        """Raise ``ConfigError`` for a damping that is no number from 0."""
+        given: Any = self.damping
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not given >= 0:
+            raise ConfigError(f"damping={given!r} must be a number, at least 0; {DAMPING} is usual")
 
     def requires(self, program: Program) -> None:
         """Formats must have been assigned, even if to nothing."""
@@ -59,14 +80,26 @@ class QuantizeWeights(Pass):
     def run(self, program: Program) -> PassResult:
         """The program with scaled operators, and a record per weight."""
         work = _Weights(Rewriter(program, self.name), self)
-        for node in list(work.rewriter.graph.nodes):
-            assignment = assignment_of(node)
-            if assignment is not None:
-                work.rewrite(node, assignment)
+        assigned = [
+            (node, assignment)
+            for node in work.rewriter.graph.nodes
+            if (assignment := assignment_of(node)) is not None
+        ]
+        for node, assignment in assigned:
+            work.note_moment(node, assignment)
+        for node, assignment in assigned:
+            work.rewrite(node, assignment)
         result = work.rewriter.finish()
-        result = result.replace(records=(*result.records, *work.records))
-        note = f"{len(work.records)} weights quantized"
-        return PassResult(result, work.rewriter.modified, (note,))
+        result = result.replace(
+            records=(*result.records, *work.records), statistics=_slim(result.statistics)
+        )
+        notes = [f"{len(work.records)} weights quantized"]
+        if work.compensated:
+            notes.append(
+                f"{work.compensated} weights rounded with compensation: closer outputs, though "
+                "the weights' own SQNR is lower than with rounding to nearest"
+            )
+        return PassResult(result, work.rewriter.modified, tuple(notes))
 
     def ensures(self, program: Program) -> None:
         """Every operator with an assigned weight reads it in its format."""
@@ -86,6 +119,39 @@ class _Weights:
         self.records: list[TensorRecord] = []
         self._stored: dict[Any, tuple[list[torch.fx.Node], ScaledTensor, dict[str, Any]]] = {}
         self._generator = torch.Generator().manual_seed(options.seed)
+        self._moments: dict[Any, torch.Tensor] = {}
+        self.compensated = 0
+
+    def role(self, assignment: Assignment) -> Role | None:
+        """The weight's role, with the rounding that the pass's options ask for."""
+        role, rounding = assignment.weight, self.options.rounding
+        is_linear = assignment.contraction.kind == "linear"
+        if role is None or rounding is None or (rounding == "compensated" and not is_linear):
+            return role
+        return dataclasses.replace(role, rounding=rounding)
+
+    def note_moment(self, node: torch.fx.Node, assignment: Assignment) -> None:
+        """Keep the second moment of what a compensated weight is multiplied with, all uses summed.
+
+        Raises:
+            CalibrationError: where calibration has not seen it.
+        """
+        role = self.role(assignment)
+        if role is None or role.rounding != "compensated":
+            return
+        x, w = assignment.argument(node, "activation"), assignment.argument(node, "weight")
+        seen = self.rewriter.program.statistics.get(x.name)
+        if seen is None or seen.second_moment is None:
+            raise CalibrationError(
+                f"{describe(node)}: its weight's rounding is 'compensated', and calibration kept "
+                f"no second moment of its input {x.name!r}. Remedy: pass calibration= (example "
+                "inputs without padding), or rounding='nearest'"
+            )
+        key = self._key(w, role)
+        earlier = self._moments.get(key)
+        self._moments[key] = (
+            seen.second_moment if earlier is None else earlier + seen.second_moment
+        )
 
     def rewrite(self, node: torch.fx.Node, assignment: Assignment) -> None:
         rewrites: dict[str, Callable[[torch.fx.Node, Assignment], None]] = {
@@ -99,24 +165,25 @@ class _Weights:
         x, w = assignment.argument(node, "activation"), assignment.argument(node, "weight")
         k = w.meta["val"].shape[-1]
         parts, name = [w], _PLAIN[w.meta["val"].dtype]
-        if assignment.weight is not None:
-            parts, name = self._parts(node, w, assignment.weight)
+        role = self.role(assignment)
+        if role is not None:
+            parts, name = self._parts(node, w, role)
         why = f"the weight of {node.name} is {name}"
         x_name = _PLAIN[x.meta["val"].dtype]
         bias = assignment.argument(node, "bias")
         args = ([x], parts, bias, x_name, name, k)
         product = self.rewriter.call(SCALED_MM, args, at=node, why=why)
         product.meta[ASSIGNMENT] = assignment
-        self._record(product, node, w, assignment.weight, "fprop.w")
+        self._record(product, node, w, role, "fprop.w")
         self.rewriter.renamed[node.name] = product.name
         self.rewriter.replace(node, self._as_dtype(product, node))
 
     def _conv(self, node: torch.fx.Node, assignment: Assignment) -> None:
-        w = assignment.argument(node, "weight")
-        if assignment.weight is None:
+        w, role = assignment.argument(node, "weight"), self.role(assignment)
+        if role is None:
             return
         shape = list(w.meta["val"].shape)
-        parts, name = self._parts(node, w, assignment.weight)
+        parts, name = self._parts(node, w, role)
         why = f"the weight of {node.name} is {name}"
         flat = [shape[0], w.meta["val"].numel() // shape[0]]
         restore = (parts, name, flat, -1, w.meta["val"].dtype)
@@ -125,14 +192,14 @@ class _Weights:
             weight = self.rewriter.call(aten.view.default, (weight, shape), at=node, why=why)
         node.replace_input_with(w, weight)
         self.rewriter.modified = True
-        self._record(node, node, w, assignment.weight, "fprop.w")
+        self._record(node, node, w, role, "fprop.w")
 
     def _embedding(self, node: torch.fx.Node, assignment: Assignment) -> None:
         w: Any = node.args[0]
-        ids = node.args[1]
-        if assignment.weight is None or not isinstance(ids, torch.fx.Node):
+        ids, role = node.args[1], self.role(assignment)
+        if role is None or not isinstance(ids, torch.fx.Node):
             return
-        parts, name = self._parts(node, w, assignment.weight)
+        parts, name = self._parts(node, w, role)
         why = f"the table of {node.name} is {name}"
         width = w.meta["val"].shape[-1]
         rows = [
@@ -150,7 +217,7 @@ class _Weights:
         restore = (rows, name, [*sizes, width], -1, node.meta["val"].dtype)
         value = self.rewriter.call(DEQUANTIZE, restore, at=node, why=why)
         value.meta[ASSIGNMENT] = assignment
-        self._record(value, node, w, assignment.weight, "embedding")
+        self._record(value, node, w, role, "embedding")
         self.rewriter.replace(node, value)
 
     def _as_dtype(self, product: torch.fx.Node, node: torch.fx.Node) -> torch.fx.Node:
@@ -173,9 +240,12 @@ class _Weights:
             if tensor is None:
                 raise PreconditionError(f"{describe(node)}: its weight is no parameter any more")
             matrix = tensor.detach().reshape(tensor.shape[0], -1)
-            scaled = self._quantize(matrix, fmt, role)
+            if role.rounding == "compensated":
+                scaled = self._compensate(node, matrix, fmt, role, key)
+            else:
+                scaled = self._quantize(matrix, fmt, role)
             names = _part_names(fmt)
-            why = f"{w.target} in {fmt}"
+            why = f"{w.target} in {fmt}, rounding {role.rounding}"
             parts = [
                 self.rewriter.constant(part, f"{w.target}_{part_name}", at=node, why=why)
                 for part, part_name in zip(scaled.parts, names, strict=True)
@@ -188,6 +258,17 @@ class _Weights:
         tensor = self.rewriter.tensor(w)
         place = None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride())
         return place, role.format, role.rounding, self.options.clipping or role.clipping
+
+    def _compensate(
+        self, node: torch.fx.Node, matrix: torch.Tensor, fmt: ScaledFormat, role: Role, key: Any
+    ) -> ScaledTensor:
+        clipping = self.options.clipping or role.clipping
+        moment = self._moments.pop(key)
+        self.compensated += 1
+        try:
+            return compensated(matrix, fmt, moment, self.options.damping, clipping)
+        except (PassError, CalibrationError) as error:
+            raise type(error)(f"{describe(node)}: {error}") from error
 
     def _quantize(self, matrix: torch.Tensor, fmt: ScaledFormat, role: Role) -> ScaledTensor:
         clipping = self.options.clipping or role.clipping
@@ -229,6 +310,13 @@ class _Weights:
                 **errors,
             )
         )
+
+
+def _slim(statistics: Mapping[str, TensorStatistics]) -> dict[str, TensorStatistics]:
+    """Without second moments: they are large, and nothing after this pass reads them."""
+    return {
+        name: dataclasses.replace(seen, second_moment=None) for name, seen in statistics.items()
+    }
 
 
 def _independent_rows(matrix: torch.Tensor, fmt: ScaledFormat) -> Sequence[torch.Tensor]:

@@ -12,7 +12,7 @@ from scaleprop.formats import parse
 SCHEMA_VERSION = 1
 
 Scaling = Literal["dynamic", "static"]
-Rounding = Literal["nearest", "stochastic"]
+Rounding = Literal["nearest", "stochastic", "compensated"]
 Clipping = Literal["amax", "mse"]
 
 _CHOICES = {
@@ -28,6 +28,9 @@ class Role:
     """How one operand of an operator is quantized.
 
     format: name of a scaled format, see ``scaleprop formats``.
+    rounding: ``nearest``, ``stochastic``, or ``compensated``: what one column of a weight loses in
+        rounding, later columns make up for (GPTQ, arXiv:2210.17323); ``fprop.w`` only, needs
+        calibration.
     scaling: ``dynamic`` finds the scale at run time, ``static`` from calibration (activations).
     clipping: ``amax`` keeps the largest value, ``mse`` searches the scale of least error (weights).
     """
@@ -59,11 +62,22 @@ class Recipe:
             raise ConfigError(
                 f"recipe {self.name!r}: unknown roles {unknown}; known: {', '.join(ROLES)}"
             )
+        for key, role in self.roles.items():
+            if role.rounding == "compensated" and key != "fprop.w":
+                raise ConfigError(
+                    f"recipe {self.name!r}: rounding='compensated' is for weights of linear "
+                    f"operators (fprop.w), not for {key!r}; use 'nearest' there"
+                )
+
+    @property
+    def compensates(self) -> bool:
+        """Whether some weight is rounded with compensated errors."""
+        return any(role.rounding == "compensated" for role in self.roles.values())
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether some activation scale is static."""
-        return any(role.scaling == "static" for role in self.roles.values())
+        """Whether some activation scale is static, or some weight's rounding compensated."""
+        return self.compensates or any(role.scaling == "static" for role in self.roles.values())
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed."""

@@ -6,6 +6,9 @@ Choices that hold for all:
   shrinks and the lookup costs nothing.
 * Convolutions take INT8 activations in the ``int8`` recipes, where backends have integer kernels;
   everywhere else only their weights are quantized, to 8 bits.
+* Compensated errors (GPTQ) cost calibration and nothing at run time: later columns of a weight make
+  up for what earlier ones lost in rounding. MXFP8 then takes NVIDIA's scale rule, which clips
+  nothing.
 * Weights are symmetric (no zero point): a zero point would cost a correction in every product.
 """
 
@@ -73,6 +76,15 @@ INT4_G32 = Recipe(
         "embedding": _INT8_ROWS,
     },
 )
+INT4_G32_COMPENSATED = Recipe(
+    name="int4-g32-compensated",
+    description="weights in INT4, blocks of 32, rounded with compensated errors; calibrated",
+    roles={
+        "fprop.w": Role(format="int4[1x32]*f32", rounding="compensated", clipping="mse"),
+        "conv.w": _INT8_ROWS,
+        "embedding": _INT8_ROWS,
+    },
+)
 INT4_INT8 = Recipe(
     name="int4-int8",
     description="W4A8: weights in INT4 and activations in INT8 at run time, blocks of 128",
@@ -123,6 +135,16 @@ MXFP6, MXFP6_WEIGHT = _block("mxfp6", "MXFP6 (E2M3)", Role(format="mxfp8"))
 MXFP4, MXFP4_WEIGHT = _block("mxfp4", "MXFP4", Role(format="mxfp8"))
 NVFP4, NVFP4_WEIGHT = _block("nvfp4", "NVFP4", _FP8_ROWS)
 
+MXFP8_WEIGHT_COMPENSATED = Recipe(
+    name="mxfp8-weight-compensated",
+    description="MXFP8 weights, rounded with compensated errors; calibrated",
+    roles={
+        "fprop.w": Role(format="mxfp8:rceil", rounding="compensated"),
+        "conv.w": _FP8_ROWS,
+        "embedding": Role(format="mxfp8:rceil"),
+    },
+)
+
 NAMED: tuple[Recipe, ...] = (
     INT8,
     INT8_DYNAMIC,
@@ -130,11 +152,13 @@ NAMED: tuple[Recipe, ...] = (
     INT8_WEIGHT,
     INT4,
     INT4_G32,
+    INT4_G32_COMPENSATED,
     INT4_INT8,
     FP8,
     FP8_WEIGHT,
     MXFP8,
     MXFP8_WEIGHT,
+    MXFP8_WEIGHT_COMPENSATED,
     MXFP6,
     MXFP6_WEIGHT,
     MXFP4,
