@@ -222,6 +222,8 @@ def _finish(
     for node in module.graph.nodes:
         if "stack_trace" in node.meta:
             node.meta["stack_trace"] = _user_frames(node.meta["stack_trace"])
+        if isinstance(value := node.meta.get("val"), torch.Tensor):
+            node.meta["val"] = dimensions.with_plain_sizes(value)
     program = Program(
         module=module,
         in_spec=_required(flat.call_spec.in_spec),

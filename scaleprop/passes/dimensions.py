@@ -135,6 +135,19 @@ def is_symbolic(size: Any) -> bool:
     return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
+def with_plain_sizes(value: torch.Tensor) -> torch.Tensor:
+    """A fake value whose sizes that cannot vary are integers; itself where they are."""
+
+    def plain(size: int | torch.SymInt) -> int | torch.SymInt:
+        return size if is_symbolic(size) else int(size)
+
+    leftover = [size for size in value.shape if isinstance(size, torch.SymInt)]
+    if all(is_symbolic(size) for size in leftover):
+        return value
+    return value.as_strided([plain(size) for size in value.shape],
+                            [plain(stride) for stride in value.stride()])
+
+
 def name_dimensions(
     placeholders: Sequence[torch.fx.Node], given: Mapping[str, Mapping[int, str]]
 ) -> dict[str, dict[int, str]]:

@@ -242,3 +242,12 @@ def test_takes_an_exported_program(mlp):
     x = torch.randn(5, 64)
     assert torch.allclose(program.module(x), mlp(x))
     assert exported.example_inputs is not None
+
+
+def test_a_symbol_that_stands_for_one_number_becomes_that_number() -> None:
+    model = nn.Sequential(nn.Linear(512, 64), nn.GELU())  # its second axis was tried as dynamic
+    program = capture(model, (torch.randn(8, 512),))
+    (x,) = program.placeholders
+    batch, width = x.meta["val"].shape
+    assert isinstance(batch, torch.SymInt)
+    assert type(width) is int
