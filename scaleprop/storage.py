@@ -69,6 +69,7 @@ def save(compiled: CompiledModel, directory: Path) -> Path:
         "dynamic_axes": {name: {str(axis): dim for axis, dim in axes.items()}
                          for name, axes in program.dynamic_axes.items()},
         "nbytes_before": compiled.nbytes_before,
+        "tolerance": program.tolerance,
         "notes": list(program.notes),
         "records": [dataclasses.asdict(record) for record in program.records],
         "example": [None if isinstance(leaf, torch.Tensor) else {"constant": leaf}
@@ -124,7 +125,7 @@ def load(directory: Path) -> SavedModel:
         module=_module(graph_from_json(nodes), tensors),
         in_spec=in_spec, out_spec=out_spec, example_args=tuple(args), example_kwargs=kwargs,
         dynamic_axes=axes, records=tuple(_record(entry) for entry in config["records"]),
-        notes=tuple(config["notes"]),
+        tolerance=config["tolerance"], notes=tuple(config["notes"]),
     )
     propagate_values(program)
     return SavedModel(

@@ -102,7 +102,9 @@ class AssignFormats(Pass):
             if assignment.activation or assignment.weight:
                 node.meta[ASSIGNMENT] = assignment
                 count += 1
-        assigned = rewriter.program.replace(records=(*program.records, *records))
+        assigned = rewriter.program.replace(
+            records=(*program.records, *records), tolerance=self.recipe.tolerance
+        )
         note = f"{count} operators get formats from recipe {self.recipe.name!r}"
         return PassResult(assigned, True, (note,))
 

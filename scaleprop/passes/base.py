@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from scaleprop.calibration.statistics import TensorStatistics
 from scaleprop.errors import PostconditionError
+from scaleprop.recipes.base import TOLERANCE
 from scaleprop.report.records import TensorRecord
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Program:
     dynamic_axes: input name → {axis: dimension name}.
     statistics: node name → calibration statistics of that node's output; empty before calibration.
     records: what was decided for each tensor, in graph order.
+    tolerance: the largest error a backend may add to a product, relative to its largest value.
     notes: what a reader should know of capture and passes: dimensions that were fixed, say.
     """
 
@@ -59,6 +61,7 @@ class Program:
     dynamic_axes: Mapping[str, Mapping[int, str]] = dataclasses.field(default_factory=dict)
     statistics: Mapping[str, TensorStatistics] = dataclasses.field(default_factory=dict)
     records: tuple[TensorRecord, ...] = ()
+    tolerance: float = TOLERANCE
     notes: tuple[str, ...] = ()
 
     def fork(self) -> Program:

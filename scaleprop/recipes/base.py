@@ -10,6 +10,7 @@ from scaleprop.errors import ConfigError
 from scaleprop.formats import parse
 
 SCHEMA_VERSION = 1
+TOLERANCE = 2.0**-11  # a tenth of what 8-bit formats cost
 
 Scaling = Literal["dynamic", "static"]
 Rounding = Literal["nearest", "stochastic", "compensated"]
@@ -50,17 +51,27 @@ class Role:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Formats by role. ``roles`` keys: ``fprop.w``, ``fprop.x``, ``conv.w``, ``conv.x``,
-    ``embedding``; a role that is absent stays in high precision."""
+    """Formats by role.
+
+    roles: keys ``fprop.w``, ``fprop.x``, ``conv.w``, ``conv.x``, ``embedding``; a role that is
+        absent stays in high precision.
+    tolerance: the largest error that a backend may add to a product for speed, relative to the
+        product's largest value.
+    """
 
     name: str
     description: str
     roles: Mapping[str, Role]
+    tolerance: float = TOLERANCE
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.roles) - set(ROLES)):
             raise ConfigError(
                 f"recipe {self.name!r}: unknown roles {unknown}; known: {', '.join(ROLES)}"
+            )
+        if not 0.0 <= self.tolerance < 1.0:
+            raise ConfigError(
+                f"recipe {self.name!r}: tolerance is a share in [0, 1), not {self.tolerance}"
             )
         for key, role in self.roles.items():
             if role.rounding == "compensated" and key != "fprop.w":

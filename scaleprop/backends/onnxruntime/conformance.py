@@ -19,7 +19,6 @@ import torch
 import torch.fx
 
 from scaleprop.backends.onnxruntime.emitter import Emitted
-from scaleprop.backends.onnxruntime.quantized.cost import TOLERANCE
 from scaleprop.backends.onnxruntime.session import OnnxExecutable, SessionConfig
 from scaleprop.errors import MismatchError, describe
 from scaleprop.passes.base import Program, relative_error
@@ -56,7 +55,7 @@ def check_nodes(
     finally:
         probe.unlink(missing_ok=True)
     values = {node: found[name] for node, name in emitted.values.items()}
-    forced = _Forced(program.module, values)
+    forced = _Forced(program.module, values, emitted.bounds)
     with torch.no_grad():
         forced.run(*leaves, enable_io_processing=False)
     return forced.worst
@@ -66,9 +65,13 @@ class _Forced(torch.fx.Interpreter):
     """The reference, with another implementation's values put in place of its own."""
 
     def __init__(
-        self, module: torch.fx.GraphModule, values: Mapping[str, torch.Tensor]
+        self,
+        module: torch.fx.GraphModule,
+        values: Mapping[str, torch.Tensor],
+        bounds: Mapping[str, float],
     ) -> None:
         super().__init__(module)
+        self._bounds = bounds
         self._values = values
         self._searched: dict[torch.fx.Node, tuple[torch.Tensor, int]] = {}
         self.worst = 0.0
@@ -88,7 +91,9 @@ class _Forced(torch.fx.Interpreter):
             values, axis = self._searched[n.args[0]]
             if torch.equal(values.gather(axis, actual), values.gather(axis, expected)):
                 return actual
-        self.worst = max(self.worst, _compare(n, actual, expected))
+        self.worst = max(
+            self.worst, _compare(n, actual, expected, self._bounds.get(n.name, 0.0))
+        )
         return actual.to(expected.dtype)
 
 
@@ -110,13 +115,14 @@ def _place_axis(node: torch.fx.Node) -> int:
     return axis
 
 
-def _compare(node: torch.fx.Node, actual: torch.Tensor, expected: torch.Tensor) -> float:
+def _compare(
+    node: torch.fx.Node, actual: torch.Tensor, expected: torch.Tensor, stated: float
+) -> float:
     if actual.shape != expected.shape:
         raise MismatchError(f"{describe(node)}: onnxruntime gives shape {list(actual.shape)}, "
                             f"the reference {list(expected.shape)}")
     error = relative_error(actual, expected)
-    quantized = str(node.target).startswith("scaleprop.")
-    bound = (TOLERANCE if quantized else PLAIN_BOUND) if expected.is_floating_point() else 0.0
+    bound = max(stated, PLAIN_BOUND) if expected.is_floating_point() else 0.0
     if not error <= bound:
         raise MismatchError(
             f"{describe(node)}: given the same inputs, onnxruntime differs from the reference by "

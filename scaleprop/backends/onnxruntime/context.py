@@ -15,6 +15,7 @@ from scaleprop.backends.onnxruntime.builder import GraphBuilder
 from scaleprop.backends.onnxruntime.shapes import Dim, Size
 from scaleprop.backends.onnxruntime.types import held, onnx_type
 from scaleprop.errors import LoweringError, describe
+from scaleprop.recipes.base import TOLERANCE
 
 Node = torch.fx.Node
 Number = bool | int | float
@@ -31,10 +32,13 @@ class Context:
       a list of these, or any object that the lowerings of its users understand.
     """
 
-    def __init__(self, builder: GraphBuilder, readers: Mapping[int, set[Any]] | None = None
-                 ) -> None:  # fmt: skip
-        """readers: address of a parameter → the operators that read it."""
+    def __init__(self, builder: GraphBuilder, readers: Mapping[int, set[Any]] | None = None,
+                 tolerance: float = TOLERANCE) -> None:  # fmt: skip
+        """readers: address of a parameter → the operators that read it. tolerance: the largest
+        error that a lowering may add to a product, relative to its largest value."""
         self.builder = builder
+        self.tolerance = tolerance
+        self.bounds: dict[str, float] = {}  # node → stated error, relative to its largest value
         self._readers = readers or {}
         self.lowerings: dict[str, str] = {}
         self.memo: dict[Any, Any] = {}  # for lowerings: what was already emitted, by their own key

@@ -61,6 +61,7 @@ class Emitted:
     """An ONNX model, its ports in pytree order, and what each graph node was lowered to.
 
     values: graph node → name of the ONNX value that holds its tensor, for nodes that have one.
+    bounds: graph node → stated error relative to its largest value, for quantized products.
     """
 
     model: ir.Model
@@ -68,6 +69,7 @@ class Emitted:
     outputs: tuple[Port, ...]
     lowerings: Mapping[str, str]
     values: Mapping[str, str]
+    bounds: Mapping[str, float]
 
 
 def emit(program: Program, metadata: Mapping[str, str] | None = None) -> Emitted:
@@ -86,7 +88,7 @@ class _Emitter:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.builder = GraphBuilder("scaleprop", OPSET)
-        self.context = Context(self.builder, _readers(program.module))
+        self.context = Context(self.builder, _readers(program.module), program.tolerance)
         self.inputs: list[Port] = []
         self.outputs: list[Port] = []
         self.dimension_names = _dimension_names(program)
@@ -112,7 +114,7 @@ class _Emitter:
         model = ir.Model(self.builder.graph, ir_version=IR_VERSION, producer_name="scaleprop")
         model.metadata_props.update(self._model_metadata(metadata))
         return Emitted(model, tuple(self.inputs), tuple(self.outputs),
-                       dict(self.context.lowerings), self._values())
+                       dict(self.context.lowerings), self._values(), dict(self.context.bounds))
 
     def _values(self) -> dict[str, str]:
         kept = {value for node in self.builder.graph for value in node.outputs}

@@ -89,7 +89,7 @@ class Graph:
         """Lower, save, load with default session options."""
         context = Context(GraphBuilder("g", 26))
         if self.tolerance is not None:
-            context.memo["tolerance"] = self.tolerance
+            context.tolerance = self.tolerance
         builder = context.builder
         for node in self.graph.nodes:
             if node.op == "placeholder":

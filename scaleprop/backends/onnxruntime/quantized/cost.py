@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 
-TOLERANCE = 2.0**-11  # largest error of a lowering, relative to the largest output
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rates:

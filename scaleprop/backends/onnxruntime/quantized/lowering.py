@@ -15,7 +15,6 @@ from scaleprop import ops
 from scaleprop.backends.onnxruntime.context import Context, Node
 from scaleprop.backends.onnxruntime.quantized import rounding as rounds
 from scaleprop.backends.onnxruntime.quantized import scales as scale_rules
-from scaleprop.backends.onnxruntime.quantized.cost import TOLERANCE
 from scaleprop.backends.onnxruntime.quantized.emit import Emitter
 from scaleprop.backends.onnxruntime.quantized.expand import (
     computed_values,
@@ -35,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 assert ops  # imported for what it registers
 OPS = torch.ops.scaleprop
-BOUNDS = "scaled_mm bounds"  # in Context.memo: node name → stated error relative to the largest y
 
 
 @lowers(OPS.quantize.default)
@@ -129,10 +127,10 @@ def lower_scaled_mm(ctx: Context, node: Node, x: Sequence[Node] | Node,
     weight = _weight(ctx, node, w, tensors, parse(w_format), _size(ctx, node, k))
     added = None if bias is None else ctx.tensor(bias)
     problem = Problem(operand, weight, _rows(ctx, x), added)
-    chosen = choose(problem, ctx.memo.get("tolerance", TOLERANCE))
+    chosen = choose(problem, ctx.tolerance)
     logger.debug("%s: %s, %.3g s", node.name, chosen.name, chosen.seconds(problem))
     ctx.lowered_as(node, chosen.name)
-    ctx.memo.setdefault(BOUNDS, {})[node.name] = chosen.error(problem)
+    ctx.bounds[node.name] = chosen.error(problem)
     y = chosen.emit(e, problem)
     weight.release()
     if bias is not None and added is None:

@@ -20,6 +20,7 @@ from scaleprop.backends.onnxruntime.quantized.emit import ZERO, Emitter
 from scaleprop.backends.onnxruntime.quantized.operand import Limbs, Quantized
 from scaleprop.backends.onnxruntime.quantized.weights import MAX_LIMBS, Weight
 from scaleprop.formats.elements import IntegerElement
+from scaleprop.recipes.base import TOLERANCE
 
 ROUNDING = 2.0**-21  # a handful of float32 roundings
 FLOAT_SUM = 2.0**-18  # a float32 sum over K
@@ -281,7 +282,7 @@ def _activation_limbs(x: Quantized) -> Sequence[int]:
     return (x.usual_limbs,) if x.closes_exactly else (2,)
 
 
-def choose(p: Problem, tolerance: float = cost.TOLERANCE) -> Candidate:
+def choose(p: Problem, tolerance: float = TOLERANCE) -> Candidate:
     """The fastest candidate within the tolerance; where some are exact, the fastest of those.
 
     One that is less accurate than a float32 sum has to be ``WORTH`` it.
