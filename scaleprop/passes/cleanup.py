@@ -49,6 +49,9 @@ class CleanUp(Pass):
                 rewriter.modified = True
             elif (source := _source_of_no_op(node)) is not None:
                 rewriter.replace(node, source)
+            elif node.target is aten.view.default and _follows_attention(node):
+                node.target = aten.reshape.default
+                rewriter.modified = True
             elif (key := _key(node)) is not None:
                 if key in seen:
                     rewriter.replace(node, seen[key])
@@ -80,6 +83,18 @@ def _source_of_no_op(node: torch.fx.Node) -> torch.fx.Node | None:
         and same_sizes(given.shape, value.shape)
     )
     return source if same and check(node) else None
+
+
+def _follows_attention(node: torch.fx.Node) -> bool:
+    """The strides of attention's output depend on the kernel that runs, which tracing need not
+    have picked; a view of it can be impossible where a reshape copies."""
+    source: Any = node.args[0]
+    while isinstance(source, torch.fx.Node) and source.target is aten.permute.default:
+        source = source.args[0]
+    return (
+        isinstance(source, torch.fx.Node)
+        and source.target is aten.scaled_dot_product_attention.default
+    )
 
 
 def same_sizes(left: Any, right: Any) -> bool:

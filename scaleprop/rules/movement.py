@@ -13,6 +13,7 @@ _PASSES = Homogeneity({0: 1})
 
 _WHOLE = {
     aten.view.default: axes.view,
+    aten.reshape.default: axes.view,
     aten.permute.default: axes.permute,
     aten.transpose.int: axes.transpose,
     aten.unsqueeze.default: axes.unsqueeze,

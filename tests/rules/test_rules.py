@@ -32,6 +32,7 @@ EXAMPLES = {
     aten.baddbmm.default: (X[:, :, :3], X, Y.mT),
     aten.scaled_dot_product_attention.default: (X, Y, X + Y),
     aten.view.default: (X, [6, 4]),
+    aten.reshape.default: (X, [6, 4]),
     aten.permute.default: (X, [2, 0, 1]),
     aten.transpose.int: (X, 0, 2),
     aten.unsqueeze.default: (X, 1),
