@@ -102,7 +102,7 @@ def _bytes(records: Sequence[TensorRecord]) -> str:
         if record.nbytes:
             totals[record.format or text.HIGH] += record.nbytes
     names, counts = zip(*reversed(totals.most_common()), strict=True)
-    figure, axes = _figure(0.9 + 0.32 * len(names))
+    figure, axes = _figure(0.9 + 0.32 * max(len(names), 3))
     bars = axes.barh(
         range(len(names)), counts, height=0.6,
         color=[_OTHER if name == text.HIGH else _WEIGHT for name in names],
@@ -111,6 +111,7 @@ def _bytes(records: Sequence[TensorRecord]) -> str:
     axes.set_yticks(range(len(names)), names)
     axes.set_xticks([])
     axes.margins(x=0.15)
+    axes.set_ylim(-0.6, max(len(names), 3) - 0.4)  # one bar is not a poster
     axes.spines[["bottom"]].set_visible(False)
     return _svg(figure, "Stored bytes by format")
 

@@ -148,14 +148,14 @@ def _select(name: str, values: Sequence[str]) -> str:
 
 
 def _row(index: int, record: TensorRecord, scale: float) -> str:
-    source = f'<span class="source">{escape(record.source)}</span>' if record.source else ""
+    source = f'<span class="source">{escape(text.place(record))}</span>' if record.source else ""
     bar = _share(record.sqnr_db, scale)
     nbytes = "" if record.nbytes is None else f"{record.nbytes:,}"
     cells = (
         _number(str(index), float(index)),
         f'<td class="node mono">{escape(record.node)}{source}</td>',
-        f'<td class="mono">{escape(record.op)}</td>',
-        f"<td>{escape(record.operand)}</td>",
+        f'<td class="mono name">{escape(record.op)}</td>',
+        f'<td class="name">{escape(record.operand)}</td>',
         f"<td>{escape(text.shape(record))}</td>",
         f'<td class="mono">{escape(record.format or text.HIGH)}</td>',
         f"<td>{record.scale_kind or ''}</td>",

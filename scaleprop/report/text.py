@@ -42,6 +42,11 @@ def shape(record: TensorRecord) -> str:
     return "×".join(str(size) for size in record.shape)
 
 
+def place(record: TensorRecord) -> str:
+    """The user's source line with the last folder only: ``encoder/model.py:99 in forward``."""
+    return "/".join(record.source.split("/")[-2:])
+
+
 def outcome(record: TensorRecord) -> str:
     """What runs for a quantized tensor's operator; why not, for one that stayed high."""
     if record.format is None:

@@ -25,7 +25,7 @@ def make_report() -> Report:
         node="fc", op="aten.linear", operand="weight", role="fprop.w", shape=(8, 4),
         decided_by="assign-formats", format="mxfp4", scale_kind="weight", sqnr_db=18.25,
         saturated=0.0, underflowed=0.125, nbytes=20, nbytes_high=128,
-        lowering="integer limbs", source="model.py:12 in forward",
+        lowering="integer limbs", source="/home/someone/project/model.py:12 in forward",
     )
     return Report(
         recipe="mxfp4", backend="onnxruntime", nbytes_before=1000, nbytes_after=160,
@@ -176,11 +176,16 @@ def test_html_escapes_every_name(tmp_path: Path) -> None:
 def test_html_shows_every_record_and_reason(tmp_path: Path) -> None:
     make_report().save(tmp_path / "r.html")
     page = Page((tmp_path / "r.html").read_text())
-    for expected in ("mxfp4", "integer limbs", "model.py:12 in forward", "b×4", "exact", "12.50",
-                     "excluded by exclude='<conv>'", "a note", "0.160× of 1.0 kB"):
+    for expected in ("mxfp4", "integer limbs", "project/model.py:12 in forward", "b×4", "exact",
+                     "12.50", "excluded by exclude='<conv>'", "a note", "0.160× of 1.0 kB"):
         assert expected in page.text
     assert page.tags.count("svg") == 2
     assert page.tags.count("button") == 13  # every column sorts, by mouse and by keyboard
+
+
+def test_html_does_not_show_where_the_user_lives(tmp_path: Path) -> None:
+    make_report().save(tmp_path / "r.html")
+    assert "someone" not in (tmp_path / "r.html").read_text()
 
 
 def test_charts_have_unique_identifiers(tmp_path: Path) -> None:
