@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._ops import OperatorBase, OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram, default_decompositions
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
     ConstraintViolationError,
     DimDynamic,
@@ -24,12 +27,15 @@ __all__ = [
     "FakeTensorMode",
     "GuardOnDataDependentSymNode",
     "OpOverload",
+    "OperatorBase",
     "ShapeEnv",
     "decompose",
     "decomposition_table",
     "fake_input",
     "fake_mode_of",
+    "is_decomposed",
     "symbolic_fake_mode",
+    "trace",
 ]
 
 # Composites that rules and backends know as one operator. Decomposing the norms, softmax and
@@ -60,6 +66,28 @@ def decomposition_table() -> dict[OperatorBase, Callable[..., Any]]:
     for name in _KEPT_WHOLE:
         table.pop(_overload(name), None)
     return table
+
+
+def is_decomposed(target: Any, table: Mapping[Any, Any]) -> bool:
+    """Whether tracing with ``table`` replaces an operator by others."""
+    if not isinstance(target, OpOverload) or target in _kept_whole():
+        return False
+    return target in table or torch._C._dispatch_has_kernel_for_dispatch_key(  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        target.name(), "CompositeImplicitAutograd"
+    )
+
+
+@functools.cache
+def _kept_whole() -> frozenset[OpOverload]:
+    return frozenset(_overload(name) for name in _KEPT_WHOLE)
+
+
+def trace(
+    function: Callable[..., Any], values: Sequence[Any], table: dict[Any, Callable[..., Any]]
+) -> torch.fx.GraphModule:
+    """The graph of ``function`` on fake values, in the operators of ``table``."""
+    with enable_python_dispatcher():
+        return make_fx(function, decomposition_table=table, tracing_mode="real")(*values)
 
 
 def decompose(exported: ExportedProgram) -> ExportedProgram:

@@ -26,6 +26,7 @@ from scaleprop import _torch_compat
 from scaleprop.errors import CaptureError
 from scaleprop.passes import dimensions
 from scaleprop.passes.base import Program
+from scaleprop.passes.decompose import decomposed
 from scaleprop.passes.structures import register_structures
 
 logger = logging.getLogger(__name__)
@@ -209,18 +210,17 @@ def _finish(
     notes: Sequence[str],
 ) -> Program:
     try:
-        flat = _torch_compat.decompose(exported)
+        flat, unlifted = decomposed(exported)
     except Exception as error:
         raise CaptureError(
             f"could not bring the exported graph to core ATen: {type(error).__name__}: {error}\n"
             "Remedy: report the operator; exclude it from the model, or capture without it."
         ) from error
     _refuse_mutation(flat)
-    unlifted = flat.module(check_guards=False)
     # a plain GraphModule: without the input-check hooks, and train() and eval() work again
     module = torch.fx.GraphModule(unlifted, unlifted.graph)
     for node in module.graph.nodes:
-        if "stack_trace" in node.meta:
+        if node.meta.get("stack_trace") is not None:
             node.meta["stack_trace"] = _user_frames(node.meta["stack_trace"])
         if isinstance(value := node.meta.get("val"), torch.Tensor):
             node.meta["val"] = dimensions.with_plain_sizes(value)

@@ -1,0 +1,92 @@
+"""Bring an exported graph to core ATen, with the composites kept whole.
+
+``ExportedProgram.run_decompositions`` traces the whole model again, half of the time of a capture.
+Most graphs need it for a few operators only (``transpose``, ``reshape``, ``to``), so each such node
+is traced by itself and replaced by what it becomes. A graph that writes to tensors in place, or
+that holds other graphs, takes the long way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from scaleprop import _torch_compat as compat
+
+
+def decomposed(exported: ExportedProgram) -> tuple[ExportedProgram, torch.fx.GraphModule]:
+    """The program whose signature holds, and its flat module with parameters as ``get_attr``."""
+    if all(_is_simple(node) for node in exported.graph.nodes):
+        module = exported.module(check_guards=False)
+        _respell(module)
+        return exported, module
+    flat = compat.decompose(exported)
+    return flat, flat.module(check_guards=False)
+
+
+def _is_simple(node: torch.fx.Node) -> bool:
+    """Whether a node neither writes to tensors nor holds a graph of its own."""
+    if node.op != "call_function":
+        return node.op != "call_module"
+    if isinstance(node.target, compat.OpOverload):
+        return not node.target._schema.is_mutable  # pyright: ignore[reportPrivateUsage]
+    return not isinstance(node.target, compat.OperatorBase)
+
+
+def _respell(module: torch.fx.GraphModule) -> None:
+    table = compat.decomposition_table()
+    mode = compat.fake_mode_of(module.graph)
+    with torch.no_grad(), mode:
+        for node in list(module.graph.nodes):
+            if node.op == "call_function" and compat.is_decomposed(node.target, table):
+                _inline(module, node, table)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _inline(
+    module: torch.fx.GraphModule, node: torch.fx.Node, table: dict[Any, Callable[..., Any]]
+) -> None:
+    flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+    inputs = [leaf for leaf in flat if isinstance(leaf, torch.fx.Node)]
+
+    def call(*values: Any) -> Any:
+        given = iter(values)
+        leaves = [next(given) if isinstance(leaf, torch.fx.Node) else leaf for leaf in flat]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    inner = compat.trace(call, [leaf.meta["val"] for leaf in inputs], table)
+    placeholders = inner.graph.find_nodes(op="placeholder")
+    copies: dict[torch.fx.Node, torch.fx.Node] = dict(zip(placeholders, inputs, strict=True))
+    with module.graph.inserting_before(node):
+        for part in inner.graph.nodes:
+            if part.op in ("placeholder", "output"):
+                continue
+            copy = module.graph.node_copy(part, copies.__getitem__)
+            if part.op == "get_attr":  # a constant that the operator made
+                name = f"_{node.name}_{part.target}"
+                module.register_buffer(name, getattr(inner, str(part.target)))
+                copy.target = name
+            for key in ("stack_trace", "nn_module_stack"):
+                copy.meta.pop(key, None)
+                if node.meta.get(key) is not None:
+                    copy.meta[key] = node.meta[key]
+            copies[part] = copy
+    result = torch.fx.map_arg(inner.graph.output_node().args[0], copies.__getitem__)
+    _replace(module.graph, node, result)
+
+
+def _replace(graph: torch.fx.Graph, node: torch.fx.Node, result: Any) -> None:
+    if isinstance(result, torch.fx.Node):
+        node.replace_all_uses_with(result)
+    else:  # an operator with several results: its users pick theirs
+        for user in list(node.users):
+            user.replace_all_uses_with(result[user.args[1]])
+            graph.erase_node(user)
+    graph.erase_node(node)
