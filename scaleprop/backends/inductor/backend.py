@@ -100,7 +100,7 @@ class InductorExecutable(Executable):
 
 
 def _size(leaf: Any, axis: int) -> int:
-    return leaf.shape[axis] if isinstance(leaf, Tensor) else int(leaf)
+    return int(leaf.shape[axis] if isinstance(leaf, Tensor) else leaf)
 
 
 def _prepared(leaf: Any, fake: Any, index: int) -> Any:
@@ -111,8 +111,9 @@ def _prepared(leaf: Any, fake: Any, index: int) -> Any:
         found = f"{leaf.dtype} of {leaf.ndim} axes" if isinstance(leaf, Tensor) else repr(leaf)
         raise ConfigError(f"input {index} is {found}; the program was captured with {fake.dtype} "
                           f"of {fake.ndim} axes")
-    for axis, (size, expected) in enumerate(zip(leaf.shape, fake.shape, strict=True)):
-        if isinstance(expected, int) and size != expected:
+    expected_sizes: Sequence[Any] = fake.shape
+    for axis, (size, expected) in enumerate(zip(leaf.shape, expected_sizes, strict=True)):
+        if not isinstance(expected, torch.SymInt) and size != expected:
             raise ConfigError(f"input {index} has size {size} on axis {axis}, which was captured "
                               f"as fixed at {expected}: pass dynamic_shapes= to make it dynamic")
     return leaf.detach().contiguous()
@@ -123,7 +124,8 @@ class InductorBackend(Backend):
     """Compiles with TorchInductor for the CPU.
 
     compute: what unquantized matrix products, attention first of all, compute in. ``float32`` is
-        what the program says; ``bfloat16`` rounds their operands to bfloat16, sums in float32.
+        what the program says; ``bfloat16`` rounds their operands to bfloat16 (sums stay in
+        float32), and so what goes from a quantized linear straight into the next quantization.
     """
 
     name: ClassVar[str] = "inductor"

@@ -22,7 +22,7 @@ from scaleprop.formats.grouping import Grouping
 from scaleprop.formats.quantize import check_input
 from scaleprop.formats.rounding import has_nan, nearest, parse_rounding
 from scaleprop.formats.scaled import POWER_RULES, ScaledFormat, parse
-from scaleprop.formats.scales import Scales, find_scales, given_scales
+from scaleprop.formats.scales import Scales, affine, find_scales, given_scales, one_level
 from scaleprop.formats.tensor import data_dtype
 from scaleprop.ops import implementations
 
@@ -61,10 +61,8 @@ def quantize(x: Tensor, format: str, axis: int = -1, rounding: str = "nearest",
     assert isinstance(fmt.element, IntegerElement)
     moved = x.to(torch.float32).movedim(axis, -1)
     grouping = Grouping(fmt.granularity, tuple(moved.shape))
-    if scales is None:
-        found = find_scales(moved, fmt, grouping)
-    else:
-        found = given_scales(scales, moved, fmt, grouping)
+    found = _int8_scales(moved, fmt, grouping) if scales is None else given_scales(
+        scales, moved, fmt, grouping)
     scale = stored(found.scale)
     steps = (moved / scale).round()
     parts = [grouping.compact(scale).clone()]
@@ -76,6 +74,16 @@ def quantize(x: Tensor, format: str, axis: int = -1, rounding: str = "nearest",
         parts.append(grouping.compact(zero_point).to(torch.uint8))
     codes = torch.where(codes == codes, codes, 0.0)  # NaN becomes code 0
     return [codes.to(data_dtype(fmt)), *parts]
+
+
+def _int8_scales(x: Tensor, fmt: ScaledFormat, grouping: Grouping) -> Scales:
+    """``find_scales``; one range of a whole tensor is found row by row, in the rows' own loop."""
+    if fmt.rule != "exact" or fmt.granularity.kind != "tensor" or x.ndim < 2 or x.numel() == 0:
+        return find_scales(x, fmt, grouping)
+    if fmt.zero_point:
+        low, high = x.amin(-1).amin(), x.amax(-1).amax()
+        return affine(low.clamp(max=0.0), high.clamp(min=0.0), fmt)
+    return Scales(one_level(x.abs().amax(-1).amax(), fmt))
 
 
 def _is_int8(fmt: ScaledFormat) -> bool:

@@ -50,3 +50,8 @@ def guards_since(mode: FakeTensorMode, count: int) -> list[sympy.Basic]:
     if mode.shape_env is None:
         return []
     return [guard.expr for guard in mode.shape_env.guards[count:]]
+
+
+def has_vnni() -> bool:
+    """Whether the processor sums products of bytes in 32 bits."""
+    return torch.cpu._is_vnni_supported()  # pyright: ignore[reportPrivateUsage]

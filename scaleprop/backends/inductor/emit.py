@@ -51,25 +51,35 @@ def emit(linear: Linear, inputs: Inputs, constants: Parts, dtype: torch.dtype) -
     row = linear.operand.x_format is not None and linear.operand.x_format.granularity.kind == "row"
     if linear.kind == "fp8" or row:
         return _scaled_afterwards(linear, x, constants).to(dtype)
-    return _per_tensor(linear, x, constants, dtype)
+    other = linear.epilogue.other
+    return _per_tensor(linear, x, constants, dtype,
+                       None if other is None else inputs.values[other])
 
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _per_tensor(linear: Linear, x: list[Tensor], constants: Parts, dtype: torch.dtype) -> Tensor:
+def _per_tensor(linear: Linear, x: list[Tensor], constants: Parts, dtype: torch.dtype,
+                other: Tensor | None) -> Tensor:
     """INT8 with one scale for x: the kernel applies it, the bias and the epilogue."""
     after = linear.epilogue
     out = after.dtype if after.quantize is not None else dtype
-    tail = (constants["weight"], constants["scale"], constants["zero_point"],
-            constants.get("bias"), after.scale, after.zero_point, out,
-            after.post_op, [], after.algorithm)
-    if linear.given is not None:
-        y = torch.ops.onednn.qlinear_pointwise.default(_flat(x[0]), *linear.given, *tail)
-    else:
+    weight = (constants["weight"], constants["scale"], constants["zero_point"])
+    bias = constants.get("bias")
+    given: tuple[Any, Any] | None = linear.given
+    if given is None:
         zero = x[2].to(torch.int32) if len(x) > 2 else x[1].new_zeros((), dtype=torch.int32)
-        y = torch.ops.onednn.qlinear_pointwise.tensor(_flat(x[0]), x[1], zero, *tail)
+        given = (x[1], zero)
+    kernel = torch.ops.onednn.qlinear_pointwise
+    if other is None:
+        call: Any = kernel.default if linear.given is not None else kernel.tensor
+        y = call(_flat(x[0]), *given, *weight, bias, after.scale, after.zero_point, out,
+                 after.post_op, [], after.algorithm)
+    else:  # "add" writes a new tensor; "sum" would write into ``other``
+        call = kernel.binary if linear.given is not None else kernel.binary_tensor
+        y = call(_flat(x[0]), *given, *weight, _flat(other), bias, 1.0, 0, out, 1.0, 0,
+                 "add", 1.0, "none", [], "")
     return y.reshape(*x[0].shape[:-1], y.shape[-1])
 
 

@@ -74,7 +74,7 @@ def trace(program: Program, compute: torch.dtype, mode: Any,
     """
     graph = program.module.graph
     known = constants_of(program.module)
-    linears = plan(graph, known)
+    linears = plan(graph, known, compute)
     fixed = _Fixed(mode, known, linears)
     placeholders = program.placeholders
     taken = tuple(i for i, node in enumerate(placeholders)
@@ -231,7 +231,9 @@ class _Lowering(torch.fx.Interpreter):
             return self._open(linear)
         if index not in self.results:
             parts = {name: self.fixed[index, name] for name in linear.constants}
-            narrow = all(_read_narrow(node, self.compute) for node, _, _ in linear.members)
+            last = linear.epilogue.activation or linear.epilogue.add
+            ends = [node if last is None else last for node, _, _ in linear.members]
+            narrow = all(_read_narrow(end, self.compute) for end in ends)
             dtype = self.compute if narrow else torch.float32
             self.results[index] = emit(linear, self.inputs, parts, dtype)
         result = self.results[index]
@@ -265,8 +267,9 @@ def _read_narrow(node: torch.fx.Node, compute: torch.dtype) -> bool:
     """Whether every reader of ``node`` is going to narrow it anyway."""
     if compute == torch.float32:
         return False
-    return all(user.target in _MATRIX or (user.target in _MOVEMENT and _read_narrow(user, compute))
-               for user in node.users)
+    return all(
+        user.target in _MATRIX or user.target is ops.quantize
+        or (user.target in _MOVEMENT and _read_narrow(user, compute)) for user in node.users)
 
 
 def _descriptions(graph: torch.fx.Graph, linears: Sequence[Linear],
