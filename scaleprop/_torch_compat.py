@@ -52,6 +52,7 @@ _KEPT_WHOLE = (
     "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool1d",
     "pixel_shuffle", "pixel_unshuffle", "split.Tensor", "unbind.int", "stack",
     "tril", "triu", "one_hot",
+    "sym_size.int",
 )  # fmt: skip
 
 
