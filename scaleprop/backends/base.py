@@ -39,7 +39,7 @@ class Backend(abc.ABC):
             BackendUnavailable: where a package or device is missing.
         """
 
-    def verify(self, program: Program) -> None:
+    def verify(self, program: Program) -> None:  # noqa: B027  most have no bounds of their own
         """Hold what ``lower`` makes of ``program`` to this backend's own bounds, where it has any
         that are tighter than the end-to-end bound of ``scaleprop.fidelity``.
 
