@@ -103,7 +103,9 @@ class AssignFormats(Pass):
                 node.meta[ASSIGNMENT] = assignment
                 count += 1
         assigned = rewriter.program.replace(
-            records=(*program.records, *records), tolerance=self.recipe.tolerance
+            records=(*program.records, *records),
+            is_assigned=True,
+            tolerance=self.recipe.tolerance,
         )
         note = f"{count} operators get formats from recipe {self.recipe.name!r}"
         return PassResult(assigned, True, (note,))

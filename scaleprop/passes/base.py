@@ -49,6 +49,7 @@ class Program:
     dynamic_axes: input name → {axis: dimension name}.
     statistics: node name → calibration statistics of that node's output; empty before calibration.
     records: what was decided for each tensor, in graph order.
+    is_assigned: whether formats have been assigned, be it to nothing.
     tolerance: the largest error a backend may add to a product, relative to its largest value.
     notes: what a reader should know of capture and passes: dimensions that were fixed, say.
     """
@@ -61,6 +62,7 @@ class Program:
     dynamic_axes: Mapping[str, Mapping[int, str]] = dataclasses.field(default_factory=dict)
     statistics: Mapping[str, TensorStatistics] = dataclasses.field(default_factory=dict)
     records: tuple[TensorRecord, ...] = ()
+    is_assigned: bool = False
     tolerance: float = TOLERANCE
     notes: tuple[str, ...] = ()
 
@@ -73,7 +75,7 @@ class Program:
         output = graph.output(result)
         output.meta = copy.copy(self.module.graph.output_node().meta)
         codegen = self.module.graph._codegen  # pyright: ignore[reportPrivateUsage]
-        graph.set_codegen(copy.deepcopy(codegen))
+        graph.set_codegen(copy.copy(codegen))  # it only says how inputs and outputs are nested
         module = torch.fx.GraphModule(self.module, graph)
         return dataclasses.replace(self, module=module)
 

@@ -72,9 +72,7 @@ class QuantizeWeights(Pass):
 
     def requires(self, program: Program) -> None:
         """Formats must have been assigned, even if to nothing."""
-        if not any(r.decided_by == "assign-formats" for r in program.records) and not any(
-            assignment_of(node) for node in program.module.graph.nodes
-        ):
+        if not program.is_assigned:
             raise PreconditionError("no formats are assigned; run assign-formats first")
 
     def run(self, program: Program) -> PassResult:

@@ -205,3 +205,19 @@ def test_analysis_names_outliers_and_changes_nothing(model: torch.nn.Module):
     assert len(weights) == 1 and 5 < weights[0].sqnr_db < 40
     assert any("up_weight" in note and "outlier" in note for note in report.notes)
     assert any(note.startswith("mxfp4 would leave") for note in report.notes)
+
+
+class ArgMax(torch.nn.Module):
+    """No operator that any recipe quantizes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.argmax(-1)
+
+
+@pytest.mark.parametrize("model", [torch.nn.ReLU(), ArgMax()], ids=["relu", "argmax"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "reference"])
+def test_a_model_with_nothing_to_quantize_compiles(model, backend):
+    x = torch.randn(2, 7)
+    compiled = scaleprop.compile(model, x, backend=backend)
+    assert torch.equal(compiled(x), model(x))
+    assert compiled.report.quantized == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import ClassVar
 
 import pytest
@@ -142,3 +143,10 @@ def test_hugging_face_models(make, linears):
         low = result.module(**other)
     similarity = torch.cosine_similarity(low[0].flatten(), want[0].flatten(), dim=0)
     assert similarity > 0.999
+
+
+def test_passes_warn_of_nothing(mlp):
+    program = capture(mlp, (torch.randn(2, 64),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(named_recipe("int4")).run(program)
