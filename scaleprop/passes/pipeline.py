@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
 from scaleprop.errors import CalibrationError, ConfigError
@@ -21,7 +21,7 @@ from scaleprop.passes.cleanup import CleanUp
 from scaleprop.passes.finish import Finish
 from scaleprop.passes.quantize_activations import QuantizeActivations
 from scaleprop.passes.quantize_weights import QuantizeWeights
-from scaleprop.recipes import Recipe, named_recipe
+from scaleprop.recipes import Recipe
 
 _PASSES: tuple[type[Pass], ...] = (
     CleanUp,
@@ -32,6 +32,13 @@ _PASSES: tuple[type[Pass], ...] = (
     QuantizeActivations,
     Finish,
 )
+# option of a pass → the argument of compile() that sets it
+_ARGUMENTS = {
+    "recipe": "recipe",
+    "exclude": "exclude",
+    "include": "include",
+    "data": "calibration",
+}
 
 
 def build(
@@ -47,15 +54,31 @@ def build(
     """The passes that take a captured program to ``recipe``.
 
     extra: passes to run on the canonical graph, before formats are assigned. One that is in the
-        pipeline already replaces it there, with its options.
+        pipeline already changes it there: text changes the options that it names, a ``Pass``
+        takes its place.
 
     Raises:
+        ConfigError: an unknown pass or option, or one that is an argument of ``compile``.
         CalibrationError: weights are to be rounded with compensation, without calibration.
     """
-    given = [parse_pass(item) if isinstance(item, str) else item for item in extra]
-    replaced = {step.name: step for step in given}
-    weights = replaced.get(QuantizeWeights.name, QuantizeWeights())
-    moments = _wants_moments(weights)
+    steps: list[Pass] = [
+        CleanUp(),
+        Canonicalise(),
+        AssignFormats(recipe=recipe, exclude=tuple(exclude), include=tuple(include)),
+        *([] if calibration is None else [Calibrate(data=calibration, progress=progress)]),
+        QuantizeWeights(),
+        QuantizeActivations(),
+        Finish(),
+    ]
+    standard = {step.name: step for step in steps}
+    inserted: list[Pass] = []
+    for item in extra:
+        step = parse_pass(item, standard) if isinstance(item, str) else item
+        if step.name in standard:
+            standard[step.name] = step
+        else:
+            inserted.append(step)
+    moments = _wants_moments(standard[QuantizeWeights.name])
     if calibration is None and (
         recipe.compensates if moments is None else moments and "fprop.w" in recipe.roles
     ):
@@ -64,37 +87,18 @@ def build(
             "saw. Remedy: pass calibration= (example inputs without padding, or a function that "
             "calls the model), or passes=['quantize-weights{rounding=nearest}']"
         )
-    before: list[Pass] = [CleanUp(), Canonicalise()]
-    after: list[Pass] = [
-        AssignFormats(recipe=recipe, exclude=tuple(exclude), include=tuple(include)),
-        *(
-            [Calibrate(data=calibration, progress=progress, moments=moments)]
-            if calibration is not None
-            else []
-        ),
-        weights,
-        QuantizeActivations(),
-        Finish(),
-    ]
-    standard = {step.name for step in (*before, *after)}
-    inserted = [step for step in given if step.name not in standard]
-    passes = [
-        *(replaced.get(step.name, step) for step in before),
-        *inserted,
-        *(replaced.get(step.name, step) for step in after),
-    ]
-    return PassManager(passes, verify=verify)
+    calibrate = standard.get(Calibrate.name)
+    if isinstance(calibrate, Calibrate) and calibrate.moments is None:
+        standard[Calibrate.name] = dataclasses.replace(calibrate, moments=moments)
+    passes = list(standard.values())
+    at = list(standard).index(AssignFormats.name)
+    return PassManager([*passes[:at], *inserted, *passes[at:]], verify=verify)
 
 
 def _wants_moments(weights: Pass) -> bool | None:
     """Whether the pass overrides which weights are compensated; None: as the recipe says."""
     rounding = weights.rounding if isinstance(weights, QuantizeWeights) else None
     return None if rounding is None else rounding == "compensated"
-
-
-def pass_names() -> tuple[str, ...]:
-    """The passes that exist, in the order in which they usually run."""
-    return tuple(kind.name for kind in _PASSES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +121,7 @@ def describe_passes() -> tuple[PassInfo, ...]:
             options=tuple(
                 (field.name, str(field.type), _default_text(field))
                 for field in dataclasses.fields(kind)
+                if field.name not in _ARGUMENTS
             ),
         )
         for kind in _PASSES
@@ -127,13 +132,15 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
     return "required" if field.default is dataclasses.MISSING else repr(field.default)
 
 
-def parse_pass(text: str) -> Pass:
+def parse_pass(text: str, standard: Mapping[str, Pass] | None = None) -> Pass:
     """The pass that ``name{option=value, …}`` spells.
 
     Values are JSON where that parses (``true``, ``0.5``, ``["a"]``), else plain text.
+    standard: name → a pass whose options hold where ``text`` gives none.
 
     Raises:
-        ConfigError: unknown pass or option, or a value that the option does not take.
+        ConfigError: unknown pass or option, a value that the option does not take, or an option
+            that is an argument of ``compile``.
     """
     match = re.fullmatch(r"\s*([\w-]+)\s*(?:\{(.*)\})?\s*", text, re.DOTALL)
     if match is None:
@@ -144,7 +151,7 @@ def parse_pass(text: str) -> Pass:
         close = difflib.get_close_matches(name, known, n=2)
         meant = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
         raise ConfigError(f"unknown pass {name!r}; {meant}known: {', '.join(known)}")
-    return _construct(known[name], _options(name, body))
+    return _construct(known[name], _options(name, body), (standard or {}).get(name))
 
 
 def _options(name: str, body: str) -> dict[str, Any]:
@@ -163,7 +170,7 @@ def _options(name: str, body: str) -> dict[str, Any]:
     return options
 
 
-def _construct(kind: type[Pass], options: dict[str, Any]) -> Pass:
+def _construct(kind: type[Pass], options: dict[str, Any], standard: Pass | None) -> Pass:
     hints = get_type_hints(kind)
     fields = [field.name for field in dataclasses.fields(kind)]
     for key, value in options.items():
@@ -171,16 +178,19 @@ def _construct(kind: type[Pass], options: dict[str, Any]) -> Pass:
             raise ConfigError(
                 f"pass {kind.name!r} has no option {key!r}; it has: {', '.join(fields) or 'none'}"
             )
-        if hints[key] is Recipe:
-            options[key] = named_recipe(value)
-        elif hints[key] in (bool, int) and type(value) is not hints[key]:
+        if key in _ARGUMENTS:
+            raise ConfigError(
+                f"pass {kind.name!r}: {key} is no option here; pass it to compile(), "
+                f"as {_ARGUMENTS[key]}="
+            )
+        if hints[key] in (bool, int) and type(value) is not hints[key]:
             raise ConfigError(f"pass {kind.name!r}: {key}={value!r} is not {hints[key].__name__}")
-        elif isinstance(value, list):
+        if isinstance(value, list):
             options[key] = tuple(value)
         elif (choices := _choices(hints[key])) and value not in choices:
             raise ConfigError(f"pass {kind.name!r}: {key}={value!r}; known: {choices}")
     try:
-        return kind(**options)
+        return kind(**options) if standard is None else dataclasses.replace(standard, **options)
     except TypeError as error:
         raise ConfigError(f"pass {kind.name!r}: {error}") from error
 

@@ -11,9 +11,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from scaleprop.errors import ConfigError, PostconditionError
+from scaleprop.passes.assign import AssignFormats
 from scaleprop.passes.base import Pass, PassManager, PassResult
+from scaleprop.passes.calibrate import Calibrate
 from scaleprop.passes.capture import capture
-from scaleprop.passes.pipeline import build, describe_passes, parse_pass, pass_names
+from scaleprop.passes.pipeline import build, describe_passes, parse_pass
 from scaleprop.passes.quantize_weights import QuantizeWeights
 from scaleprop.recipes import named_recipe
 
@@ -21,8 +23,6 @@ from scaleprop.recipes import named_recipe
 def test_parse_pass():
     assert parse_pass("clean-up").name == "clean-up"
     assert parse_pass("quantize-weights{clipping=mse, seed=3}") == QuantizeWeights("mse", seed=3)
-    step = parse_pass('assign-formats{recipe=int4, exclude=["a", "b*"]}')
-    assert step.recipe == named_recipe("int4") and step.exclude == ("a", "b*")
     assert parse_pass("canonicalise{norms=false}").norms is False
 
 
@@ -33,6 +33,10 @@ BAD = {
     "quantize-weights{mse}": "cannot read option 'mse'; use key=value",
     "canonicalise{norms=maybe}": "norms='maybe' is not bool",
     "assign-formats": "missing 1 required",
+    "assign-formats{recipe=int4}": "recipe is no option here; pass it to compile(), as recipe=",
+    'assign-formats{exclude=["a"]}': "pass it to compile(), as exclude=",
+    'assign-formats{include=["a"]}': "pass it to compile(), as include=",
+    "calibrate{data=x}": "pass it to compile(), as calibration=",
     "a b": "cannot read pass 'a b'",
 }
 
@@ -46,10 +50,13 @@ def test_bad_passes(text):
 
 def test_every_pass_is_described():
     infos = describe_passes()
-    assert tuple(info.name for info in infos) == pass_names()
+    assert {step.name for step in build(named_recipe("int8"), calibration=[]).passes} == {
+        info.name for info in infos
+    }
     assert all(info.summary for info in infos)
     canonicalise = next(info for info in infos if info.name == "canonicalise")
     assert ("norms", "bool", "True") in canonicalise.options
+    assert next(info for info in infos if info.name == "assign-formats").options == ()
 
 
 def test_extra_passes_replace_or_come_before_assignment():
@@ -57,6 +64,17 @@ def test_extra_passes_replace_or_come_before_assignment():
     names = [step.name for step in manager.passes]
     assert names.index("twist") == names.index("assign-formats") - 1
     assert QuantizeWeights("mse") in manager.passes and names.count("quantize-weights") == 1
+
+
+def test_options_given_as_text_leave_the_others_as_they_are():
+    data = [torch.ones(1)]
+    texts = ["assign-formats", "calibrate{everything=true}", "quantize-weights{clipping=mse}",
+             "quantize-weights{seed=3}"]  # fmt: skip
+    manager = build(named_recipe("int8"), exclude=["a"], calibration=data, extra=texts)
+    steps = {step.name: step for step in manager.passes}
+    assert steps["assign-formats"] == AssignFormats(named_recipe("int8"), exclude=("a",))
+    assert steps["calibrate"] == Calibrate(data, everything=True)
+    assert steps["quantize-weights"] == QuantizeWeights("mse", seed=3)
 
 
 @dataclasses.dataclass(frozen=True)
