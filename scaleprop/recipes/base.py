@@ -22,6 +22,26 @@ _CHOICES = {
     "clipping": get_args(Clipping),
 }
 ROLES = ("fprop.w", "fprop.x", "conv.w", "conv.x", "embedding")
+_WEIGHTS = ("fprop.w", "conv.w", "embedding")
+# (option, value) → the roles that may have it, why the others may not, what to use there
+_ONLY_FOR: Mapping[tuple[str, str], tuple[tuple[str, ...], str, str]] = {
+    ("rounding", "compensated"): (("fprop.w",), "is for weights of linear operators", "nearest"),
+    ("rounding", "stochastic"): (
+        _WEIGHTS,
+        "is for weights: a compiled program has no source of random bits",
+        "nearest",
+    ),
+    ("clipping", "mse"): (
+        _WEIGHTS,
+        "is for weights: scales are searched at compile time",
+        "amax",
+    ),
+    ("scaling", "static"): (
+        ("fprop.x", "conv.x"),
+        "is for activations: a weight's scale is found once, at compile time",
+        "dynamic",
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +49,9 @@ class Role:
     """How one operand of an operator is quantized.
 
     format: name of a scaled format, see ``scaleprop formats``.
-    rounding: ``nearest``, ``stochastic``, or ``compensated``: what one column of a weight loses in
-        rounding, later columns make up for (GPTQ, arXiv:2210.17323); ``fprop.w`` only, needs
-        calibration.
+    rounding: ``nearest``, ``stochastic`` (weights), or ``compensated``: what one column of a weight
+        loses in rounding, later columns make up for (GPTQ, arXiv:2210.17323); ``fprop.w`` only,
+        needs calibration.
     scaling: ``dynamic`` finds the scale at run time, ``static`` from calibration (activations).
     clipping: ``amax`` keeps the largest value, ``mse`` searches the scale of least error (weights).
     """
@@ -74,11 +94,12 @@ class Recipe:
                 f"recipe {self.name!r}: tolerance is a share in [0, 1), not {self.tolerance}"
             )
         for key, role in self.roles.items():
-            if role.rounding == "compensated" and key != "fprop.w":
-                raise ConfigError(
-                    f"recipe {self.name!r}: rounding='compensated' is for weights of linear "
-                    f"operators (fprop.w), not for {key!r}; use 'nearest' there"
-                )
+            for (option, value), (allowed, why, remedy) in _ONLY_FOR.items():
+                if getattr(role, option) == value and key not in allowed:
+                    raise ConfigError(
+                        f"recipe {self.name!r}: {option}={value!r} {why} ({', '.join(allowed)}), "
+                        f"not for {key!r}; use {remedy!r} there"
+                    )
 
     @property
     def compensates(self) -> bool:

@@ -99,3 +99,26 @@ def test_roles_are_checked_when_made():
 def test_replace_makes_another():
     recipe = named_recipe("int8").replace(name="mine")
     assert recipe.name == "mine" and named_recipe("int8").name == "int8"
+
+
+WEIGHTS, ACTIVATIONS = {"fprop.w", "conv.w", "embedding"}, {"fprop.x", "conv.x"}
+ALLOWED = {
+    ("rounding", "nearest"): WEIGHTS | ACTIVATIONS,
+    ("rounding", "stochastic"): WEIGHTS,
+    ("rounding", "compensated"): {"fprop.w"},
+    ("scaling", "dynamic"): WEIGHTS | ACTIVATIONS,
+    ("scaling", "static"): ACTIVATIONS,
+    ("clipping", "amax"): WEIGHTS | ACTIVATIONS,
+    ("clipping", "mse"): WEIGHTS,
+}
+
+
+@pytest.mark.parametrize("key", sorted(WEIGHTS | ACTIVATIONS))
+@pytest.mark.parametrize(("option", "value"), ALLOWED)
+def test_roles_take_the_options_that_mean_something_there(key, option, value):
+    roles = {key: Role(format="int8", **{option: value})}
+    if key in ALLOWED[option, value]:
+        assert Recipe(name="r", description="", roles=roles).roles == roles
+        return
+    with pytest.raises(ConfigError, match=rf"{option}='{value}' is for .* not for '{key}'; use "):
+        Recipe(name="r", description="", roles=roles)
