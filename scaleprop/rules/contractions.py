@@ -80,7 +80,10 @@ for _op in (aten.mm.default, aten.bmm.default, aten.matmul.default):
             homogeneity=_BILINEAR,
             axes=axes.all_but_last,
             contraction=_PRODUCT,
-            high="both factors are activations; products of activations run in high precision",
+            high=(
+                "it is no linear operator (rows times a parameter of two dimensions); "
+                "other products run in high precision"
+            ),
         )
     )
 for _op in (aten.addmm.default, aten.baddbmm.default):
@@ -97,7 +100,10 @@ for _op in (aten.addmm.default, aten.baddbmm.default):
                     Operand(0, "bias"),
                 ),
             ),
-            high="both factors are activations; products of activations run in high precision",
+            high=(
+                "it is no linear operator (rows times a parameter, plus a bias vector, neither "
+                "scaled); other products run in high precision"
+            ),
         )
     )
 

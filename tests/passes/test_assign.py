@@ -143,3 +143,21 @@ def test_order_of_passes_is_checked(mlp):
         QuantizeWeights().requires(program)
     with pytest.raises(PreconditionError, match="run quantize-weights first"):
         QuantizeActivations().requires(assigned(mlp, torch.randn(2, 64)))
+
+
+PRODUCTS = {
+    "alpha": (lambda s, x: torch.addmm(s.b, x, s.w, alpha=2), "aten.addmm.default:x"),
+    "beta": (lambda s, x: torch.addmm(s.b, x, s.w, beta=0.5), "aten.addmm.default:w"),
+    "batch of weights": (lambda s, x: x @ s.w[None].expand(2, -1, -1), "aten.matmul.default:x"),
+    "activations": (lambda s, x: x @ x.t(), "aten.matmul.default:x"),
+}
+
+
+@pytest.mark.parametrize("key", PRODUCTS)
+def test_products_that_are_no_linear_operator_say_so(key):
+    forward, operand = PRODUCTS[key]
+    model = type("Model", (torch.nn.Module,), {"forward": forward})()
+    model.b, model.w = (torch.nn.Parameter(torch.randn(size)) for size in ((5,), (8, 5)))
+    reason = reasons(assigned(model, torch.randn(3, 8)))[operand]
+    assert "it is no linear operator (rows times a parameter" in reason
+    assert "both factors are activations" not in reason
