@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import torch
@@ -93,8 +92,3 @@ class TensorStatistics:
             batches=self.batches + other.batches,
             second_moment=moments[0] + moments[1] if summed else None,  # type: ignore[operator]
         )
-
-
-def merged(parts: list[TensorStatistics]) -> TensorStatistics:
-    """Statistics of several; ``parts`` must not be empty."""
-    return functools.reduce(TensorStatistics.merge, parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaleprop.calibration import TensorStatistics
-from scaleprop.calibration.statistics import LOWEST_EXPONENT, merged
+from scaleprop.calibration.statistics import LOWEST_EXPONENT
 
 
 @settings(max_examples=40, deadline=None)
@@ -19,7 +20,7 @@ def test_merging_equals_all_at_once(seed, sizes):
     generator = torch.Generator().manual_seed(seed)
     parts = [torch.randn(n, 3, generator=generator) * 10**k for k, n in enumerate(sizes)]
     whole = TensorStatistics.of(torch.cat(parts))
-    found = merged([TensorStatistics.of(part) for part in parts])
+    found = functools.reduce(TensorStatistics.merge, map(TensorStatistics.of, parts))
     assert (found.min, found.max, found.count, found.zeros) == (
         whole.min, whole.max, whole.count, whole.zeros)  # fmt: skip
     assert found.rms == pytest.approx(whole.rms, rel=1e-9)
