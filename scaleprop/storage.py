@@ -1,6 +1,7 @@
 """Saved models: ``config.json``, ``graph.json``, ``tensors.safetensors``, ``example.safetensors``.
 
-Nothing is pickled. A directory is written under a temporary name and renamed when complete.
+Nothing is pickled. A directory is written under a temporary name and renamed when complete; an
+older version is renamed aside first and deleted last, so a crash leaves a complete one.
 """
 
 from __future__ import annotations
@@ -55,8 +56,7 @@ def save(compiled: CompiledModel, directory: Path) -> Path:
         UnsupportedOpError: where the graph holds what JSON cannot name.
     """
     program = compiled.program
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())
-                               and not (directory / "config.json").exists()):
+    if not _replaceable(directory):
         raise ConfigError(f"{directory} exists and is not a saved model; choose another path")
     leaves = program.example_leaves
     config = {
@@ -92,12 +92,44 @@ def save(compiled: CompiledModel, directory: Path) -> Path:
         _write_tensors(scratch / "tensors.safetensors", tensors)
         _write_tensors(scratch / "example.safetensors", _indexed("example", leaves)
                        | _indexed("baseline", compiled.baseline))
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.replace(scratch, directory)
+        _install(scratch, directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return directory
+
+
+def _replaceable(directory: Path) -> bool:
+    """Whether nothing is lost there but a model that ``save`` wrote.
+
+    Other libraries keep a ``config.json`` too: ours has a ``format_version`` and a graph.
+    """
+    if not directory.exists():
+        return not directory.is_symlink()
+    if not directory.is_dir():
+        return False
+    if not any(directory.iterdir()):
+        return True
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return (isinstance(config, dict) and "format_version" in config
+            and (directory / "graph.json").is_file())
+
+
+def _install(scratch: Path, directory: Path) -> None:
+    """Rename ``scratch`` to ``directory``; what was there is kept aside until that is done."""
+    if not directory.exists():
+        os.replace(scratch, directory)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+    os.replace(directory, aside)  # onto an empty folder
+    try:
+        os.replace(scratch, directory)
+    except BaseException:
+        os.replace(aside, directory)
+        raise
+    shutil.rmtree(aside)
 
 
 def load(directory: Path) -> SavedModel:
