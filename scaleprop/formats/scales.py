@@ -115,9 +115,9 @@ def power_scale(amax: Tensor, fmt: ScaledFormat) -> Tensor:
 def round_scale(scale: Tensor, fmt: ScaledFormat) -> Tensor:
     """Nearest value of the scale format, at most ``fmt.scale_bound``; same dtype."""
     bounded = scale.clamp(max=fmt.scale_bound)
-    if scale.dtype == torch.float32 and fmt.scale.name in ("f32", "bf16", "f16"):
-        assert fmt.scale.native is not None
-        return bounded.to(fmt.scale.native).to(torch.float32)
+    if scale.dtype == torch.float32 and fmt.scale.name == "f32":
+        return bounded
+    # not a cast to float16 or bfloat16 and back: Inductor drops such pairs, and the rounding
     return nearest(bounded, fmt.scale)
 
 

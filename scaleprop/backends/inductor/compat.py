@@ -14,6 +14,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 # Local to one compilation. Graphs hold weights: caching them on disk would write the model there.
 _OPTIONS: Mapping[str, Any] = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
@@ -36,8 +37,8 @@ def compile_inference(module: torch.fx.GraphModule,
 
 
 def static_fake_mode() -> FakeTensorMode:
-    """A mode whose tensors have fixed sizes."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    """A mode of its own, for tensors of fixed sizes."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
 
 def guard_count(mode: FakeTensorMode) -> int:

@@ -18,7 +18,7 @@ from scaleprop.ops import implementations
 _FUSED: dict[Any, Callable[..., Any]] = {
     ops.quantize: casts.quantize,
     ops.dequantize: implementations.dequantize,
-    ops.fake_quantize: casts.fake_quantize,
+    ops.fake_quantize: implementations.fake_quantize,
     ops.hadamard: implementations.hadamard,
 }
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx.node import map_arg
 
 from scaleprop import ops
-from scaleprop.backends.inductor import casts
 from scaleprop.backends.inductor.linears import Linear, Operand
+from scaleprop.ops import implementations
 
 Parts = Mapping[str, Tensor]
 
@@ -33,7 +33,7 @@ class Inputs:
         if operand.x not in self.fake_quantized:
             arguments: Any = (operand.x.args, operand.x.kwargs)
             args, kwargs = map_arg(arguments, lambda node: self.values[node])
-            self.fake_quantized[operand.x] = casts.fake_quantize(*args, **kwargs)
+            self.fake_quantized[operand.x] = implementations.fake_quantize(*args, **kwargs)
         return self.fake_quantized[operand.x]
 
 
@@ -44,8 +44,8 @@ def emit(linear: Linear, inputs: Inputs, constants: Parts, dtype: torch.dtype) -
     """
     if linear.kind == "float":
         y = torch.ops.mkldnn._linear_pointwise(
-            inputs.plain(linear.operand).to(torch.float32), constants["weight"],
-            constants.get("bias"), "none", [], "")
+            inputs.plain(linear.operand).to(linear.constants["weight"].dtype),
+            constants["weight"], constants.get("bias"), "none", [], "")
         return y.to(dtype)
     x = inputs.values[linear.operand.x]
     row = linear.operand.x_format is not None and linear.operand.x_format.granularity.kind == "row"

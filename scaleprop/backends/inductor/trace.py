@@ -28,7 +28,7 @@ _ATEN = torch.ops.aten
 _REPLACED: Mapping[Any, Any] = {
     ops.quantize: casts.quantize,
     ops.dequantize: implementations.dequantize,
-    ops.fake_quantize: casts.fake_quantize,
+    ops.fake_quantize: implementations.fake_quantize,
     ops.hadamard: implementations.hadamard,
 }
 # Float operators worth running in bfloat16, with how many leading arguments are data.
