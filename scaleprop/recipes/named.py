@@ -19,9 +19,9 @@ from scaleprop.recipes.base import Recipe, Role
 _INT8_ROWS = Role(format="int8[row]*f32")
 _FP8_ROWS = Role(format="e4m3[row]*f32")
 _INT8_TENSOR = "int8[tensor]*f32+zp"
-# A kernel may round activations to INT8 blocks where that is faster: an eighth of what INT4 weights
+# A kernel may round activations to INT8 blocks where that is faster: a third of what INT4 weights
 # cost. ``replace(tolerance=…)`` asks for more; the report says which kernel each product got.
-_INT4_TOLERANCE = 2.0**-6
+_INT4_TOLERANCE = 2.0**-5
 
 INT8 = Recipe(
     name="int8",
