@@ -44,6 +44,9 @@ def compare(
 ) -> Fidelity:
     """Hold ``actual`` to the bound above, output by output.
 
+    Integer outputs (token ids, indices) must have the shape and dtype of the reference's, but are
+    not held to the bound: one code's difference may choose another index. They are measured.
+
     Raises:
         MismatchError: naming the output, its error and the bound.
     """

@@ -165,7 +165,9 @@ def write(
     """Write a model so that ``path`` holds either the old file or the whole, checked new one.
 
     The files are written in a folder beside ``path``, checked there, and renamed. external: weights
-    in ``<path>.data``; None decides by size.
+    in ``<path>.data``; None decides by size. Two files cannot be renamed at once: a crash between
+    the two renames, when replacing a model with external data, leaves the old ``.onnx`` beside the
+    new ``.data``. Export to a new name where that matters.
 
     Raises:
         ConfigError: where ``path`` does not end in ``.onnx`` or cannot be written.
