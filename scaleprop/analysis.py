@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.fx
+from torch.utils import _pytree as pytree
 
 from scaleprop.errors import CalibrationError, describe, source_line
 from scaleprop.formats import ScaledFormat, fake_quantize, parse
-from scaleprop.passes.base import Program
+from scaleprop.passes.base import PassManager, Program
+from scaleprop.passes.calibrate import feed, refuse_bare, refuse_empty
 from scaleprop.passes.canonicalise import Canonicalise
 from scaleprop.passes.capture import capture
 from scaleprop.passes.cleanup import CleanUp
@@ -100,6 +102,22 @@ class _Observer(torch.fx.Interpreter):
         return super().run_node(n)
 
 
+class _Observed(torch.nn.Module):
+    """What a calibration function calls: the model's signature, observed."""
+
+    def __init__(self, program: Program, observer: _Observer, signature: Signature) -> None:
+        super().__init__()
+        self._program, self._observer, self._signature = program, observer, signature
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output for these inputs."""
+        leaves = self._signature.flatten(args, kwargs)
+        with torch.no_grad():
+            outputs = self._observer.run(*leaves, enable_io_processing=False)
+        self._observer.batch += 1
+        return pytree.tree_unflatten(outputs, self._program.out_spec)
+
+
 def _watched(node: torch.fx.Node) -> list[tuple[int, int]]:
     """(argument, axis that is contracted) of the operands that a format can apply to."""
     contraction = contraction_of(node)
@@ -117,7 +135,7 @@ def _shape(node: torch.fx.Node) -> tuple[int | str, ...]:
 def analyze(
     model: torch.nn.Module,
     example_inputs: Any,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Callable[[Any], Any] | None = None,
     *,
     dynamic_shapes: Any = None,
 ) -> Report:
@@ -125,7 +143,8 @@ def analyze(
 
     Args:
         model, example_inputs, dynamic_shapes: as for ``compile``.
-        calibration: more example inputs; statistics are summed over all of them.
+        calibration: what to measure on instead of ``example_inputs``: an iterable of inputs, or
+            ``f(model)`` that runs the model. Statistics are summed over all of them.
 
     Returns:
         A report without recipe: one record per operand and candidate format with its SQNR and
@@ -133,19 +152,19 @@ def analyze(
 
     Raises:
         CaptureError, ConfigError: as ``compile``.
-        CalibrationError: where a tensor is NaN or Inf, naming node and batch.
+        CalibrationError: where ``calibration`` is empty or a single batch, or a tensor is NaN or
+            Inf, naming node and batch.
     """
-    program = capture(model, *split_example(example_inputs), dynamic_shapes)
-    for step in (CleanUp(), Canonicalise()):
-        program = step.run(program).program
+    refuse_bare(calibration)
+    args, kwargs = split_example(example_inputs)
+    captured = capture(model, args, kwargs, dynamic_shapes)
+    program = PassManager([CleanUp(), Canonicalise()]).run(captured)
     sums: dict[tuple[torch.fx.Node, int], _Sums] = {}
     observer = _Observer(program, sums)
     signature = Signature.of(program, tuple(inspect.signature(model.forward).parameters))
-    batches = [example_inputs] if calibration is None else calibration
-    with torch.no_grad():
-        for observer.batch, inputs in enumerate(batches):
-            args, kwargs = split_example(inputs)
-            observer.run(*signature.flatten(args, kwargs), enable_io_processing=False)
+    feed([(args, kwargs)] if calibration is None else calibration,
+         _Observed(program, observer, signature))
+    refuse_empty(observer.batch)
     records = [record for (node, place), found in sums.items()
                for record in _records(node, place, found)]
     return Report(records=tuple(records), notes=(*program.notes, *_notes(sums)))

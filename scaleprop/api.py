@@ -34,6 +34,7 @@ class CompiledModel:
 
     program: the scaled graph; recipe: what it was made with; backend: where it runs.
     baseline: the unquantized model's flat outputs on the example inputs, for verification.
+    fidelity: what ``compile(verify=True)`` measured; None without. It is not saved.
     """
 
     program: Program
@@ -43,6 +44,7 @@ class CompiledModel:
     executable: Executable
     baseline: tuple[Any, ...]
     nbytes_before: int
+    fidelity: Fidelity | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on inputs shaped as the example inputs; returns the model's own output structure.
@@ -66,7 +68,9 @@ class CompiledModel:
             dataclasses.replace(record, lowering=lowerings.get(record.node, record.lowering))
             for record in self.program.records
         )
+        fidelity = {} if self.fidelity is None else dataclasses.asdict(self.fidelity)
         return Report(recipe=self.recipe.name, backend=self.backend, records=records,
+                      fidelity=fidelity,
                       nbytes_before=self.nbytes_before, nbytes_after=self.nbytes,
                       notes=self.program.notes)
 
@@ -126,13 +130,14 @@ def compile(
             allows it.
         recipe: a name (see ``scaleprop recipes``), a path to a TOML or JSON file, or a ``Recipe``.
         backend: ``onnxruntime``, ``inductor``, ``reference`` or ``cuda``.
-        calibration: example inputs, or ``f(model)`` that runs the model; static recipes need it.
+        calibration: an iterable of example inputs, or ``f(model)`` that runs the model; static
+            recipes need it.
         dynamic_shapes: as ``torch.export.export`` takes it; overrides the default.
         exclude, include: what stays high, or the only things quantized: patterns over module
             paths and parameter names, or operator names such as ``aten.conv2d``.
         passes: more passes to run before quantization, as ``name{option=value}``.
         verify: check function-preserving passes in float64, and the backend against the
-            reference.
+            reference; the report then has the numbers.
         progress: show progress on standard error.
 
     Raises:
@@ -162,7 +167,8 @@ def compile(
         nbytes_before=nbytes_before,
     )
     if verify:
-        logger.info("%s: %s", backend, compiled.verify())
+        compiled = dataclasses.replace(compiled, fidelity=compiled.verify())
+        logger.info("%s: %s", backend, compiled.fidelity)
     return compiled
 
 

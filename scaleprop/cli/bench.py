@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from scaleprop.api import CompiledModel, compile, split_example, stored_bytes
+from scaleprop.api import Calibration, CompiledModel, compile, split_example, stored_bytes
 from scaleprop.cli.models import Subject
 from scaleprop.cli.timing import interleaved_medians
-from scaleprop.recipes import Recipe
+from scaleprop.errors import ConfigError
+from scaleprop.passes.calibrate import refuse_bare
+from scaleprop.recipes import Recipe, named_recipe
 
 FLOAT32 = Recipe(name="float32", description="nothing is quantized", roles={})
 
@@ -34,19 +36,30 @@ class Row:
 
 
 def bench(
-    subject: Subject, recipes: Sequence[str], backend: str, seconds: float, **options: Any
+    subject: Subject, recipes: Sequence[str], backend: str, seconds: float,
+    calibration: Calibration | None = None, **options: Any,
 ) -> list[Row]:
     """Rows for the eager model, the backend without quantization, and each recipe.
 
     options: further arguments of ``scaleprop.compile``.
+
+    Raises:
+        ConfigError: where two recipes have the same name.
     """
+    plans = [FLOAT32, *map(named_recipe, recipes)]
+    names = [plan.name for plan in plans]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ConfigError(f"two recipes are named {twice[0]!r}; each is measured once")
+    refuse_bare(calibration)
+    if calibration is not None and not callable(calibration):
+        calibration = list(calibration)  # every recipe reads it; a generator can be read once
     args, kwargs = split_example(subject.inputs)
     eager = subject.model.eval()
     compiled: dict[str, CompiledModel] = {}
-    for recipe in (FLOAT32, *recipes):
-        made = compile(subject.model, subject.inputs, recipe, backend,
-                       dynamic_shapes=subject.dynamic_shapes, **options)
-        compiled[f"{backend} {made.recipe.name}"] = made
+    for plan in plans:
+        compiled[f"{backend} {plan.name}"] = compile(
+            subject.model, subject.inputs, plan, backend, calibration=calibration,
+            dynamic_shapes=subject.dynamic_shapes, **options)
     calls: dict[str, Callable[[], Any]] = {"eager float32": lambda: eager(*args, **kwargs)}
     calls |= {name: (lambda m=m: m(*args, **kwargs)) for name, m in compiled.items()}
     with torch.no_grad():

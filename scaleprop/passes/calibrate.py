@@ -51,6 +51,7 @@ class Calibrate(Pass):
                 "no calibration data. Remedy: pass an iterable of example inputs, or a function "
                 "that calls the model"
             )
+        refuse_bare(self.data)
         moments = moment_nodes(program, self.moments)
         watched = watched_nodes(program, self.everything) | moments
         if not watched:
@@ -60,20 +61,44 @@ class Calibrate(Pass):
         with progress_bar(self.progress, total) as update:
             observer = Observer(program.module, watched, update, moments)
             model = _Observed(program, observer)
-            if callable(self.data):
-                self.data(model)
-            else:
-                for batch in self.data:
-                    args, kwargs = _as_call(batch)
-                    model(*args, **kwargs)
-        if observer.batch == 0:
-            raise CalibrationError(
-                "calibration data was empty: the model was never called. Remedy: pass at least "
-                "one batch; a generator can be read only once"
-            )
+            feed(self.data, model)
+        refuse_empty(observer.batch)
         statistics = {**program.statistics, **observer.summary()}
         note = f"{len(observer.statistics)} values over {observer.batch} batches"
         return PassResult(program.replace(statistics=statistics), True, (note,))
+
+
+def feed(data: Iterable[Any] | Callable[[Any], Any], model: Callable[..., Any]) -> None:
+    """Call ``model`` on every element of ``data``, or let ``data`` call it.
+
+    Raises:
+        CalibrationError: where ``data`` is a single batch.
+    """
+    refuse_bare(data)
+    if callable(data):
+        data(model)
+        return
+    for batch in data:
+        args, kwargs = _as_call(batch)
+        model(*args, **kwargs)
+
+
+def refuse_bare(data: Any) -> None:
+    """Raise ``CalibrationError`` for one batch, whose rows or names would be taken for batches."""
+    if isinstance(data, (torch.Tensor, Mapping)):
+        raise CalibrationError(
+            f"calibration data is an iterable of batches, not one {type(data).__name__}. "
+            f"Remedy: wrap it in a list"
+        )
+
+
+def refuse_empty(batches: int) -> None:
+    """Raise ``CalibrationError`` where the model was never called."""
+    if batches == 0:
+        raise CalibrationError(
+            "calibration data was empty: the model was never called. Remedy: pass at least "
+            "one batch; a generator can be read only once"
+        )
 
 
 def watched_nodes(program: Program, everything: bool = False) -> set[str]:
@@ -189,8 +214,10 @@ def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), {str(name): value for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        if len(batch) == 2 and isinstance(batch[0], tuple) and isinstance(batch[1], dict):
-            return batch[0], batch[1]
+        if len(batch) == 2 and isinstance(batch[0], (tuple, list)) and (
+            isinstance(batch[1], dict)
+        ):
+            return tuple(batch[0]), batch[1]
         return tuple(batch), {}
     return (batch,), {}
 
