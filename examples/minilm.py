@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,63 +132,55 @@ def compile_to_file(task: Task, recipe: Recipe) -> Path:
     return path
 
 
-def run_file(path: Path) -> tuple[onnxruntime.InferenceSession, Callable[[Batch], torch.Tensor]]:
-    """A stock session on ``path``, and a call that returns its hidden states."""
+def run_file(path: Path) -> Callable[[Batch], torch.Tensor]:
+    """A call on a stock session that returns the hidden states."""
     session = peers.session(path, torch.get_num_threads())
     names = [entry.name for entry in session.get_inputs()]
 
     def run(batch: Batch) -> torch.Tensor:
         return torch.as_tensor(session.run(None, {name: batch[name].numpy() for name in names})[0])
 
-    return session, run
+    return run
 
 
 def measure(task: Task, recipes: Sequence[Recipe], plan: harness.Plan) -> list[Row]:
     """Every recipe's row, float32 first."""
-    files: dict[str, Path] = {}
-    cosines: dict[str, float] = {}
-    failed: dict[str, str] = {}
-    runs: dict[str, Callable[[Batch], torch.Tensor]] = {}
     spinner = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*spinner, console=Console(stderr=True)) as progress:
-        step = progress.add_task("float32: embed and export")
-        expected = embed(lambda b: task.encoder(**b).last_hidden_state, task.batches)
-        builders: dict[str, Callable[[], Path]] = {FLOAT32: lambda: export_float32(task)}
-        builders |= {r.name: (lambda r=r: compile_to_file(task, r)) for r in recipes}
-        for index, (name, build) in enumerate(builders.items()):
-            progress.update(step, description=f"{name}: compile, export, embed "
-                                              f"({index + 1} of {len(builders)})")
+        step = progress.add_task(f"{FLOAT32}: embed and export")
+        expected = embed(lambda batch: task.encoder(**batch).last_hidden_state, task.batches)
+        source = export_float32(task)
+        plain, plain_bytes = run_file(source), peers.file_bytes(source)
+
+        def row(name: str, path: Path) -> Row:
+            run, size = run_file(path), peers.file_bytes(path)
+            cosine = (embed(run, task.batches) * expected).sum(-1).mean()
+            return Row(name=name, megabytes=size / 1e6, size=size / plain_bytes,
+                       speed=speedups(task, run, plain, plan), cosine=float(cosine))
+
+        rows = [row(FLOAT32, source)]
+        for recipe in recipes:
+            progress.update(step, description=f"{recipe.name}: compile, export, embed, time "
+                                              f"({len(rows)} of {len(recipes)})")
             try:
-                files[name] = build()
+                rows.append(row(recipe.name, compile_to_file(task, recipe)))
             except ScalePropError as error:
-                failed[name] = harness.error_text(error, limit=1000)
-                continue
-            _, runs[name] = run_file(files[name])
-            cosines[name] = float((embed(runs[name], task.batches) * expected).sum(-1).mean())
-        progress.update(step, description="timing, interleaved")
-        speeds = time_all(task, runs, plan)
-    plain = peers.file_bytes(files[FLOAT32])
-    sizes = {name: peers.file_bytes(path) for name, path in files.items()}
-    return [
-        Row(name=name, error=failed[name]) if name in failed else
-        Row(name=name, megabytes=sizes[name] / 1e6, size=sizes[name] / plain,
-            speed=speeds[name], cosine=cosines[name])
-        for name in builders
-    ]
+                rows.append(Row(name=recipe.name, error=harness.error_text(error, limit=1000)))
+    return rows
 
 
-def time_all(
-    task: Task, runs: Mapping[str, Callable[[Batch], torch.Tensor]], plan: harness.Plan
-) -> dict[str, tuple[float, ...]]:
-    """Name → median speed-up over float32, per shape of ``SHAPES``."""
-    speeds: dict[str, list[float]] = {name: [] for name in runs}
+def speedups(
+    task: Task, run: Callable[[Batch], torch.Tensor], plain: Callable[[Batch], torch.Tensor],
+    plan: harness.Plan,
+) -> tuple[float, ...]:
+    """How many times faster ``run`` is than ``plain``, per shape of ``SHAPES``: interleaved."""
+    found: list[float] = []
     for shape in SHAPES:
         batch = task.example(*shape)
-        calls = {name: functools.partial(run, batch) for name, run in runs.items()}
-        timings = harness.measure(calls, plan)
-        for name, timing in timings.items():
-            speeds[name].append(harness.speedup(timing, timings[FLOAT32], "wall").median)
-    return {name: tuple(values) for name, values in speeds.items()}
+        timings = harness.measure({"run": functools.partial(run, batch),
+                                   "plain": functools.partial(plain, batch)}, plan)
+        found.append(harness.speedup(timings["run"], timings["plain"], "wall").median)
+    return tuple(found)
 
 
 HEADER = ("recipe", "MB", "size", *(f"speed {b}×{t}" for b, t in SHAPES), "cosine")
