@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scaleprop.errors import FormatError
-from scaleprop.formats.elements import FloatElement, IntegerElement
+from scaleprop.formats.elements import IntegerElement
 from scaleprop.formats.grouping import Grouping
 from scaleprop.formats.packing import crop_last, packed_size, unpack
 from scaleprop.formats.rounding import decode
@@ -180,8 +180,3 @@ class ScaledTensor:
     def __repr__(self) -> str:
         return (f"ScaledTensor({str(self.format)!r}, shape={list(self.shape)}, axis={self.axis}, "
                 f"dtype={self.dtype}, nbytes={self.nbytes})")
-
-
-def storage_is_native(fmt: ScaledFormat) -> bool:
-    """Whether data is stored in a torch float8 dtype."""
-    return isinstance(fmt.element, FloatElement) and fmt.element.native is not None

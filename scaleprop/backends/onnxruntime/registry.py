@@ -13,7 +13,7 @@ nothing (assertions); or any object that the lowerings of its users understand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.fx
@@ -61,9 +61,3 @@ def lowering_of(node: torch.fx.Node) -> Lowering:
 def is_lowered(target: Any) -> bool:
     """Whether an operator has a lowering."""
     return target in _LOWERINGS
-
-
-def lowered_operators() -> Iterator[str]:
-    """Names of every operator that has a lowering, for the support table."""
-    for target in _LOWERINGS:
-        yield str(target) if hasattr(target, "overloadpacket") else target.__name__

@@ -11,9 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
-import torch
 
 from scaleprop.backends.onnxruntime.builder import GraphBuilder
 
@@ -105,8 +103,3 @@ def dimension_name(size: Any, names: dict[str, str]) -> str:
 def scalar(builder: GraphBuilder, vector: ir.Value) -> ir.Value:
     """A one-element vector as a 0-d tensor."""
     return builder.op("Squeeze", vector, builder.integers([0]))
-
-
-def numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
-    """The numpy dtype of a torch dtype that numpy knows."""
-    return torch.empty(0, dtype=dtype).numpy().dtype

@@ -32,7 +32,6 @@ _TO_ONNX: dict[torch.dtype, ir.DataType] = {
     torch.bool: ir.DataType.BOOL,
     torch.complex64: ir.DataType.COMPLEX64,
 }
-_TO_TORCH = {onnx: dtype for dtype, onnx in _TO_ONNX.items()}
 
 # dtypes that numpy lacks, and the numpy type (ml_dtypes) with the same bits
 NUMPY_EXTRA: dict[torch.dtype, np.dtype] = {
@@ -53,11 +52,6 @@ def onnx_type(dtype: torch.dtype) -> ir.DataType:
         return _TO_ONNX[dtype]
     except KeyError:
         raise TypeError(f"{dtype} has no ONNX element type") from None
-
-
-def torch_type(dtype: ir.DataType) -> torch.dtype:
-    """The torch dtype of an ONNX element type."""
-    return _TO_TORCH[dtype]
 
 
 def held(dtype: torch.dtype) -> torch.dtype:
