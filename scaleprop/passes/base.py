@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from scaleprop.calibration.statistics import TensorStatistics
@@ -219,13 +220,14 @@ def run_in_float64(program: Program) -> Any:
             return leaf.double()
         return leaf
 
-    module = copy.deepcopy(program.module).double()
+    module = program.fork().module
     for node in list(module.graph.nodes):
         if node.target is _METADATA_CHECK:
             module.graph.erase_node(node)
         elif node.op == "call_function":
             node.args, node.kwargs = pytree.tree_map(widen, (node.args, node.kwargs))
     module.recompile()
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     args, kwargs = pytree.tree_map(widen, (program.example_args, dict(program.example_kwargs)))
     with torch.no_grad():
-        return module(*args, **kwargs)
+        return functional_call(module, pytree.tree_map(widen, tensors), args, kwargs)

@@ -163,8 +163,9 @@ def test_hugging_face_models(make, linears):
     assert similarity > 0.999
 
 
-def test_passes_warn_of_nothing(mlp):
+@pytest.mark.parametrize("verify", [False, True])
+def test_passes_warn_of_nothing(mlp, verify):
     program = capture(mlp, (torch.randn(2, 64),))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        build(named_recipe("int4")).run(program)
+        build(named_recipe("int4"), verify=verify).run(program)
