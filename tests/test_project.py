@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from scaleprop.extras import EXTRAS
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
     path
@@ -84,6 +86,14 @@ def test_every_direct_dependency_is_pinned() -> None:
     pinned = {line.split("==")[0].lower() for line in pins if line}
     # triton: torch asks for the version that it was built with
     assert required - pinned == {"scaleprop", "triton"}
+
+
+def test_the_named_extra_has_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for package, extra in EXTRAS.items():
+        required = {re.split(r"[\[>=<]", item)[0].replace("-", "_")
+                    for item in project["optional-dependencies"][extra]}
+        assert package in required, f"{package} is not in the extra {extra!r}"
 
 
 def test_the_changelog_has_this_version() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from scaleprop.backends.base import Backend
 from scaleprop.errors import BackendUnavailable, ConfigError
+from scaleprop.extras import EXTRAS, install_command
 
 # name → (module, class)
 BACKENDS: Mapping[str, tuple[str, str]] = {
@@ -15,11 +16,6 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "inductor": ("scaleprop.backends.inductor", "InductorBackend"),
     "reference": ("scaleprop.backends.reference", "ReferenceBackend"),
     "cuda": ("scaleprop.backends.cuda", "CudaBackend"),
-}
-# top-level package → the extra of this distribution that installs it
-EXTRAS: Mapping[str, str] = {
-    "onnx": "onnx", "onnx_ir": "onnx", "onnxruntime": "onnx", "ml_dtypes": "onnx",
-    "triton": "cuda",
 }
 
 
@@ -42,7 +38,6 @@ def backend_named(name: str) -> Backend:
         if package not in EXTRAS:
             raise
         raise BackendUnavailable(
-            f"backend {name!r} needs the package {package!r}: "
-            f"pip install 'scaleprop[{EXTRAS[package]}]'"
+            f"backend {name!r} needs the package {package!r}: {install_command(package)}"
         ) from error
     return backend()

@@ -11,13 +11,7 @@ from typing import Any, Literal
 
 from scaleprop.backends.registry import BACKENDS
 from scaleprop.errors import BackendUnavailable
-
-# Optional packages and the extra that installs each.
-OPTIONAL = {
-    "onnx": "onnx", "onnx-ir": "onnx", "onnxruntime": "onnx", "ml_dtypes": "onnx",
-    "click": "cli", "rich": "cli", "matplotlib": "report",
-    "transformers": "examples", "safetensors": "examples", "triton": "cuda",
-}
+from scaleprop.extras import EXTRAS, install_command
 
 # /proc/cpuinfo flag → what it means for low precision.
 CPU_FEATURES = {
@@ -67,10 +61,8 @@ def version(package: str) -> str | None:
 
 def packages() -> list[dict[str, str | None]]:
     """Optional packages: version (None where missing) and the command that installs them."""
-    return [
-        {"name": name, "version": version(name), "install": f'pip install "scaleprop[{extra}]"'}
-        for name, extra in OPTIONAL.items()
-    ]
+    return [{"name": name, "version": version(name), "install": install_command(name)}
+            for name in EXTRAS]
 
 
 def cpu(path: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:

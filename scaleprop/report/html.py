@@ -8,6 +8,7 @@ from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING
 
+from scaleprop.extras import install_command
 from scaleprop.report import text
 from scaleprop.report.charts import Chart, charts, matplotlib_is_installed
 from scaleprop.report.records import TensorRecord
@@ -86,8 +87,8 @@ def _charts(report: Report) -> str:
     if not drawn:
         if matplotlib_is_installed():
             return ""
-        return ('<p>No charts: matplotlib is not installed '
-                '(<code>pip install "scaleprop[report]"</code>).</p>\n')
+        return (f"<p>No charts: matplotlib is not installed "
+                f"(<code>{install_command('matplotlib')}</code>).</p>\n")
     figures = "".join(
         f"<figure>{chart.svg}<figcaption>{escape(chart.caption)}</figcaption></figure>"
         for chart in drawn

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from scaleprop.errors import BackendUnavailable
+from scaleprop.extras import install_command
 from scaleprop.report import text
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ def show(report: Report, console: Console | None = None) -> None:
         from rich.console import Console
     except ImportError as error:
         raise BackendUnavailable(
-            'a report is shown with rich: pip install "scaleprop[cli]", '
-            "or save it: report.save('report.html')"
+            f"a report is shown with rich: {install_command('rich')}, "
+            f"or save it: report.save('report.html')"
         ) from error
     if console is None:
         console = Console()

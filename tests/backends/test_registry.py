@@ -25,7 +25,7 @@ def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch):
         raise ModuleNotFoundError(f"No module named {name!r}", name="onnxruntime.capi")
 
     monkeypatch.setattr(registry.importlib, "import_module", fail)
-    with pytest.raises(BackendUnavailable, match=r"pip install 'scaleprop\[onnx\]'"):
+    with pytest.raises(BackendUnavailable, match=r'pip install "scaleprop\[onnx\]"'):
         registry.backend_named("onnxruntime")
 
 

@@ -1,0 +1,17 @@
+"""Optional packages, and the extra of this distribution that installs each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# package as it is imported → extra
+EXTRAS: Mapping[str, str] = {
+    "onnx": "onnx", "onnx_ir": "onnx", "onnxruntime": "onnx", "ml_dtypes": "onnx",
+    "click": "cli", "rich": "cli", "matplotlib": "report",
+    "transformers": "examples", "safetensors": "examples", "triton": "cuda",
+}  # fmt: skip
+
+
+def install_command(package: str) -> str:
+    """What a user types to get an optional package: ``pip install "scaleprop[onnx]"``."""
+    return f'pip install "scaleprop[{EXTRAS[package]}]"'
