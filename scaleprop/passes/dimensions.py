@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,8 @@ import torch
 import torch.fx
 from torch.export import Dim
 from torch.utils import _pytree as pytree
+
+from scaleprop.passes.base import Program
 
 Wish = Literal["batch and sequence", "batch", "nothing"]
 LADDER: tuple[Wish, ...] = ("batch and sequence", "batch", "nothing")
@@ -174,7 +177,7 @@ def name_dimensions(
             if size.node.expr.is_symbol and str(size) not in names:
                 names[str(size)] = _fresh(_ROLE_NAMES.get(axis, f"length{axis}"), names)
     return {
-        node: {axis: _spell(size, names) for axis, size in sizes.items()}
+        node: {axis: spell(size, names) for axis, size in sizes.items()}
         for node, sizes in found.items()
         if sizes
     }
@@ -187,9 +190,15 @@ def _fresh(name: str, taken: Mapping[str, str]) -> str:
     return next(candidate for candidate in numbered if candidate not in taken.values())
 
 
-def _spell(size: torch.SymInt, names: Mapping[str, str]) -> str:
-    """The expression of a size, in dimension names."""
-    text = str(size)
-    for symbol in sorted(map(str, size.node.expr.free_symbols), key=len, reverse=True):
-        text = text.replace(symbol, names.get(symbol, symbol))
-    return text
+def symbol_names(program: Program) -> dict[str, str]:
+    """Symbol → what ``program.dynamic_axes`` calls the dimension; the first name counts."""
+    names: dict[str, str] = {}
+    for node in program.placeholders:
+        for axis, name in program.dynamic_axes.get(node.name, {}).items():
+            names.setdefault(str(node.meta["val"].shape[axis]), name)
+    return names
+
+
+def spell(size: torch.SymInt | str, names: Mapping[str, str]) -> str:
+    """``batch`` or ``8*sequence`` for a symbolic size or its text; names: symbol → dimension."""
+    return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), str(size))

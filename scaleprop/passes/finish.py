@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -12,6 +10,7 @@ import torch
 from scaleprop.errors import PostconditionError, describe
 from scaleprop.passes.assign import ASSIGNMENT
 from scaleprop.passes.base import Pass, PassResult, Program
+from scaleprop.passes.dimensions import spell, symbol_names
 from scaleprop.passes.rewrite import Rewriter
 
 
@@ -30,9 +29,10 @@ class Finish(Pass):
         for node in result.module.graph.nodes:
             node.meta.pop(ASSIGNMENT, None)
         place = {node.name: index for index, node in enumerate(result.module.graph.nodes)}
-        names = _dimension_names(result)
+        names = symbol_names(result)
         records = [
-            dataclasses.replace(record, shape=tuple(_spell(size, names) for size in record.shape))
+            dataclasses.replace(record, shape=tuple(
+                spell(size, names) if isinstance(size, str) else size for size in record.shape))
             for record in sorted(result.records, key=lambda r: place.get(r.node, len(place)))
         ]
         return PassResult(result.replace(records=tuple(records)), True)
@@ -52,21 +52,6 @@ class Finish(Pass):
         lost = sorted({record.node for record in program.records} - names)
         if lost:
             raise PostconditionError(f"records of nodes that are not in the graph: {lost[:5]}")
-
-
-def _dimension_names(program: Program) -> dict[str, str]:
-    """Symbol → what the dimension is called."""
-    return {
-        str(node.meta["val"].shape[axis]): name
-        for node in program.placeholders
-        for axis, name in program.dynamic_axes.get(node.name, {}).items()
-    }
-
-
-def _spell(size: int | str, names: Mapping[str, str]) -> int | str:
-    if isinstance(size, int):
-        return size
-    return re.sub(r"\w+", lambda match: names.get(match[0], match[0]), size)
 
 
 def _tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:

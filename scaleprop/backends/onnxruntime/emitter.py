@@ -33,6 +33,7 @@ from scaleprop.errors import (
     source_line,
 )
 from scaleprop.passes.base import PROVENANCE, Program, Provenance
+from scaleprop.passes.dimensions import symbol_names
 
 OPSET = 26  # the newest that onnxruntime 1.31 loads, with the IR version that goes with it
 IR_VERSION = 13
@@ -91,7 +92,7 @@ class _Emitter:
         self.context = Context(self.builder, _readers(program.module), program.tolerance)
         self.inputs: list[Port] = []
         self.outputs: list[Port] = []
-        self.dimension_names = _dimension_names(program)
+        self.dimension_names = symbol_names(program)
 
     def run(self, metadata: Mapping[str, str]) -> Emitted:
         aten.register_transformers()
@@ -296,17 +297,6 @@ def _readers(module: torch.fx.GraphModule) -> dict[int, set[Any]]:
         targets = {user.target for user in node.users}
         readers.setdefault(_attribute(module, node).data_ptr(), set()).update(targets)
     return readers
-
-
-def _dimension_names(program: Program) -> dict[str, str]:
-    """Symbol → the name that ``program.dynamic_axes`` gives the dimension."""
-    names: dict[str, str] = {}
-    for node in program.placeholders:
-        for axis, name in program.dynamic_axes.get(node.name, {}).items():
-            size = node.meta["val"].shape[axis]
-            if is_symbolic(size):
-                names.setdefault(str(shapes.expression_of(size)), name)
-    return names
 
 
 def _node_metadata(node: torch.fx.Node) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from scaleprop.backends.onnxruntime.builder import GraphBuilder
+from scaleprop.passes.dimensions import spell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,17 +88,7 @@ def reshape(
 
 def onnx_shape(shape: Sequence[Any], names: dict[str, str]) -> ir.Shape:
     """A torch shape as an ONNX shape; ``names``: symbol → the dimension name to show for it."""
-    return ir.Shape([size if isinstance(size, int) else dimension_name(size, names)
-                     for size in shape])
-
-
-def dimension_name(size: Any, names: dict[str, str]) -> str:
-    """``batch`` or ``8*sequence`` for a ``SymInt``."""
-    expression = expression_of(size)
-    text = str(expression)
-    for symbol in sorted(map(str, expression.free_symbols), key=len, reverse=True):
-        text = text.replace(symbol, names.get(symbol, symbol))
-    return text
+    return ir.Shape([size if isinstance(size, int) else spell(size, names) for size in shape])
 
 
 def scalar(builder: GraphBuilder, vector: ir.Value) -> ir.Value:
