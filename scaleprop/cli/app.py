@@ -160,9 +160,7 @@ def _finish(report: Any, files: Sequence[Path], report_path: Path | None, emit: 
     if emit:
         emit({"files": written, "report": report.to_dict()})
         return
-    from scaleprop.cli.output import console
-
-    report.show(console())
+    report.show()
     for file in written:
         click.echo(f"wrote {file}")
 

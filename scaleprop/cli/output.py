@@ -10,11 +10,10 @@ from typing import Any
 
 import click
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_WIDTH = 160  # of output that is not a terminal, in characters
+from scaleprop.report.console import stdout_console
 
 
 @contextlib.contextmanager
@@ -32,12 +31,6 @@ def command_output(as_json: bool) -> Generator[Callable[[Any], None]]:
         yield emit
 
 
-def console() -> Console:
-    """A console on the present stdout; wide where that is not a terminal."""
-    made = Console()
-    return made if made.is_terminal else Console(width=_WIDTH)
-
-
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()
 ) -> None:
@@ -48,7 +41,7 @@ def print_table(
                          no_wrap=index == 0, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    console().print(table)
+    stdout_console().print(table)
 
 
 def print_pairs(pairs: Mapping[str, str]) -> None:

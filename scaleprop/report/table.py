@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from scaleprop.errors import BackendUnavailable
-from scaleprop.extras import install_command
 from scaleprop.report import text
+from scaleprop.report.console import stdout_console
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
     from scaleprop.report.report import Report
-
-_WIDTH = 160  # of output that is not a terminal, in characters
 
 
 def show(report: Report, console: Console | None = None) -> None:
@@ -23,17 +20,7 @@ def show(report: Report, console: Console | None = None) -> None:
     Raises:
         BackendUnavailable: without rich.
     """
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"a report is shown with rich: {install_command('rich')}, "
-            f"or save it: report.save('report.html')"
-        ) from error
-    if console is None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=_WIDTH)
+    console = console or stdout_console()
     console.print(_summary(report))
     if report.records:
         console.print(_table(report))
