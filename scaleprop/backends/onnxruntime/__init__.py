@@ -65,7 +65,9 @@ class OnnxRuntimeBackend(Backend):
             open_session(emitted, written, self.config)
             worst = check_nodes(emitted, written, program, program.example_leaves, self.config)
             other = other_size(program)
-            if other is not None:
+            if other is None:
+                logger.info("%s: checked at the example's sizes alone", target)
+            else:
                 worst = max(worst, check_nodes(emitted, written, program, other, self.config))
             logger.info("%s: every node within its bound; largest error %.1e", target, worst)
 

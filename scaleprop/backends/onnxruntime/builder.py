@@ -70,14 +70,15 @@ class GraphBuilder:
         """A 1-D int64 constant: axes, shapes, starts, ends."""
         return self.constant(list(values), np.int64)
 
-    def branch(self, name: str, emit: Callable[[], ir.Value], dtype: ir.DataType) -> ir.Graph:
+    def branch(self, name: str, emit: Callable[[], Sequence[ir.Value]],
+               dtypes: Sequence[ir.DataType]) -> ir.Graph:
         """A subgraph of what ``emit`` appends; initializers still go to the main graph."""
         outer, self._body = self._body, ir.Graph(
             [], [], nodes=[], opset_imports=self.graph.opset_imports, name=self.unique(name))
         try:
-            result = emit()
-            result.type = ir.TensorType(dtype)
-            self._body.outputs.append(result)
+            for result, dtype in zip(emit(), dtypes, strict=True):
+                result.type = ir.TensorType(dtype)
+                self._body.outputs.append(result)
             return self._body
         finally:
             self._body = outer

@@ -138,9 +138,10 @@ class Context:
     def branch(self, condition: ir.Value, then: Callable[[], ir.Value],
                otherwise: Callable[[], ir.Value], dtype: torch.dtype) -> ir.Value:  # fmt: skip
         """``If`` over what the two functions emit. They must not put values in ``memo``."""
-        kind = onnx_type(held(dtype))
-        return self.op("If", condition, then_branch=self.builder.branch("then", then, kind),
-                       else_branch=self.builder.branch("else", otherwise, kind))
+        kinds = [onnx_type(held(dtype))]
+        bodies = [self.builder.branch(name, lambda emit=emit: [emit()], kinds)
+                  for name, emit in (("then", then), ("else", otherwise))]
+        return self.op("If", condition, then_branch=bodies[0], else_branch=bodies[1])
 
     def is_shared(self, node: Node, among: Sequence[Any]) -> bool:
         """Whether an operator other than those in ``among`` reads the same parameter."""

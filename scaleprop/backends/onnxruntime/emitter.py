@@ -223,6 +223,8 @@ class _Emitter:
             for record in self.program.records
         ]
         entries = dict(given)
+        if self.program.guards:
+            entries["guards"] = json.dumps(self.program.guards)
         if records:
             entries["records"] = json.dumps(records)
         return {f"scaleprop.{key}": value for key, value in entries.items()}

@@ -68,10 +68,11 @@ class Emitter:
             x = self("Pad", x, self.ints(*[0] * (2 * rank - 1), missing))
         return self("Reshape", x, self.ints(*[0] * (rank - 1), -(-size // block), block))
 
-    def join_last(self, x: ir.Value, rank: int, size: int, block: int) -> ir.Value:
-        """The inverse of ``split_last``."""
+    def join_last(self, x: ir.Value, rank: int, size: int, block: int,
+                  as_row: bool = False) -> ir.Value:
+        """The inverse of ``split_last``; ``as_row``: [..., 1, size]."""
         padded = size + -size % block
-        x = self("Reshape", x, self.ints(*[0] * (rank - 1), padded))
+        x = self("Reshape", x, self.ints(*[0] * (rank - 1), *[1] * as_row, padded))
         if padded != size:
             x = self("Slice", x, self.ints(0), self.ints(size), self.ints(-1))
         return x
@@ -86,31 +87,14 @@ class Emitter:
         """uint8 codes clamp(RNE(x/scale) + zero, 0, 255)."""
         return self("QuantizeLinear", x, scale, self.u8(zero) if isinstance(zero, int) else zero)
 
-    def branch(self, condition: ir.Value, then: Callable[[Emitter], ir.Value],
-               otherwise: Callable[[Emitter], ir.Value]) -> ir.Value:
+    def branch(self, condition: ir.Value, then: Callable[[], Sequence[ir.Value]],
+               otherwise: Callable[[], Sequence[ir.Value]],
+               dtypes: Sequence[ir.DataType]) -> Sequence[ir.Value]:
         """``then`` where ``condition`` holds when the graph runs, else ``otherwise``.
 
         Both may read values of this graph; nodes they append run only when they are chosen.
         """
-        graphs = [self._subgraph(body) for body in (then, otherwise)]
-        return self("If", condition, then_branch=graphs[0], else_branch=graphs[1])
-
-    def _subgraph(self, body: Callable[[Emitter], ir.Value]) -> ir.Graph:
-        inner = _NestedBuilder(self.builder)
-        inner.graph.outputs.append(body(Emitter(inner)))
-        return inner.graph
-
-
-class _NestedBuilder(GraphBuilder):
-    """A builder of a subgraph: names and constants are the outer graph's."""
-
-    def __init__(self, outer: GraphBuilder) -> None:
-        super().__init__(outer.unique("branch"), 26)
-        self._outer = outer
-        self.metadata = outer.metadata
-
-    def unique(self, stem: str) -> str:
-        return self._outer.unique(stem)
-
-    def constant(self, value: Any, dtype: Any, name: str = "const") -> ir.Value:
-        return self._outer.constant(value, dtype, name)
+        bodies = [self.builder.branch(name, emit, dtypes)
+                  for name, emit in (("then", then), ("else", otherwise))]
+        return self.builder.op("If", condition, outputs=len(dtypes), then_branch=bodies[0],
+                               else_branch=bodies[1])

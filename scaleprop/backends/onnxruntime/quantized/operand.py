@@ -40,14 +40,13 @@ class Codes:
 class Limbs:
     """x̂[..., k] = outer · Σ_i factors[..., 0, i] · (codes[..., i, k] - 128).
 
-    codes: uint8 [..., L, K]; factors: float32 [..., 1, L]; outer: () or None. ``open``: L is found
-    when the graph runs, and factors has the most that there can be.
+    codes: uint8 [..., L, K]; factors: float32 [..., 1, L]; outer: () or None. L may be found when
+    the graph runs.
     """
 
     codes: ir.Value
     factors: ir.Value
     outer: ir.Value | None
-    open: bool
 
 
 class Quantized:
@@ -218,15 +217,12 @@ class Quantized:
 
     def _make_limbs(self, count: int) -> Limbs:
         e = self.e
-        values, unit, outer, lowest = self._row_values()
-        codes = _Splitter(count, self._window, lowest).split(e, values, 0)
-        limit = count if lowest is None else STAGES[-1]
+        row = self._row()
         # NaN survives no integer: a row that holds one gets factors of NaN
-        total = e.reduce("ReduceSum", values, [-1], keep=True)
-        poison = e("Sub", total, total)
-        factors = e.unsqueeze(e("Add", unit, poison), -2)
-        factors = e("Mul", factors, e.f32([BASE**-i for i in range(limit)]))
-        return Limbs(codes, factors, outer, open=lowest is not None)
+        total = e.reduce("ReduceSum", row.values, [-1], keep=True)
+        unit = e("Add", row.unit, e("Sub", total, total))
+        splitter = _Splitter(e, self._window, dataclasses.replace(row, unit=unit))
+        return Limbs(*splitter.split(count, row.values, []), row.outer)
 
     def _window(self, count: int) -> float:
         """The smallest block scale, in units of the row, that ``count`` limbs hold exactly."""
@@ -235,32 +231,27 @@ class Quantized:
         step = _smallest(fmt) * 2.0**-fmt.scale.fraction_bits
         return BASE ** -(count - 1) / step
 
-    def _row_values(self) -> tuple[ir.Value, ir.Value, ir.Value | None, ir.Value | None]:
-        """(x̂ in units of its row, |·| ≤ 127; the units [..., 1]; tensor scale; smallest scale).
-
-        Units are powers of two wherever the format's scales are. The smallest scale, of all blocks
-        that are not zero and relative to their rows', tells how many limbs are exact; None where
-        the format does not promise that.
-        """
+    def _row(self) -> _Row:
+        """x̂ in units of its rows, which are powers of two wherever the format's scales are."""
         e, fmt = self.e, self.format
         if fmt is not None and self.integer_rows:
             unit = 2.0 if fmt.zero_point else 1.0
-            return (e("Mul", self._grid, 1.0 / unit), e("Mul", self.scales.scale, unit), None, None)
+            return _Row(e.unsqueeze(e("Mul", self._grid, 1.0 / unit), -2),
+                        e.unsqueeze(e("Mul", self.scales.scale, unit), -2))
         if fmt is None or fmt.block is None:
-            return *_normalized_rows(e, self.fake), None, None
-        found = self.scales
+            return _normalized(e, self.fake)
+        found, gain = self.scales, _gain(fmt)
         top = e.reduce("ReduceMax", found.scale, [-1], keep=True)
         if fmt.rule not in POWER_RULES:
             top = e("Max", e.power_below(top), 2.0**-120)
-        unit = e("Mul", top, 1.0 / _gain(fmt))
-        relative = e("Div", found.scale, unit)
+        relative = e("Div", found.scale, top)
         values = e("Mul", self._grid, self._spread(relative))
-        values = e.join_last(values, self.rank, self.size, fmt.block[1])
+        values = e.join_last(values, self.rank, self.size, fmt.block[1], as_row=True)
         lowest = None
         if self.closes_exactly and found.largest is not None:
             empty = e("Equal", found.largest, 0.0)
-            lowest = e.reduce("ReduceMin", e("Where", empty, _gain(fmt), relative), None)
-        return values, unit, found.outer, lowest
+            lowest = e.reduce("ReduceMin", e("Where", empty, 1.0, relative), None)
+        return _Row(values, e.unsqueeze(top, -1), gain, found.outer, lowest)
 
     # ---- float rows for a kernel that quantizes to int8 blocks itself --------------------------
 
@@ -316,43 +307,63 @@ def _smallest(fmt: ScaledFormat) -> float:
     return fmt.element.unit
 
 
-def _normalized_rows(e: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """(x over the unit of its row, the units [..., 1]): units are amax/127."""
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """x̂ = outer · unit · values, in a form that limbs are cut from: |values · gain| ≤ 127.
+
+    values: [..., 1, K]; unit: [..., 1, 1]; outer: () or None. lowest: the smallest scale of a block
+    that is not zero, in units; it tells how many limbs are exact. None where the format does not
+    promise that any number is.
+    """
+
+    values: ir.Value
+    unit: ir.Value
+    gain: float = 1.0
+    outer: ir.Value | None = None
+    lowest: ir.Value | None = None
+
+
+def _normalized(e: Emitter, x: ir.Value) -> _Row:
+    """Rows in units of amax/127."""
+    x = e.unsqueeze(x, -2)
     unit = e("Mul", scales.amax(e, x, [-1], keep=True), 1.0 / 127.0)
     unit = e("Max", unit, 2.0**-120)
-    return e("Div", x, unit), unit
+    return _Row(e("Div", x, unit), unit)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Splitter:
-    """Splits rows into limbs: ``count`` of them, then as many more as the data needs.
+    """Cuts rows into limbs: as many as it is told, then as many more as the data needs.
 
-    window: see ``Quantized._window``. lowest: what it is compared with; None for no more.
+    window: see ``Quantized._window``.
     """
 
-    count: int
+    e: Emitter
     window: Callable[[int], float]
-    lowest: ir.Value | None
+    row: _Row
 
-    def split(self, e: Emitter, rest: ir.Value, index: int,
-              nothing: ir.Value | None = None) -> ir.Value:
-        """uint8 limbs from ``index`` on, [..., L, K]; ``rest`` is what they have to represent."""
-        scale = BASE**-index
-        code = e.quantize_u8(rest, scale, ZERO)
-        limb = e.unsqueeze(code, -2)
-        first = limb if nothing is None else nothing
+    def split(self, count: int, rest: ir.Value, limbs: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        """(codes [..., L, K], factors [..., 1, L]), L ≥ count; ``rest`` is what ``limbs`` lack."""
+        index = len(limbs)
+        scale = BASE**-index / self.row.gain
+        code = self.e.quantize_u8(rest, scale, ZERO)
+        limbs = [*limbs, code]
 
-        def more(inner: Emitter, step: _Splitter) -> ir.Value:
-            value = inner("DequantizeLinear", code, inner.f32(scale), inner.u8(ZERO))
-            return step.split(inner, inner("Sub", rest, value), index + 1, first)
+        def more(total: int) -> Sequence[ir.Value]:
+            value = self.e("DequantizeLinear", code, self.e.f32(scale), self.e.u8(ZERO))
+            return self.split(total, self.e("Sub", rest, value), limbs)
 
-        if index + 1 < self.count:
-            return e("Concat", limb, more(e, self), axis=-2)
-        later = [stage for stage in STAGES if stage > self.count]
-        if self.lowest is None or not later:
-            return limb
-        step = dataclasses.replace(self, count=later[0])
-        extra = e.branch(
-            e("Less", self.lowest, self.window(self.count)), lambda inner: more(inner, step),
-            lambda inner: inner("Slice", first, inner.ints(0), inner.ints(0), inner.ints(-2)))
-        return e("Concat", limb, extra, axis=-2)
+        if index + 1 < count:
+            return more(count)
+        later = [stage for stage in STAGES if stage > count]
+        if self.row.lowest is None or not later:
+            return self._joined(limbs)
+        short = self.e("Less", self.row.lowest, self.window(count) / self.row.gain)
+        return self.e.branch(short, lambda: more(later[0]), lambda: self._joined(limbs),
+                             (ir.DataType.UINT8, ir.DataType.FLOAT))
+
+    def _joined(self, limbs: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        e = self.e
+        steps = [BASE**-index / self.row.gain for index in range(len(limbs))]
+        codes = e("Concat", *limbs, axis=-2) if len(limbs) > 1 else e("Identity", *limbs)
+        return codes, e("Mul", self.row.unit, e.f32(steps))

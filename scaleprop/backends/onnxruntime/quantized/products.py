@@ -182,9 +182,6 @@ class LimbProduct(Candidate):
     def _factors(self, e: Emitter, p: Problem, limbs: Limbs) -> ir.Value:
         """[..., 1, L·W]: one factor per pair; the weight's share is in the column scales."""
         factors = limbs.factors
-        if limbs.open:
-            count = e("Shape", limbs.codes, start=-2, end=-1)
-            factors = e("Slice", factors, e.ints(0), count, e.ints(-1))
         if self.w_limbs > 1:
             factors = e("Mul", e.unsqueeze(factors, -1), e.f32([1.0] * self.w_limbs))
             factors = e("Reshape", factors, e.ints(*[0] * (p.x.rank - 1), 1, -1))

@@ -25,6 +25,8 @@ RULES = (*POWER_RULES, "exact")
 class Scales:
     """Scales as values; blocks' are [..., blocks], without the axis that they broadcast along.
 
+    (With it, onnxruntime's operators on a tensor and a scalar take thirty times as long.)
+
     scale: float32. encode: what data is multiplied by instead of divided by scale (two levels).
     outer: the tensor scale, (). zero_code, zero_point: the zero point in uint8 and in float32.
     largest: the groups' largest magnitudes.
@@ -62,6 +64,11 @@ def amax(e: Emitter, x: ir.Value, axes: Sequence[int] | None, keep: bool) -> ir.
     return e("Max", high, e("Neg", e.reduce("ReduceMin", x, axes, keep)))
 
 
+def block_amax(e: Emitter, x: ir.Value) -> ir.Value:
+    """max |x| along the last axis: as fast as ``amax`` on blocks, in fewer nodes."""
+    return e.reduce("ReduceMax", e("Abs", x), [-1])
+
+
 def grouped_axes(fmt: ScaledFormat, rank: int) -> tuple[Sequence[int] | None, bool]:
     """(axes to reduce, whether to keep them) for the grouped view of a rank ``rank`` tensor."""
     match fmt.granularity.kind:
@@ -80,7 +87,8 @@ def find(e: Emitter, grouped: ir.Value, fmt: ScaledFormat, rank: int) -> Scales:
     axes, keep = grouped_axes(fmt, rank)
     if fmt.zero_point:
         return _find_affine(e, grouped, fmt, axes, keep)
-    largest = amax(e, grouped, axes, keep)
+    blocks = fmt.granularity.kind == "block"
+    largest = block_amax(e, grouped) if blocks else amax(e, grouped, axes, keep)
     if fmt.two_level:
         return _find_two_level(e, largest, fmt)
     return Scales(one_level(e, largest, fmt), largest=largest)
