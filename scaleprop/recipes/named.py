@@ -19,8 +19,8 @@ from scaleprop.recipes.base import Recipe, Role
 _INT8_ROWS = Role(format="int8[row]*f32")
 _FP8_ROWS = Role(format="e4m3[row]*f32")
 _INT8_TENSOR = "int8[tensor]*f32+zp"
-# A kernel may round activations to INT8 blocks where that is faster: a third of what INT4 weights
-# cost. ``replace(tolerance=…)`` asks for more; the report says which kernel each product got.
+# A kernel may round activations to INT8 blocks itself where that is faster: a third of what INT4
+# weights cost. ``replace(tolerance=…)`` asks for more; the report says which kernel each product got.
 _INT4_TOLERANCE = 2.0**-5
 
 INT8 = Recipe(
@@ -100,6 +100,7 @@ INT4_INT8 = Recipe(
         "conv.w": _INT8_ROWS,
         "embedding": _INT8_ROWS,
     },
+    tolerance=_INT4_TOLERANCE,
 )
 FP8 = Recipe(
     name="fp8",

@@ -144,7 +144,8 @@ def test_mxfp4_is_chosen_exact(tmp_path: Path, chosen: list[tuple[Problem, Candi
     ("f32", "int4", ResidualProduct(1)), ("f32", "int4", ResidualProduct(2)),
     ("f32", "int4", ResidualProduct(3)), ("f32", "int4+zp", ResidualProduct(2)),
     ("f32", "int4[1x32]*f16", ResidualProduct(3)), ("f32", "int2", ResidualProduct(2)),
-    ("int8[1x128]*f32", "int4", ResidualProduct(1)), (INT8, "int4", ResidualProduct(2)),
+    ("int8[1x128]*f32", "int4", ResidualProduct(1)),
+    ("int8[1x128]*f32", "int4", ResidualProduct(1, unrounded=True)), (INT8, "int4", ResidualProduct(2)),
     ("f32", "int4", FloatProduct()), ("mxfp8", "mxfp8", FloatProduct()),
     ("f32", "nvfp4", FloatProduct()), ("int8+zp", INT8, FloatProduct()),
 ], ids=str)
@@ -156,7 +157,6 @@ def test_each_candidate_keeps_its_bound(x_format: str, w_format: str, candidate:
     torch.manual_seed(3)
     built = linear(torch.randn(2, 8, size), torch.randn(40, size), torch.randn(40), x_format,
                    w_format, tmp_path, dynamic=(0, 1))
-    assert candidate in set(products.candidates(seen[0])) | {candidate}
     heavy = torch.distributions.StudentT(3.0).sample((2, 8, size))
     check(built, seen[0], candidate, torch.randn(2, 8, size), torch.randn(1, 1, size), heavy)
 

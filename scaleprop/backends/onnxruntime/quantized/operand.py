@@ -222,7 +222,8 @@ class Quantized:
         total = e.reduce("ReduceSum", row.values, [-1], keep=True)
         unit = e("Add", row.unit, e("Sub", total, total))
         splitter = _Splitter(e, self._window, dataclasses.replace(row, unit=unit))
-        return Limbs(*splitter.split(count, row.values, []), row.outer)
+        codes, factors = splitter.split(count, row.values, [])
+        return Limbs(codes, factors, row.outer)
 
     def _window(self, count: int) -> float:
         """The smallest block scale, in units of the row, that ``count`` limbs hold exactly."""

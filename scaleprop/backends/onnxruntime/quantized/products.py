@@ -193,10 +193,12 @@ class ResidualProduct(Candidate):
     """T2: MatMulNBits with int8 activations, fed the activation as a sum of rows.
 
     One row: the kernel's own rounding, blockwise amax/127. That is no error at all where the
-    activation's format is int8 with the weight's block.
+    activation's format is int8 with the weight's block. ``unrounded``: such a row is left to the
+    kernel, which then may take the other neighbour of a value (almost) halfway between two.
     """
 
     pieces: int
+    unrounded: bool = False
 
     @property
     def name(self) -> str:
@@ -204,16 +206,13 @@ class ResidualProduct(Candidate):
         return f"MatMulNBits accuracy_level=4{rows}"
 
     def error(self, p: Problem) -> float:
-        fmt = p.x.format
-        if fmt is not None and isinstance(fmt.element, IntegerElement) and not fmt.zero_point \
-                and str(fmt.element.name) == "int8" and fmt.block == p.w.format.block \
-                and fmt.rule == "exact" and not p.x.static:
+        if rounds_alike(p) and not self.unrounded:
             return 4 * ROUNDING
         return (3e-2, 2.5e-4, 8e-6)[self.pieces - 1]
 
     def seconds(self, p: Problem) -> float:
         m, k, n = p.shape
-        count, nodes = activation_passes(p)
+        count, nodes = (0.0, 0) if self.unrounded else activation_passes(p)
         extra = self.pieces - 1
         return (cost.nbits_gemm(self.pieces * m, k, n)
                 + cost.passes(count + 7 * extra, m * k, nodes + 10 * extra)
@@ -225,7 +224,7 @@ class ResidualProduct(Candidate):
     def emit(self, e: Emitter, p: Problem) -> ir.Value:
         assert p.w.format.block is not None
         block = p.w.format.block[1]
-        rows = p.x.pieces(self.pieces, block)
+        rows = p.x.x if self.unrounded else p.x.pieces(self.pieces, block)
         bias = bias_value(e, p) if p.bias is not None and self.pieces == 1 else None
         data, scale, zeros = p.w.nbits(e)
         y = e.contrib("MatMulNBits", rows, data, scale, zeros, None, bias, K=p.w.inputs,
@@ -233,6 +232,14 @@ class ResidualProduct(Candidate):
         if self.pieces == 1:
             return y
         return with_bias(e, e.reduce("ReduceSum", y, [-2]), p)
+
+
+def rounds_alike(p: Problem) -> bool:
+    """Whether MatMulNBits rounds activations as their format says: int8, in the weight's blocks."""
+    fmt = p.x.format
+    return fmt is not None and isinstance(fmt.element, IntegerElement) and not fmt.zero_point \
+        and fmt.element.name == "int8" and fmt.block == p.w.format.block \
+        and fmt.rule == "exact" and not p.x.static
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +277,8 @@ def candidates(p: Problem) -> Iterator[Candidate]:
     if p.w.fits_nbits:
         for pieces in (1, 2, 3):
             yield ResidualProduct(pieces)
+        if rounds_alike(p):
+            yield ResidualProduct(1, unrounded=True)
 
 
 def _activation_limbs(x: Quantized) -> Sequence[int]:
