@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 import torch.fx
 from torch._dispatch.python import enable_python_dispatcher
@@ -21,6 +24,9 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
+from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.solve import try_solve
 
 __all__ = [
     "ConstraintViolationError",
@@ -33,10 +39,20 @@ __all__ = [
     "decomposition_table",
     "fake_input",
     "fake_mode_of",
+    "in_python",
     "is_decomposed",
+    "loaded_guards",
+    "size_symbol",
+    "solved_for",
     "symbolic_fake_mode",
     "trace",
+    "traced_guards",
 ]
+
+_TORCH_HOME = Path(torch.__file__).parent
+# where operators find shapes and strides, below the code that was traced
+_INTERNALS = ("_prims", "_prims_common", "_refs", "_decomp", "_subclasses",
+              "_meta_registrations.py", "_ops.py")  # fmt: skip
 
 # Composites that rules and backends know as one operator. Decomposing the norms, softmax and
 # attention would hide where scales end; the rest have a direct counterpart on every backend.
@@ -129,3 +145,46 @@ def fake_input(
     ]
     context = StatelessSymbolicContext(dynamic_sizes=sizes)  # pyright: ignore[reportCallIssue]
     return mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(name))
+
+
+def traced_guards(exported: ExportedProgram) -> list[tuple[sympy.Basic, bool]]:
+    """Conditions that tracing put on symbolic sizes, simplified, and whether an operator's own
+    code did; those that always hold are left out."""
+    env = fake_mode_of(exported.graph).shape_env
+    if env is None:
+        return []
+    found = [(env.simplify(guard.expr), _is_internal(guard.sloc.framework_loc))
+             for guard in env.guards]
+    return [(condition, internal) for condition, internal in found if condition != sympy.true]
+
+
+def _is_internal(place: traceback.FrameSummary | str | None) -> bool:
+    if not isinstance(place, traceback.FrameSummary):
+        return False
+    path = Path(place.filename)
+    return path.is_relative_to(_TORCH_HOME) and (
+        path.relative_to(_TORCH_HOME).parts[0] in _INTERNALS)
+
+
+def loaded_guards(exported: ExportedProgram) -> list[str]:
+    """The conditions of a program that was read from a file, in torch's own spelling: none of them
+    is in its shape environment."""
+    env = fake_mode_of(exported.graph).shape_env
+    traced_here = env is not None and env.var_to_sources
+    return [] if traced_here else exported._guards_code  # pyright: ignore[reportPrivateUsage]
+
+
+def size_symbol(name: str) -> sympy.Symbol:
+    """A symbol that is assumed to be what a size is."""
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def solved_for(expression: Any, size: sympy.Symbol, symbol: Any) -> Any | None:
+    """``symbol`` where ``expression`` is ``size``, in integers; None where torch cannot solve."""
+    solution = try_solve(sympy.Eq(expression, size), symbol)
+    return None if solution is None else FloorDiv(*sympy.fraction(sympy.together(solution[1])))
+
+
+def in_python(expression: Any) -> str:
+    """An expression of sizes as Python: ``//``, ``%``, ``max``, ``==``."""
+    return PythonPrinter().doprint(expression)

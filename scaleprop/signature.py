@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from scaleprop.errors import ConfigError
 from scaleprop.passes.base import Program
+from scaleprop.passes.guards import Guard
 
 
 def split_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -81,6 +82,7 @@ class Leaf:
 class Signature:
     """Flattens calls to a program.
 
+    guards: conditions on the leaves' sizes.
     positional: how many arguments the program was captured with by position.
     names: the parameter names of the model's ``forward``, in order; lets a caller pass by
         position what was captured by name, and the other way round.
@@ -88,6 +90,7 @@ class Signature:
 
     in_spec: pytree.TreeSpec
     leaves: tuple[Leaf, ...]
+    guards: tuple[Guard, ...]
     positional: int
     keywords: tuple[str, ...]
     names: tuple[str, ...]
@@ -97,11 +100,11 @@ class Signature:
         """The signature of a captured program."""
         flat = program.example_leaves
         leaves = tuple(
-            _leaf(node.name, node.meta.get("val"), example)
+            _leaf(str(node.target), node.meta.get("val"), example)
             for node, example in zip(program.placeholders, flat, strict=True)
         )
-        return cls(program.in_spec, leaves, len(program.example_args),
-                   tuple(program.example_kwargs), tuple(names))
+        return cls(program.in_spec, leaves, tuple(map(Guard.parse, program.guards)),
+                   len(program.example_args), tuple(program.example_kwargs), tuple(names))
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Flat leaves in the program's order.
@@ -119,6 +122,10 @@ class Signature:
         sizes: dict[str, int] = {}
         for leaf, value in zip(self.leaves, leaves, strict=True):
             leaf.check(value, sizes)
+        shapes = {leaf.name: value.shape for leaf, value in zip(self.leaves, leaves, strict=True)
+                  if isinstance(value, torch.Tensor)}
+        for guard in self.guards:
+            guard.check(shapes)
         return leaves
 
     def _rebind(

@@ -31,7 +31,7 @@ from scaleprop.report.records import TensorRecord
 if TYPE_CHECKING:
     from scaleprop.api import CompiledModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 del _ops
 
@@ -68,6 +68,7 @@ def save(compiled: CompiledModel, directory: Path) -> Path:
         "out_spec": pytree.treespec_dumps(program.out_spec),
         "dynamic_axes": {name: {str(axis): dim for axis, dim in axes.items()}
                          for name, axes in program.dynamic_axes.items()},
+        "guards": list(program.guards),
         "nbytes_before": compiled.nbytes_before,
         "tolerance": program.tolerance,
         "notes": list(program.notes),
@@ -156,7 +157,8 @@ def load(directory: Path) -> SavedModel:
     program = Program(
         module=_module(graph_from_json(nodes), tensors),
         in_spec=in_spec, out_spec=out_spec, example_args=tuple(args), example_kwargs=kwargs,
-        dynamic_axes=axes, records=tuple(_record(entry) for entry in config["records"]),
+        dynamic_axes=axes, guards=tuple(config["guards"]),
+        records=tuple(_record(entry) for entry in config["records"]),
         tolerance=config["tolerance"], notes=tuple(config["notes"]),
     )
     propagate_values(program)

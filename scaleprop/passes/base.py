@@ -48,6 +48,7 @@ class Program:
     in_spec, out_spec: pytrees of ``(args, kwargs)`` and of the model's output.
     example_args, example_kwargs: what the model was captured with.
     dynamic_axes: input name → {axis: dimension name}.
+    guards: conditions on ``input.shape[axis]`` that the graph relies on, see ``passes.guards``.
     statistics: node name → calibration statistics of that node's output; empty before calibration.
     records: what was decided for each tensor, in graph order.
     is_assigned: whether formats have been assigned, be it to nothing.
@@ -61,6 +62,7 @@ class Program:
     example_args: tuple[Any, ...]
     example_kwargs: Mapping[str, Any]
     dynamic_axes: Mapping[str, Mapping[int, str]] = dataclasses.field(default_factory=dict)
+    guards: tuple[str, ...] = ()
     statistics: Mapping[str, TensorStatistics] = dataclasses.field(default_factory=dict)
     records: tuple[TensorRecord, ...] = ()
     is_assigned: bool = False

@@ -8,7 +8,6 @@ model allows it; every step back from that is a note on the program.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import re
 from collections.abc import Generator, Mapping, Sequence
@@ -27,6 +26,7 @@ from scaleprop.errors import CaptureError
 from scaleprop.passes import dimensions
 from scaleprop.passes.base import Program
 from scaleprop.passes.decompose import decomposed
+from scaleprop.passes.find_guards import find_guards
 from scaleprop.passes.structures import register_structures
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def capture(
     """
     kwargs = dict(kwargs or {})
     if isinstance(model, ExportedProgram):
-        return _finish(model, *_examples(model, args, kwargs), given=[], notes=())
+        return _finish(model, *_examples(model, args, kwargs), given=[], notes=(), declared=True)
     if not isinstance(args, tuple):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CaptureError(f"args must be a tuple of positional inputs, not {type(args).__name__}")
     register_structures((args, kwargs))
@@ -67,7 +67,7 @@ def capture(
             if isinstance(dynamic_shapes, (tuple, list)):
                 inputs = tuple(inputs.values())
             given, notes = dimensions.user_names(dynamic_shapes, inputs), ()
-        return _finish(exported, args, kwargs, given, notes)
+        return _finish(exported, args, kwargs, given, notes, dynamic_shapes is not None)
 
 
 @contextmanager
@@ -208,7 +208,9 @@ def _finish(
     kwargs: dict[str, Any],
     given: Sequence[tuple[torch.Tensor, dict[int, str]]],
     notes: Sequence[str],
+    declared: bool,
 ) -> Program:
+    loaded = _torch_compat.loaded_guards(exported)
     try:
         flat, unlifted = decomposed(exported)
     except Exception as error:
@@ -230,7 +232,6 @@ def _finish(
         out_spec=_required(flat.call_spec.out_spec),
         example_args=args,
         example_kwargs=kwargs,
-        notes=tuple(notes),
     )
     leaves = pytree.tree_leaves((args, kwargs))
     names = {
@@ -239,10 +240,16 @@ def _finish(
         for tensor, axes in given
         if leaf is tensor
     }
+    guards, unknown = find_guards(flat, program.placeholders, loaded, declared)
+    if guards:
+        notes = [*notes, f"calls must satisfy what the model's code depends on: {'; '.join(guards)}"
+                         f" (an ONNX file does not check it)"]
+    notes = [*notes, *(f"the model's code depends on {condition}, which is not checked"
+                       for condition in unknown)]
     for note in notes:
         logger.info("capture: %s", note)
     axes = dimensions.name_dimensions(program.placeholders, names)
-    return dataclasses.replace(program, dynamic_axes=axes)
+    return program.replace(dynamic_axes=axes, guards=guards, notes=tuple(notes))
 
 
 def _user_frames(trace: str) -> str:

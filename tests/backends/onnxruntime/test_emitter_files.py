@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,38 @@ def test_export_checks_another_size(program: Program, tmp_path: Path) -> None:
     fixed = dataclasses.replace(program, dynamic_axes={})
     assert other_size(fixed) is None
     assert BACKEND.export(program, tmp_path / "model.onnx").exists()
+
+
+class Windows(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(x.shape[0], x.shape[1] // 4, 4, 8).mean(2)
+
+
+class Halves(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + torch.cat([y, y])
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "other"),
+    [(Windows(), [(2, 8, 8)], [(4, 16, 8)]), (Halves(), [(6, 8), (3, 8)], [(12, 16), (6, 16)])],
+)
+def test_another_size_is_one_that_the_program_is_for(
+    model: nn.Module, sizes: Any, other: Any, tmp_path: Path
+) -> None:
+    guarded = capture(model, tuple(torch.randn(size) for size in sizes))
+    assert [leaf.shape for leaf in other_size(guarded) or ()] == other
+    path = BACKEND.export(guarded, tmp_path / "model.onnx")
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert tuple(json.loads(metadata["scaleprop.guards"])) == guarded.guards != ()
+
+
+def test_no_other_size_is_said(program: Program, tmp_path: Path, caplog: Any) -> None:
+    stuck = program.replace(guards=("input.shape[0] == 3",))
+    assert other_size(stuck) is None
+    with caplog.at_level("INFO", logger="scaleprop"):
+        BACKEND.export(stuck, tmp_path / "model.onnx")
+    assert "checked at the example's sizes alone" in caplog.text
 
 
 def same_results(path: Path, program: Program) -> None:
