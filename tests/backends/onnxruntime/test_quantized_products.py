@@ -145,7 +145,9 @@ def test_mxfp4_is_chosen_exact(tmp_path: Path, chosen: list[tuple[Problem, Candi
     ("f32", "int4", ResidualProduct(3)), ("f32", "int4+zp", ResidualProduct(2)),
     ("f32", "int4[1x32]*f16", ResidualProduct(3)), ("f32", "int2", ResidualProduct(2)),
     ("int8[1x128]*f32", "int4", ResidualProduct(1)),
-    ("int8[1x128]*f32", "int4", ResidualProduct(1, unrounded=True)), (INT8, "int4", ResidualProduct(2)),
+    ("int8[1x128]*f32", "int4", ResidualProduct(1, unrounded=True)),
+    (INT8, "int4", ResidualProduct(2)), ("mxfp4", "mxfp4", LimbProduct(4, 1)),
+    ("nvfp4", "nvfp4", LimbProduct(4, 2)), ("mxfp6", "mxfp6", LimbProduct(4, 2)),
     ("f32", "int4", FloatProduct()), ("mxfp8", "mxfp8", FloatProduct()),
     ("f32", "nvfp4", FloatProduct()), ("int8+zp", INT8, FloatProduct()),
 ], ids=str)

@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -24,6 +25,7 @@ from scaleprop.formats.scaled import POWER_RULES, ScaledFormat
 
 BASE = 128.0  # ratio of neighbouring limbs: a base of 256 would saturate at +128
 STAGES = (1, 2, 4)  # numbers of limbs between which the graph chooses when it runs
+MOST_LIMBS = STAGES[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,12 +219,14 @@ class Quantized:
 
     def _make_limbs(self, count: int) -> Limbs:
         e = self.e
-        row = self._row()
+        row = self._row(growing=count < MOST_LIMBS)
         # NaN survives no integer: a row that holds one gets factors of NaN
         total = e.reduce("ReduceSum", row.values, [-1], keep=True)
-        unit = e("Add", row.unit, e("Sub", total, total))
-        splitter = _Splitter(e, self._window, dataclasses.replace(row, unit=unit))
-        codes, factors = splitter.split(count, row.values, [])
+        row = dataclasses.replace(row, unit=e("Add", row.unit, e("Sub", total, total)))
+        if count == MOST_LIMBS:
+            codes, factors = _all_limbs(e, row)
+        else:
+            codes, factors = _Splitter(e, self._window, row).split(count, row.values, [])
         return Limbs(codes, factors, row.outer)
 
     def _window(self, count: int) -> float:
@@ -232,8 +236,11 @@ class Quantized:
         step = _smallest(fmt) * 2.0**-fmt.scale.fraction_bits
         return BASE ** -(count - 1) / step
 
-    def _row(self) -> _Row:
-        """x̂ in units of its rows, which are powers of two wherever the format's scales are."""
+    def _row(self, growing: bool) -> _Row:
+        """x̂ in units of its rows, which are powers of two wherever the format's scales are.
+
+        growing: there may be more limbs than asked for.
+        """
         e, fmt = self.e, self.format
         if fmt is not None and self.integer_rows:
             unit = 2.0 if fmt.zero_point else 1.0
@@ -249,7 +256,7 @@ class Quantized:
         values = e("Mul", self._grid, self._spread(relative))
         values = e.join_last(values, self.rank, self.size, fmt.block[1], as_row=True)
         lowest = None
-        if self.closes_exactly and found.largest is not None:
+        if growing and self.closes_exactly and found.largest is not None:
             empty = e("Equal", found.largest, 0.0)
             lowest = e.reduce("ReduceMin", e("Where", empty, 1.0, relative), None)
         return _Row(values, e.unsqueeze(top, -1), gain, found.outer, lowest)
@@ -313,8 +320,8 @@ class _Row:
     """x̂ = outer · unit · values, in a form that limbs are cut from: |values · gain| ≤ 127.
 
     values: [..., 1, K]; unit: [..., 1, 1]; outer: () or None. lowest: the smallest scale of a block
-    that is not zero, in units; it tells how many limbs are exact. None where the format does not
-    promise that any number is.
+    that is not zero, in units; it tells how many limbs are exact. None where there are no more
+    limbs than asked for.
     """
 
     values: ir.Value
@@ -322,6 +329,14 @@ class _Row:
     gain: float = 1.0
     outer: ir.Value | None = None
     lowest: ir.Value | None = None
+
+    def factors(self, e: Emitter, count: int) -> ir.Value:
+        """What limbs are multiplied by, [..., 1, count]."""
+        return e("Mul", self.unit, e.f32([self.step(index) for index in range(count)]))
+
+    def step(self, index: int) -> float:
+        """The worth of 1 in this limb, in units."""
+        return BASE**-index / self.gain
 
 
 def _normalized(e: Emitter, x: ir.Value) -> _Row:
@@ -346,7 +361,7 @@ class _Splitter:
     def split(self, count: int, rest: ir.Value, limbs: Sequence[ir.Value]) -> Sequence[ir.Value]:
         """(codes [..., L, K], factors [..., 1, L]), L ≥ count; ``rest`` is what ``limbs`` lack."""
         index = len(limbs)
-        scale = BASE**-index / self.row.gain
+        scale = self.row.step(index)
         code = self.e.quantize_u8(rest, scale, ZERO)
         limbs = [*limbs, code]
 
@@ -365,6 +380,20 @@ class _Splitter:
 
     def _joined(self, limbs: Sequence[ir.Value]) -> Sequence[ir.Value]:
         e = self.e
-        steps = [BASE**-index / self.row.gain for index in range(len(limbs))]
         codes = e("Concat", *limbs, axis=-2) if len(limbs) > 1 else e("Identity", *limbs)
-        return codes, e("Mul", self.row.unit, e.f32(steps))
+        return codes, self.row.factors(e, len(limbs))
+
+
+def _all_limbs(e: Emitter, row: _Row) -> tuple[ir.Value, ir.Value]:
+    """All limbs that there can be, in few nodes: (codes [..., L, K], factors [..., 1, L]).
+
+    Adding and subtracting a large number rounds to the step of each limb but the last; a limb is
+    the difference of neighbours. All of it is exact.
+    """
+    count = MOST_LIMBS
+    large = e.f32([[1.5 * 2.0**23 * row.step(index)] for index in range(count - 1)] + [[0.0]])
+    rounded = e("Sub", e("Add", row.values, large), large)
+    differences = np.eye(count) - np.eye(count, k=-1)
+    steps = np.array([[row.step(index)] for index in range(count)])
+    codes = e.quantize_u8(e("MatMul", e.f32(differences / steps), rounded), 1.0, ZERO)
+    return codes, row.factors(e, count)

@@ -17,7 +17,7 @@ import torch
 
 from scaleprop.backends.onnxruntime.quantized import cost
 from scaleprop.backends.onnxruntime.quantized.emit import ZERO, Emitter
-from scaleprop.backends.onnxruntime.quantized.operand import Limbs, Quantized
+from scaleprop.backends.onnxruntime.quantized.operand import MOST_LIMBS, Quantized
 from scaleprop.backends.onnxruntime.quantized.weights import MAX_LIMBS, Weight
 from scaleprop.formats.elements import IntegerElement
 from scaleprop.recipes.base import TOLERANCE
@@ -161,8 +161,9 @@ class LimbProduct(Candidate):
         m, k, n = p.shape
         count, nodes = activation_passes(p)
         limbs = self.x_limbs * self.w_limbs
+        grows = p.x.closes_exactly and self.x_limbs < MOST_LIMBS
         return (cost.byte_gemm(self.x_limbs * m, k, self.w_limbs * n)
-                + cost.passes(count + 2 + 3 * self.x_limbs, m * k, nodes + 8)
+                + cost.passes(count + 2 + 3 * self.x_limbs, m * k, nodes + (20 if grows else 10))
                 + cost.passes(limbs + 1, m * n, 3))
 
     def memory(self, p: Problem) -> float:
@@ -174,18 +175,11 @@ class LimbProduct(Candidate):
         outer = 1.0 if limbs.outer is None else limbs.outer
         y = e.contrib("MatMulIntegerToFloat", limbs.codes, matrix, outer, columns, e.u8(ZERO),
                       p.w.zero_points(e) if p.w.integer_columns else None)
-        if self.w_limbs > 1:
-            y = e("Reshape", y, e.ints(*[0] * (p.x.rank - 1), -1, p.w.outputs))
-        y = e("MatMul", self._factors(e, p, limbs), y)
-        return with_bias(e, e.squeeze(y, -2), p)
-
-    def _factors(self, e: Emitter, p: Problem, limbs: Limbs) -> ir.Value:
-        """[..., 1, L·W]: one factor per pair; the weight's share is in the column scales."""
-        factors = limbs.factors
-        if self.w_limbs > 1:
-            factors = e("Mul", e.unsqueeze(factors, -1), e.f32([1.0] * self.w_limbs))
-            factors = e("Reshape", factors, e.ints(*[0] * (p.x.rank - 1), 1, -1))
-        return factors
+        y = e("MatMul", limbs.factors, y)
+        if self.w_limbs == 1:
+            return with_bias(e, e.squeeze(y, -2), p)
+        y = e("Reshape", y, e.ints(*[0] * (p.x.rank - 1), self.w_limbs, p.w.outputs))
+        return with_bias(e, e.reduce("ReduceSum", y, [-2]), p)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +279,7 @@ def _activation_limbs(x: Quantized) -> Sequence[int]:
     """Numbers of limbs worth considering; exact formats start at what ordinary data needs."""
     if x.format is None:
         return (2, 3)
-    return (x.usual_limbs,) if x.closes_exactly else (2,)
+    return (x.usual_limbs, MOST_LIMBS) if x.closes_exactly else (2,)
 
 
 def choose(p: Problem, tolerance: float = TOLERANCE) -> Candidate:

@@ -60,9 +60,19 @@ def round_to(e: Emitter, x: ir.Value, element: ElementFormat) -> ir.Value:
         return _round_log2(e, x, element)
     assert isinstance(element, FloatElement)
     x = clip(e, x, element)
+    return _on_grid(e, x, e("Abs", x), element)
+
+
+def round_scale(e: Emitter, x: ir.Value, element: FloatElement) -> ir.Value:
+    """``round_to`` of what is neither negative nor above the largest value."""
+    return _on_grid(e, x, x, element)
+
+
+def _on_grid(e: Emitter, x: ir.Value, magnitude: ir.Value, element: FloatElement) -> ir.Value:
+    """``x`` rounded, given |x|, which is in range."""
     digits = 23 - element.mantissa_bits
     lowest = math.ldexp(1.5, digits + element.emin)
-    magic = e("Clip", e("Mul", _coarse(e, e("Abs", x), element), math.ldexp(1.0, digits)), lowest)
+    magic = e("Clip", e("Mul", _coarse(e, magnitude, element), math.ldexp(1.0, digits)), lowest)
     return e("Sub", e("Add", x, magic), magic)
 
 

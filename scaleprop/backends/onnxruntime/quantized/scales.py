@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from scaleprop.backends.onnxruntime.quantized.emit import FLOAT, UINT8, Emitter
-from scaleprop.backends.onnxruntime.quantized.rounding import round_to
+from scaleprop.backends.onnxruntime.quantized.rounding import round_scale
 from scaleprop.formats.elements import IntegerElement
 from scaleprop.formats.scaled import FLT_MAX, POWER_RULES, ScaledFormat
 from scaleprop.formats.scales import target
@@ -132,32 +132,31 @@ def _power_bound(fmt: ScaledFormat) -> float:
     return math.ldexp(1.0, math.frexp(fmt.scale_bound)[1] - 1)
 
 
-def _round_scale(e: Emitter, scale: ir.Value, fmt: ScaledFormat) -> ir.Value:
-    """Nearest value of the scale format."""
-    bounded = e("Min", scale, fmt.scale_bound)
+def _round_scale(e: Emitter, scale: ir.Value, fmt: ScaledFormat,
+                 top: float = math.inf) -> ir.Value:
+    """Nearest value of the scale format, of what is at most ``top``."""
+    bounded = e("Min", scale, min(top, fmt.scale_bound))
     if fmt.scale.name == "f32":
         return bounded
     if fmt.scale.name in ("bf16", "f16"):
         kind = ir.DataType.BFLOAT16 if fmt.scale.name == "bf16" else ir.DataType.FLOAT16
         return e("Cast", e("Cast", bounded, to=int(kind)), to=FLOAT)
-    return round_to(e, bounded, fmt.scale)
+    return round_scale(e, bounded, fmt.scale)
 
 
 def _find_two_level(e: Emitter, largest: ir.Value, fmt: ScaledFormat) -> Scales:
     """TransformerEngine's order of operations, see ``scaleprop.formats.scales``."""
     item, top = fmt.element, target(fmt)
     whole = e.reduce("ReduceMax", largest, None)
-    empty = e("Equal", whole, 0.0)
+    whole = e("Where", e("Equal", whole, 0.0), top * item.max, whole)
     encode = e("Min", e("Div", top * item.max, whole), FLT_MAX)
-    encode = e("Where", e("Or", empty, e("Equal", encode, 0.0)), 1.0, encode)
     outer = e("Max", e("Div", whole, top * item.max), 2.0**-128)
-    outer = e("Where", empty, 1.0, outer)
-    outer = e("Add", outer, e("Sub", whole, whole))
+    outer = e("Add", outer, e("Sub", whole, whole))  # NaN, and so is all, where that is not finite
     if fmt.rule in POWER_RULES or not fmt.scale.has_zero:
         scale = _power_scale(e, e("Mul", largest, encode), fmt)
     else:
         per_amax = e("Mul", encode, 1.0 / item.max)
-        scale = _round_scale(e, e("Min", e("Mul", largest, per_amax), top), fmt)
+        scale = _round_scale(e, e("Mul", largest, per_amax), fmt, top)
     data = e("Min", e("Reciprocal", e("Mul", scale, e("Reciprocal", encode))), FLT_MAX)
     return Scales(scale, encode=data, outer=outer, largest=largest)
 
