@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
@@ -49,6 +50,7 @@ __all__ = [
     "traced_guards",
 ]
 
+_CAPTURED: WeakKeyDictionary[ShapeEnv, tuple[Any, ...]] = WeakKeyDictionary()
 _TORCH_HOME = Path(torch.__file__).parent
 # where operators find shapes and strides, below the code that was traced
 _INTERNALS = ("_prims", "_prims_common", "_refs", "_decomp", "_subclasses",
@@ -153,8 +155,10 @@ def traced_guards(exported: ExportedProgram) -> list[tuple[sympy.Basic, bool]]:
     env = fake_mode_of(exported.graph).shape_env
     if env is None:
         return []
+    # an exported program can be captured twice, and a backend adds guards for its own code
+    guards = _CAPTURED.setdefault(env, tuple(env.guards))
     found = [(env.simplify(guard.expr), _is_internal(guard.sloc.framework_loc))
-             for guard in env.guards]
+             for guard in guards]
     return [(condition, internal) for condition, internal in found if condition != sympy.true]
 
 

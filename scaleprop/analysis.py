@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.fx
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from scaleprop.errors import CalibrationError, describe, source_line
@@ -133,7 +133,7 @@ def _shape(node: torch.fx.Node) -> tuple[int | str, ...]:
 
 
 def analyze(
-    model: torch.nn.Module,
+    model: torch.nn.Module | ExportedProgram,
     example_inputs: Any,
     calibration: Iterable[Any] | Callable[[Any], Any] | None = None,
     *,
@@ -161,7 +161,7 @@ def analyze(
     program = PassManager([CleanUp(), Canonicalise()]).run(captured)
     sums: dict[tuple[torch.fx.Node, int], _Sums] = {}
     observer = _Observer(program, sums)
-    signature = Signature.of(program, tuple(inspect.signature(model.forward).parameters))
+    signature = Signature.of(program)
     feed([(args, kwargs)] if calibration is None else calibration,
          _Observed(program, observer, signature))
     refuse_empty(observer.batch)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from scaleprop import storage
@@ -108,7 +108,7 @@ class CompiledModel:
 
 
 def compile(
-    model: torch.nn.Module,
+    model: torch.nn.Module | ExportedProgram,
     example_inputs: Any,
     recipe: str | Recipe = "int8-dynamic",
     backend: str = "onnxruntime",
@@ -124,7 +124,8 @@ def compile(
     """Rewrite ``model`` to low precision and lower it to ``backend``. The model is not changed.
 
     Args:
-        model: any module that ``torch.export`` can trace; it is captured in eval mode.
+        model: any module that ``torch.export`` can trace; it is captured in eval mode. Or what
+            ``torch.export`` made of one: sizes then vary as it says.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or
             ``(args, kwargs)``. Batch and sequence sizes may vary afterwards where the model
             allows it.
@@ -151,6 +152,7 @@ def compile(
     plan = named_recipe(recipe)
     target = backend_named(backend)  # a misspelt backend must not cost a capture
     captured = capture(model, args, kwargs, dynamic_shapes)
+    Signature.of(captured).flatten(args, kwargs)  # tracing may have chosen other sizes
     with torch.no_grad():
         output = captured.module(*captured.example_args, **captured.example_kwargs)
     manager = build(plan, exclude=exclude, include=include, calibration=calibration,
@@ -161,7 +163,7 @@ def compile(
         program=program,
         recipe=plan,
         backend=backend,
-        signature=Signature.of(program, tuple(inspect.signature(model.forward).parameters)),
+        signature=Signature.of(program),
         executable=target.lower(program),
         baseline=tuple(pytree.tree_leaves(output)),
         nbytes_before=nbytes_before,
@@ -184,7 +186,7 @@ def load(directory: str | Path, backend: str | None = None) -> CompiledModel:
     name = backend or saved.backend
     return CompiledModel(
         program=saved.program, recipe=saved.recipe, backend=name,
-        signature=Signature.of(saved.program, saved.names),
+        signature=Signature.of(saved.program),
         executable=backend_named(name).lower(saved.program),
         baseline=saved.baseline, nbytes_before=saved.nbytes_before,
     )

@@ -96,7 +96,7 @@ class Signature:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, program: Program, names: Sequence[str]) -> Signature:
+    def of(cls, program: Program) -> Signature:
         """The signature of a captured program."""
         flat = program.example_leaves
         leaves = tuple(
@@ -104,7 +104,7 @@ class Signature:
             for node, example in zip(program.placeholders, flat, strict=True)
         )
         return cls(program.in_spec, leaves, tuple(map(Guard.parse, program.guards)),
-                   len(program.example_args), tuple(program.example_kwargs), tuple(names))
+                   len(program.example_args), tuple(program.example_kwargs), program.arguments)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """Flat leaves in the program's order.

@@ -43,7 +43,6 @@ class SavedModel:
     program: Program
     recipe: Recipe
     backend: str
-    names: tuple[str, ...]
     baseline: tuple[Any, ...]
     nbytes_before: int
 
@@ -63,7 +62,7 @@ def save(compiled: CompiledModel, directory: Path) -> Path:
         "format_version": FORMAT_VERSION,
         "backend": compiled.backend,
         "recipe": compiled.recipe.to_dict(),
-        "names": list(compiled.signature.names),
+        "arguments": list(program.arguments),
         "in_spec": pytree.treespec_dumps(program.in_spec),
         "out_spec": pytree.treespec_dumps(program.out_spec),
         "dynamic_axes": {name: {str(axis): dim for axis, dim in axes.items()}
@@ -157,6 +156,7 @@ def load(directory: Path) -> SavedModel:
     program = Program(
         module=_module(graph_from_json(nodes), tensors),
         in_spec=in_spec, out_spec=out_spec, example_args=tuple(args), example_kwargs=kwargs,
+        arguments=tuple(config["arguments"]),
         dynamic_axes=axes, guards=tuple(config["guards"]),
         records=tuple(_record(entry) for entry in config["records"]),
         tolerance=config["tolerance"], notes=tuple(config["notes"]),
@@ -164,7 +164,7 @@ def load(directory: Path) -> SavedModel:
     propagate_values(program)
     return SavedModel(
         program=program, recipe=Recipe.from_dict(config["recipe"]), backend=config["backend"],
-        names=tuple(config["names"]), baseline=tuple(_leaves("baseline", config, stored)),
+        baseline=tuple(_leaves("baseline", config, stored)),
         nbytes_before=config["nbytes_before"],
     )
 

@@ -132,7 +132,7 @@ def _compile(model: str, inputs: str | None, calibration: str | None, **options:
     subject = load_subject(model, inputs)
     return compile_model(
         subject.model, subject.inputs, calibration=_calibration(calibration),
-        dynamic_shapes=subject.dynamic_shapes, progress=sys.stderr.isatty(), **options,
+        progress=sys.stderr.isatty(), **options,
     )
 
 
@@ -218,8 +218,7 @@ def analyze_command(
 
     _check_suffix(report)
     subject = load_subject(model, inputs)
-    found = analyze(subject.model, subject.inputs, calibration=_calibration(calibration),
-                    dynamic_shapes=subject.dynamic_shapes)
+    found = analyze(subject.model, subject.inputs, calibration=_calibration(calibration))
     _finish(found, [], report, emit)
 
 

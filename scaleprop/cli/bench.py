@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from scaleprop.api import Calibration, CompiledModel, compile, split_example, stored_bytes
@@ -54,12 +55,12 @@ def bench(
     if calibration is not None and not callable(calibration):
         calibration = list(calibration)  # every recipe reads it; a generator can be read once
     args, kwargs = split_example(subject.inputs)
-    eager = subject.model.eval()
+    model = subject.model
+    eager = model.module() if isinstance(model, ExportedProgram) else model.eval()
     compiled: dict[str, CompiledModel] = {}
     for plan in plans:
         compiled[f"{backend} {plan.name}"] = compile(
-            subject.model, subject.inputs, plan, backend, calibration=calibration,
-            dynamic_shapes=subject.dynamic_shapes, **options)
+            model, subject.inputs, plan, backend, calibration=calibration, **options)
     calls: dict[str, Callable[[], Any]] = {"eager float32": lambda: eager(*args, **kwargs)}
     calls |= {name: (lambda m=m: m(*args, **kwargs)) for name, m in compiled.items()}
     with torch.no_grad():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -20,14 +19,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model, the inputs to capture it with, and which of their sizes vary.
+    """A model, and the inputs to capture it with."""
 
-    dynamic_shapes: as ``torch.export.export`` takes it; None for scaleprop's default.
-    """
-
-    model: torch.nn.Module
+    model: torch.nn.Module | ExportedProgram
     inputs: Any
-    dynamic_shapes: Any = None
 
 
 def load_subject(spec: str, inputs: str | None) -> Subject:
@@ -65,33 +60,7 @@ def _load_exported(path: Path) -> Subject:
             f"{str(path)!r} is not an exported program: {type(error).__name__}: {error}; "
             "write one with torch.export.save"
         ) from error
-    unlifted = program.module(check_guards=False)
-    module = torch.fx.GraphModule(unlifted, unlifted.graph)  # a plain module: eval() works
-    return Subject(module, program.example_inputs, _dynamic_shapes(program, module))
-
-
-def _dynamic_shapes(program: ExportedProgram, module: torch.nn.Module) -> dict[str, Any]:
-    """Argument name → its shapes: the sizes that vary in ``program``, and no others."""
-    import torch
-    from torch.utils import _pytree as pytree
-
-    inputs = set(program.graph_signature.user_inputs)
-    leaves: list[dict[int, Any] | None] = []
-    for node in program.graph.nodes:
-        if node.op != "placeholder" or node.name not in inputs:
-            continue
-        value = node.meta["val"]
-        if not isinstance(value, torch.Tensor):
-            leaves.append(None)
-            continue
-        leaves.append({axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(value.shape)
-                       if isinstance(size, torch.SymInt)})
-    spec = program.call_spec.in_spec
-    if spec is None:
-        raise ConfigError("the exported program does not say what its inputs are; export it again")
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    names = inspect.signature(module.forward).parameters
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return Subject(program, program.example_inputs)
 
 
 def _call_factory(spec: str) -> Subject:

@@ -47,6 +47,7 @@ class Program:
         fake value in ``meta["val"]``. Called with the model's own (args, kwargs).
     in_spec, out_spec: pytrees of ``(args, kwargs)`` and of the model's output.
     example_args, example_kwargs: what the model was captured with.
+    arguments: what the model's ``forward`` calls its arguments, in order; given or not.
     dynamic_axes: input name → {axis: dimension name}.
     guards: conditions on ``input.shape[axis]`` that the graph relies on, see ``passes.guards``.
     statistics: node name → calibration statistics of that node's output; empty before calibration.
@@ -61,6 +62,7 @@ class Program:
     out_spec: pytree.TreeSpec
     example_args: tuple[Any, ...]
     example_kwargs: Mapping[str, Any]
+    arguments: tuple[str, ...] = ()
     dynamic_axes: Mapping[str, Mapping[int, str]] = dataclasses.field(default_factory=dict)
     guards: tuple[str, ...] = ()
     statistics: Mapping[str, TensorStatistics] = dataclasses.field(default_factory=dict)

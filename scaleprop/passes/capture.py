@@ -8,6 +8,7 @@ model allows it; every step back from that is a note on the program.
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import re
 from collections.abc import Generator, Mapping, Sequence
@@ -46,14 +47,18 @@ def capture(
         model: a module, or what ``torch.export.export`` made of one.
         args, kwargs: example inputs; for an ``ExportedProgram`` its own are the default.
         dynamic_shapes: ``torch.export``'s own forms, taken exactly; ``{}`` fixes every size.
-            None: batch and sequence dimensions are dynamic where the model allows.
+            None: batch and sequence dimensions are dynamic where the model allows. An
+            ``ExportedProgram`` has its own.
 
     Raises:
         CaptureError: where the model cannot be traced, or writes to its inputs or buffers.
     """
     kwargs = dict(kwargs or {})
     if isinstance(model, ExportedProgram):
-        return _finish(model, *_examples(model, args, kwargs), given=[], notes=(), declared=True)
+        if dynamic_shapes is not None:
+            raise CaptureError("an exported program has dynamic_shapes: leave them out")
+        args, kwargs = _examples(model, args, kwargs)
+        return _finish(model, args, kwargs, given=[], notes=(), declared=True)
     if not isinstance(args, tuple):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CaptureError(f"args must be a tuple of positional inputs, not {type(args).__name__}")
     register_structures((args, kwargs))
@@ -67,7 +72,8 @@ def capture(
             if isinstance(dynamic_shapes, (tuple, list)):
                 inputs = tuple(inputs.values())
             given, notes = dimensions.user_names(dynamic_shapes, inputs), ()
-        return _finish(exported, args, kwargs, given, notes, dynamic_shapes is not None)
+        program = _finish(exported, args, kwargs, given, notes, dynamic_shapes is not None)
+    return program.replace(arguments=tuple(inspect.signature(model.forward).parameters))
 
 
 @contextmanager
@@ -195,11 +201,15 @@ def _fixed_axes(
 def _examples(
     exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args or kwargs:
-        return args, kwargs
-    if exported.example_inputs is None:
-        raise CaptureError("the exported program carries no example inputs; pass args or kwargs")
-    return exported.example_inputs
+    if not args and not kwargs:
+        if exported.example_inputs is None:
+            raise CaptureError("the exported program carries no example inputs; pass some")
+        return exported.example_inputs
+    found = pytree.tree_structure((args, kwargs))
+    if found != exported.call_spec.in_spec:
+        raise CaptureError(f"the example inputs have another structure than the exported program:\n"
+                           f"  expected {exported.call_spec.in_spec}\n  got      {found}")
+    return args, kwargs
 
 
 def _finish(
@@ -232,6 +242,7 @@ def _finish(
         out_spec=_required(flat.call_spec.out_spec),
         example_args=args,
         example_kwargs=kwargs,
+        arguments=_arguments(module),
     )
     leaves = pytree.tree_leaves((args, kwargs))
     names = {
@@ -250,6 +261,12 @@ def _finish(
         logger.info("capture: %s", note)
     axes = dimensions.name_dimensions(program.placeholders, names)
     return program.replace(dynamic_axes=axes, guards=guards, notes=tuple(notes))
+
+
+def _arguments(module: torch.fx.GraphModule) -> tuple[str, ...]:
+    """What an exported program was called with."""
+    code: Any = module.graph._codegen  # pyright: ignore[reportPrivateUsage]
+    return tuple(code.pytree_info.orig_args)
 
 
 def _user_frames(trace: str) -> str:

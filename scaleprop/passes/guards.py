@@ -58,7 +58,8 @@ class Guard:
                           for name, axis in self.sizes)
         raise ConfigError(
             f"{found}, but the model was captured for {self.text}; "
-            f"compile again with example inputs of the sizes that are wanted"
+            f"compile again with example inputs of the size that is wanted, or with "
+            f"dynamic_shapes={{}} for this size alone"
         )
 
     def holds(self, shapes: Shapes) -> bool:

@@ -174,7 +174,7 @@ def test_an_exported_program_is_a_model(folder: Path, capsys: pytest.CaptureFixt
             return self.linear(x) * factor
 
     example = (torch.randn(2, 3, 5, 64),), {"factor": torch.ones(32)}
-    third = {"x": {2: torch.export.Dim("third")}, "factor": None}  # and no other size
+    third = {"x": {2: torch.export.Dim("third", max=40)}, "factor": None}  # and no other size
     torch.export.save(torch.export.export(Scaled(), *example, dynamic_shapes=third), "m.pt2")
     done = Done(["compile", "m.pt2", "--backend", "reference", "--out", "saved", "--json"], capsys)
     assert [r["op"] for r in done.json["report"]["records"] if r["format"]]
@@ -182,6 +182,12 @@ def test_an_exported_program_is_a_model(folder: Path, capsys: pytest.CaptureFixt
     assert loaded(torch.randn(2, 3, 9, 64), factor=torch.ones(32)).shape == (2, 3, 9, 32)
     with pytest.raises(ValueError, match="expected shape"):
         loaded(torch.randn(4, 3, 9, 64), factor=torch.ones(32))
+    with pytest.raises(ValueError, match=r"x\.shape\[2\] <= 40"):
+        loaded(torch.randn(2, 3, 41, 64), factor=torch.ones(32))
+    rows = Done(["bench", "m.pt2", "--backend", "reference", "--seconds", "0.01", "--json"],
+                capsys).json["rows"]
+    assert [row["name"] for row in rows] == [
+        "eager float32", "reference float32", "reference int8-dynamic"]
 
 
 def test_analyze_changes_nothing_and_compares_formats(capsys: pytest.CaptureFixture[str]) -> None:

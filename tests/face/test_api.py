@@ -207,6 +207,35 @@ def test_analysis_names_outliers_and_changes_nothing(model: torch.nn.Module):
     assert any(note.startswith("mxfp4 would leave") for note in report.notes)
 
 
+class Cut(torch.nn.Module):
+    """A linear, on the first rows only where there are many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 32)
+
+    def forward(self, x: torch.Tensor, *, factor: torch.Tensor) -> torch.Tensor:
+        return self.linear(x[:4] if x.shape[0] > 6 else x) * factor
+
+
+@pytest.mark.parametrize("backend", ["inductor", "onnxruntime"])
+def test_an_exported_program_is_compiled_for_the_sizes_that_it_is_for(backend: str):
+    model, kwargs = Cut(), {"factor": torch.ones(32)}
+    rows = {"x": {0: torch.export.Dim.AUTO}, "factor": None}
+    exported = torch.export.export(model, (torch.randn(5, 64),), kwargs, dynamic_shapes=rows)
+    for _ in range(2):  # what a backend assumed the first time does not count the second time
+        compiled = scaleprop.compile(exported, exported.example_inputs, backend=backend)
+        assert compiled.program.guards == ("x.shape[0] <= 6",)
+        for n in (1, 2, 6):
+            x = torch.randn(n, 64)
+            want = model(x, **kwargs)
+            torch.testing.assert_close(compiled(x, **kwargs), want, atol=0.05, rtol=0.05)
+        with pytest.raises(ConfigError, match=r"input 'x' is 7, .* x\.shape\[0\] <= 6"):
+            compiled(torch.randn(7, 64), **kwargs)
+    records = scaleprop.analyze(exported, exported.example_inputs).records
+    assert {record.operand for record in records} == {"x", "linear_weight"}
+
+
 class ArgMax(torch.nn.Module):
     """No operator that any recipe quantizes."""
 

@@ -65,7 +65,7 @@ def test_bench_reads_a_generator_once_for_all_recipes(model: torch.nn.Module):
     def batches() -> Iterator[torch.Tensor]:
         yield X
 
-    subject = Subject(model, X, None)
+    subject = Subject(model, X)
     rows = bench(subject, ["int8", "int8-dynamic"], "reference", 0.01, calibration=batches())
     assert [row.name for row in rows][2:] == ["reference int8", "reference int8-dynamic"]
     with pytest.raises(ConfigError, match="'mxfp4'"):

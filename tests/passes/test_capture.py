@@ -251,3 +251,12 @@ def test_a_symbol_that_stands_for_one_number_becomes_that_number() -> None:
     batch, width = x.meta["val"].shape
     assert isinstance(batch, torch.SymInt)
     assert type(width) is int
+
+
+def test_an_exported_program_is_captured_with_its_own_structure_and_sizes(mlp):
+    exported = export(mlp, (torch.randn(2, 64),), dynamic_shapes=({0: Dim("n")},))
+    with pytest.raises(CaptureError, match="another structure"):
+        capture(exported, (), {"x": torch.randn(2, 64)})
+    with pytest.raises(CaptureError, match="has dynamic_shapes"):
+        capture(exported, dynamic_shapes={})
+    assert capture(exported, (torch.randn(7, 64),)).example_args[0].shape == (7, 64)

@@ -117,7 +117,7 @@ def test_what_code_relies_on_is_found(model, sizes, guard, wrong, strict, from_f
     if not from_file:  # torch writes the conditions of a file in its own way
         assert guard in program.guards
     assert not any("not checked" in note for note in program.notes)
-    signature = Signature.of(program, ())
+    signature = Signature.of(program)
     signature.flatten(inputs, {})
     with pytest.raises(ConfigError, match="the model was captured for"):
         signature.flatten([torch.randn(size) for size in wrong], {})
@@ -157,7 +157,7 @@ def test_a_multiple_is_held_without_what_it_is_a_multiple_of():
 
 def test_sizes_of_one_are_no_special_case_to_operators():
     program = capture(Windows(), (torch.randn(2, 8, 5),))
-    signature = Signature.of(program, ())
+    signature = Signature.of(program)
     for size in ((1, 8, 5), (1, 4, 5), (3, 4, 5), (2, 12, 5)):
         x = torch.randn(size)
         assert torch.equal(program.module(*signature.flatten((x,), {})), Windows()(x))
@@ -204,3 +204,18 @@ def test_calls_are_held_to_it(backend: str, tmp_path: Path):
             r"x\.shape\[1\] == 4 \* \(x\.shape\[1\] // 4\); compile again"
         )):
             model(torch.randn(2, 6, 8))
+
+
+class Even(nn.Module):
+    """Another function for an even number of rows."""
+
+    def forward(self, x):
+        return x if x.shape[0] % 2 else x * 2
+
+
+def test_example_inputs_are_held_to_it():
+    """One row is traced as two."""
+    with pytest.raises(ConfigError, match=r"dimension 0 of input 'x' is 1, .*dynamic_shapes=\{\}"):
+        scaleprop.compile(Even(), torch.randn(1, 3), backend="reference")
+    fixed = scaleprop.compile(Even(), torch.ones(1, 3), backend="reference", dynamic_shapes={})
+    assert torch.equal(fixed(torch.ones(1, 3)), torch.ones(1, 3))
