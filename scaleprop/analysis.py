@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,19 +9,20 @@ from typing import Any
 import torch
 import torch.fx
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
-from scaleprop.errors import CalibrationError, describe, source_line
-from scaleprop.formats import ScaledFormat, fake_quantize, parse
+from scaleprop.calibration import TensorStatistics
+from scaleprop.calibration.feed import feed, refuse_bare
+from scaleprop.calibration.observer import Observer, Tally
+from scaleprop.errors import source_line
+from scaleprop.formats import fake_quantize, parse
 from scaleprop.passes.base import PassManager, Program
-from scaleprop.passes.calibrate import feed, refuse_bare, refuse_empty
 from scaleprop.passes.canonicalise import Canonicalise
 from scaleprop.passes.capture import capture
 from scaleprop.passes.cleanup import CleanUp
 from scaleprop.report import Report
-from scaleprop.report.records import Role, TensorRecord
+from scaleprop.report.records import TensorRecord
 from scaleprop.rules import contraction_of
-from scaleprop.signature import Signature, split_example
+from scaleprop.signature import split_example
 
 WEIGHT_FORMATS = ("int8[row]*f32", "int4[1x128]*f32", "e4m3[row]*f32",
                   "mxfp8", "mxfp6", "mxfp4", "nvfp4")
@@ -33,99 +33,62 @@ POOR = 20.0  # SQNR in decibels: a tenth of the signal is noise
 _NAMED = 8  # how many tensors a note lists
 
 
-@dataclasses.dataclass
-class _Sums:
-    """Streaming sums over one tensor, in float64: constant memory whatever the data."""
+class _Operand:
+    """One operand of one contraction: its statistics, and what each format would do to it.
 
-    role: Role
-    shape: tuple[int | str, ...]
-    formats: tuple[ScaledFormat, ...]
-    noise: list[float]
-    underflowed: list[int]
-    count: int = 0
-    amax: float = 0.0
-    squares: float = 0.0
+    Sums are in float64 and over all batches, in constant memory; a weight is counted once.
+    """
 
-    @classmethod
-    def of(cls, role: Role, shape: tuple[int | str, ...], names: Sequence[str]) -> _Sums:
-        formats = tuple(parse(name) for name in names)
-        return cls(role, shape, formats, [0.0] * len(formats), [0] * len(formats))
+    def __init__(self, node: torch.fx.Node, place: int, axis: int) -> None:
+        self.node, self.place, self.axis = node, place, axis
+        self.source: Any = node.args[place]
+        self.is_weight = self.source.op == "get_attr"
+        names = WEIGHT_FORMATS if self.is_weight else ACTIVATION_FORMATS
+        self.formats = tuple(parse(name) for name in names)
+        self.noise = [0.0] * len(names)
+        self.underflowed = [0] * len(names)
+        self._tally = Tally()
 
-    def add(self, x: torch.Tensor, axis: int) -> None:
-        """Count ``x``, quantized along ``axis``."""
-        self.count += x.numel()
-        self.amax = max(self.amax, float(x.abs().max()) if x.numel() else 0.0)
-        self.squares += float(x.double().square().sum())
+    @property
+    def seen(self) -> TensorStatistics:
+        """Statistics of the operand's values; a program was run, so there are some."""
+        total = self._tally.total
+        assert total is not None
+        return total
+
+    def add(self, value: torch.Tensor) -> None:
+        """Count one batch."""
+        if self.is_weight and self._tally.total is not None:
+            return
+        x = value.flatten(1) if self.is_weight and value.dim() > 2 else value
+        self._tally.add(x)
         for index, fmt in enumerate(self.formats):
-            rounded = fake_quantize(x, fmt, axis=axis)
+            rounded = fake_quantize(x, fmt, axis=self.axis)
             self.noise[index] += float((x - rounded).double().square().sum())
             self.underflowed[index] += int(((rounded == 0) & (x != 0)).sum())
 
-    @property
-    def rms(self) -> float:
-        return math.sqrt(self.squares / self.count) if self.count else 0.0
-
     def sqnr_db(self, index: int) -> float:
+        """Of one format."""
         if self.noise[index] == 0:
             return math.inf
-        return 10 * math.log10(self.squares / self.noise[index])
+        return 10 * math.log10(self.seen.sum_of_squares / self.noise[index])
 
 
-class _Observer(torch.fx.Interpreter):
-    """Runs a program and sums up every operand of every contraction."""
-
-    def __init__(self, program: Program, sums: dict[tuple[torch.fx.Node, int], _Sums]) -> None:
-        super().__init__(program.module)
-        self._sums = sums
-        self.batch = 0
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        for place, axis in _watched(n):
-            key = (n, place)
-            source = n.args[place]
-            if not isinstance(source, torch.fx.Node):
-                continue
-            is_weight = source.op == "get_attr"
-            if is_weight and key in self._sums:
-                continue
-            x = self.env[source]
-            if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-                continue
-            if not x.isfinite().all():
-                raise CalibrationError(f"{describe(n)}: operand {place} of batch {self.batch} "
-                                       f"holds NaN or Inf")
-            if key not in self._sums:
-                role: Role = "fprop.w" if is_weight else "fprop.x"
-                names = WEIGHT_FORMATS if is_weight else ACTIVATION_FORMATS
-                self._sums[key] = _Sums.of(role, _shape(source), names)
-            self._sums[key].add(x.flatten(1) if is_weight and x.dim() > 2 else x, axis)
-        return super().run_node(n)
+def _operands(program: Program) -> list[_Operand]:
+    """The operands of contractions that a format can apply to, in graph order."""
+    return [
+        _Operand(node, operand.argument, -1 if operand.role == "weight" else operand.axes[0])
+        for node in program.module.graph.nodes
+        if (contraction := contraction_of(node)) is not None and contraction.kind != "attention"
+        for operand in contraction.operands
+        if operand.role != "bias" and operand.argument < len(node.args)
+        and _is_float(node.args[operand.argument])
+    ]
 
 
-class _Observed(torch.nn.Module):
-    """What a calibration function calls: the model's signature, observed."""
-
-    def __init__(self, program: Program, observer: _Observer, signature: Signature) -> None:
-        super().__init__()
-        self._program, self._observer, self._signature = program, observer, signature
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output for these inputs."""
-        leaves = self._signature.flatten(args, kwargs)
-        with torch.no_grad():
-            outputs = self._observer.run(*leaves, enable_io_processing=False)
-        self._observer.batch += 1
-        return pytree.tree_unflatten(outputs, self._program.out_spec)
-
-
-def _watched(node: torch.fx.Node) -> list[tuple[int, int]]:
-    """(argument, axis that is contracted) of the operands that a format can apply to."""
-    contraction = contraction_of(node)
-    if contraction is None or contraction.kind == "attention":
-        return []
-    return [(operand.argument, -1 if operand.role == "weight" else operand.axes[0])
-            for operand in contraction.operands
-            if operand.role != "bias" and operand.argument < len(node.args)]
+def _is_float(argument: Any) -> bool:
+    value = argument.meta.get("val") if isinstance(argument, torch.fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _shape(node: torch.fx.Node) -> tuple[int | str, ...]:
@@ -159,42 +122,52 @@ def analyze(
     args, kwargs = split_example(example_inputs)
     captured = capture(model, args, kwargs, dynamic_shapes)
     program = PassManager([CleanUp(), Canonicalise()]).run(captured)
-    sums: dict[tuple[torch.fx.Node, int], _Sums] = {}
-    observer = _Observer(program, sums)
-    signature = Signature.of(program)
-    feed([(args, kwargs)] if calibration is None else calibration,
-         _Observed(program, observer, signature))
-    refuse_empty(observer.batch)
-    records = [record for (node, place), found in sums.items()
-               for record in _records(node, place, found)]
-    return Report(records=tuple(records), notes=(*program.notes, *_notes(sums)))
+    operands = _operands(program)
+    watched: dict[str, list[_Operand]] = {}
+    for operand in operands:
+        watched.setdefault(operand.source.name, []).append(operand)
+    observer = Observer(program.module, {name: _adder(found) for name, found in watched.items()})
+    feed([(args, kwargs)] if calibration is None else calibration, program, observer)
+    records = [record for operand in operands for record in _records(operand)]
+    return Report(records=tuple(records), notes=(*program.notes, *_notes(operands)))
 
 
-def _records(node: torch.fx.Node, place: int, found: _Sums) -> list[TensorRecord]:
+def _adder(operands: Sequence[_Operand]) -> Callable[[torch.Tensor], None]:
+    def add(value: torch.Tensor) -> None:
+        for operand in operands:
+            operand.add(value)
+
+    return add
+
+
+def _records(operand: _Operand) -> list[TensorRecord]:
+    node, seen = operand.node, operand.seen
     return [
         TensorRecord(
-            node=node.name, op=str(node.target), operand=str(node.args[place]), role=found.role,
-            shape=found.shape, decided_by="analyze", format=str(fmt),
-            scale_kind="weight" if found.role == "fprop.w" else "dynamic",
-            sqnr_db=found.sqnr_db(index), underflowed=found.underflowed[index] / found.count
-            if found.count else None,
+            node=node.name, op=str(node.target), operand=str(operand.source),
+            role="fprop.w" if operand.is_weight else "fprop.x",
+            shape=_shape(operand.source), decided_by="analyze", format=str(fmt),
+            scale_kind="weight" if operand.is_weight else "dynamic",
+            sqnr_db=operand.sqnr_db(index),
+            underflowed=operand.underflowed[index] / seen.count if seen.count else None,
             source=source_line(node),
-            lowering=f"amax {found.amax:.3g}, rms {found.rms:.3g}",
+            lowering=f"amax {seen.amax:.3g}, rms {seen.rms:.3g}",
         )
-        for index, fmt in enumerate(found.formats)
+        for index, fmt in enumerate(operand.formats)
     ]
 
 
-def _notes(sums: dict[tuple[torch.fx.Node, int], _Sums]) -> list[str]:
-    peaks = sorted(((found.amax / found.rms, node, place) for (node, place), found in sums.items()
-                    if found.rms), key=lambda item: -item[0])
-    notes = [f"outliers: operand {node.args[place]} of {node.name} peaks at {peak:.0f}× its rms"
-             for peak, node, place in peaks[:_NAMED] if peak > OUTLIER]
+def _notes(operands: Sequence[_Operand]) -> list[str]:
+    peaks = sorted(((operand.seen.amax / operand.seen.rms, operand) for operand in operands
+                    if operand.seen.rms), key=lambda item: -item[0])
+    notes = [f"outliers: operand {operand.source} of {operand.node.name} peaks at {peak:.0f}× its "
+             f"rms" for peak, operand in peaks[:_NAMED] if peak > OUTLIER]
     hurt: dict[str, list[tuple[float, str]]] = {}
-    for (node, place), found in sums.items():
-        for index, fmt in enumerate(found.formats):
-            if (sqnr := found.sqnr_db(index)) < POOR:
-                hurt.setdefault(str(fmt), []).append((sqnr, f"{node.args[place]} of {node.name}"))
+    for operand in operands:
+        for index, fmt in enumerate(operand.formats):
+            if (sqnr := operand.sqnr_db(index)) < POOR:
+                where = f"{operand.source} of {operand.node.name}"
+                hurt.setdefault(str(fmt), []).append((sqnr, where))
     for name, tensors in hurt.items():
         worst = ", ".join(f"{where} ({sqnr:.1f} dB)" for sqnr, where in sorted(tensors)[:3])
         notes.append(f"{name} would leave {len(tensors)} tensors below {POOR:.0f} dB: {worst}")

@@ -22,9 +22,9 @@ LAYERS = (
     ("ops",),
     ("rules",),
     ("report", "calibration.statistics", "recipes"),
-    ("passes", "calibration"),
+    ("passes", "calibration", "signature"),
     ("backends",),
-    ("fidelity", "signature", "graph_json", "storage", "analysis", "api", ""),
+    ("fidelity", "graph_json", "storage", "analysis", "api", ""),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

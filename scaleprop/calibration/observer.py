@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,26 +14,45 @@ from scaleprop.calibration.statistics import TensorStatistics
 from scaleprop.errors import CalibrationError, describe
 
 
-class Observer(torch.fx.Interpreter):
-    """An interpreter that looks at the values of ``watched`` nodes and keeps none of them.
+class Tally:
+    """Statistics of one value over all batches so far; with ``moment``, its second moment too."""
 
-    statistics: node name → statistics over all batches so far.
-    moments: which of the watched values get a second moment too; ``summary`` has them.
+    def __init__(self, moment: bool = False) -> None:
+        self._wants_moment = moment
+        self._seen: TensorStatistics | None = None
+        self._moment: SecondMoment | None = None
+
+    def add(self, value: torch.Tensor) -> None:
+        """Count one batch."""
+        seen = TensorStatistics.of(value)
+        self._seen = self._seen.merge(seen) if self._seen else seen
+        if self._wants_moment:
+            self._moment = self._moment or SecondMoment(value.shape[-1])
+            self._moment.add(value)
+
+    @property
+    def total(self) -> TensorStatistics | None:
+        """Statistics over all batches; None where there were none."""
+        if self._seen is None or self._moment is None:
+            return self._seen
+        return dataclasses.replace(self._seen, second_moment=self._moment.total())
+
+
+class Observer(torch.fx.Interpreter):
+    """An interpreter that shows the values of ``watched`` nodes and keeps none of them.
+
+    watched: node name → what is called with the node's tensor, batch for batch.
     """
 
     def __init__(
         self,
         module: torch.fx.GraphModule,
-        watched: Collection[str],
+        watched: Mapping[str, Callable[[torch.Tensor], None]],
         on_batch: Callable[[int], None] = lambda _batch: None,
-        moments: Collection[str] = (),
     ) -> None:
         super().__init__(module, garbage_collect_values=True)
-        self.statistics: dict[str, TensorStatistics] = {}
         self.batch = 0
-        self._watched = frozenset(watched)
-        self._wants_moment = frozenset(moments)
-        self._moments: dict[str, SecondMoment] = {}
+        self._watched = watched
         self._on_batch = on_batch
 
     def observe(self, leaves: list[Any]) -> list[Any]:
@@ -48,33 +67,20 @@ class Observer(torch.fx.Interpreter):
         self._on_batch(self.batch)
         return list(outputs)
 
-    def summary(self) -> dict[str, TensorStatistics]:
-        """Node name → statistics over all batches, with second moments where asked for."""
-        return {
-            name: dataclasses.replace(seen, second_moment=self._moments[name].total())
-            if name in self._moments
-            else seen
-            for name, seen in self.statistics.items()
-        }
-
     def run_node(self, n: torch.fx.Node) -> Any:
         """The node's value, after a look at it."""
         value = super().run_node(n)
         if n.name in self._watched and isinstance(value, torch.Tensor):
-            self._look(n, value)
+            self._refuse_not_finite(n, value)
+            self._watched[n.name](value)
         return value
 
-    def _look(self, node: torch.fx.Node, value: torch.Tensor) -> None:
-        if not bool(value.isfinite().all()):
-            kinds = [name for name, found in (("NaN", value.isnan()), ("Inf", value.isinf()))
-                     if bool(found.any())]  # fmt: skip
-            raise CalibrationError(
-                f"{describe(node)} is {' and '.join(kinds)} in calibration batch {self.batch} "
-                "(counted from 0). Remedy: drop that batch, or mask what the model does not use"
-            )
-        seen = TensorStatistics.of(value)
-        earlier = self.statistics.get(node.name)
-        self.statistics[node.name] = earlier.merge(seen) if earlier else seen
-        if node.name in self._wants_moment:
-            moment = self._moments.setdefault(node.name, SecondMoment(value.shape[-1]))
-            moment.add(value)
+    def _refuse_not_finite(self, node: torch.fx.Node, value: torch.Tensor) -> None:
+        if bool(value.isfinite().all()):
+            return
+        kinds = [name for name, found in (("NaN", value.isnan()), ("Inf", value.isinf()))
+                 if bool(found.any())]  # fmt: skip
+        raise CalibrationError(
+            f"{describe(node)} is {' and '.join(kinds)} in calibration batch {self.batch} "
+            "(counted from 0). Remedy: drop that batch, or mask what the model does not use"
+        )

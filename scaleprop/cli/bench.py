@@ -12,10 +12,10 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from scaleprop.api import Calibration, CompiledModel, compile, split_example, stored_bytes
+from scaleprop.calibration.feed import refuse_bare
 from scaleprop.cli.models import Subject
 from scaleprop.cli.timing import interleaved_medians
 from scaleprop.errors import ConfigError
-from scaleprop.passes.calibrate import refuse_bare
 from scaleprop.recipes import Recipe, named_recipe
 
 FLOAT32 = Recipe(name="float32", description="nothing is quantized", roles={})

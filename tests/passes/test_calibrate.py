@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from scaleprop.calibration.observer import Observer, Tally
 from scaleprop.errors import CalibrationError
 from scaleprop.passes.assign import AssignFormats
 from scaleprop.passes.calibrate import Calibrate, watched_nodes
@@ -90,11 +91,11 @@ def test_no_data_is_refused(mlp):
 
 
 WRONG = {
-    "other name": ({"y": BATCHES[0]}, r"expected inputs \['x'\].*'y'"),
-    "too many": ((BATCHES[0], BATCHES[0]), r"expected inputs \['x'\]"),
-    "shape": (torch.randn(2, 63), r"'x' should be torch.float32 \['s\d+', '64'\].*\[2, 63\]"),
-    "dtype": (torch.ones(2, 64, dtype=torch.int64), "should be torch.float32.*torch.int64"),
-    "not a tensor": ("text", "is str"),
+    "other name": ({"y": BATCHES[0]}, r"batch 0 .*missing \['x'\], unexpected \['y'\]"),
+    "too many": ((BATCHES[0], BATCHES[0]), r"arguments \['x'\]: .*1 too many by position"),
+    "shape": (torch.randn(2, 63), r"'x': expected shape \['s\d+', 64\].*\[2, 63\]"),
+    "dtype": (torch.ones(2, 64, dtype=torch.int64), "'x': expected torch.float32, got torch.int64"),
+    "not a tensor": ("text", "batch 0 .*not str"),
 }
 
 
@@ -124,8 +125,6 @@ def test_nothing_to_do_for_dynamic_recipes(mlp):
 def test_activations_die_as_soon_as_they_are_read(mlp):
     """While the last linear runs, the first one's output is gone."""
     program = prepared(mlp, BATCHES[0])
-    from scaleprop.calibration.observer import Observer
-
     alive: list[weakref.ref] = []
 
     class Watching(Observer):
@@ -138,7 +137,8 @@ def test_activations_die_as_soon_as_they_are_read(mlp):
                 alive.append(weakref.ref(value))
             return value
 
-    Watching(program.module, watched_nodes(program)).observe([BATCHES[0]])
+    watched = {name: Tally().add for name in watched_nodes(program)}
+    Watching(program.module, watched).observe([BATCHES[0]])
     assert len(alive) == 3
 
 

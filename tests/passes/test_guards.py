@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import Dim, export
 
 import scaleprop
-from scaleprop.errors import ConfigError
+from scaleprop.errors import CalibrationError, ConfigError
 from scaleprop.passes.capture import capture
 from scaleprop.passes.guards import Guard
 from scaleprop.signature import Signature
@@ -204,6 +204,14 @@ def test_calls_are_held_to_it(backend: str, tmp_path: Path):
             r"x\.shape\[1\] == 4 \* \(x\.shape\[1\] // 4\); compile again"
         )):
             model(torch.randn(2, 6, 8))
+
+
+def test_calibration_batches_are_held_to_it():
+    bad = [torch.randn(2, 8, 8), torch.randn(2, 6, 8)]
+    with pytest.raises(CalibrationError, match=r"batch 1 does not fit.*input 'x' is 6"):
+        scaleprop.compile(Pooled(), bad[0], "int8", "reference", calibration=bad)
+    with pytest.raises(CalibrationError, match=r"batch 1 does not fit.*input 'x' is 6"):
+        scaleprop.analyze(Pooled(), bad[0], calibration=bad)
 
 
 class Even(nn.Module):
