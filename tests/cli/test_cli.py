@@ -1,4 +1,4 @@
-"""The command line: pure JSON, one clear line and exit status 2 for what is refused."""
+"""The command line: pure JSON; a clear reason and exit status 2 for what is refused."""
 
 from __future__ import annotations
 
@@ -234,14 +234,14 @@ def test_bench_compares_with_float32(capsys: pytest.CaptureFixture[str]) -> None
     ],
 )
 @pytest.mark.parametrize("extra", [[], ["--json"]])
-def test_refusals_are_one_clear_line(
+def test_refusals_say_why(
     arguments: list[str], message: str, extra: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = Done([*arguments, *extra], capsys)
     assert done.status == 2
     assert message in done.err
     assert "Traceback" not in done.err
-    assert [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len([line for line in done.err.splitlines() if line.startswith("error: ")]) == 1
     assert done.out == "" or not extra
 
 
