@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.export import ExportedProgram
@@ -22,6 +22,9 @@ from scaleprop.passes.pipeline import build
 from scaleprop.recipes import Recipe, named_recipe
 from scaleprop.report import Report
 from scaleprop.signature import Signature, split_example
+
+if TYPE_CHECKING:
+    from scaleprop.backends.onnxruntime import OnnxRuntimeBackend
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +101,8 @@ class CompiledModel:
             MismatchError: where the written file differs from the reference beyond the bound.
             BackendUnavailable: where onnx or onnxruntime is missing.
         """
-        from scaleprop.backends.onnxruntime import OnnxRuntimeBackend
-
-        return OnnxRuntimeBackend().export(self.program, path, external_data)
+        exporter = cast("OnnxRuntimeBackend", backend_named("onnxruntime"))
+        return exporter.export(self.program, path, external_data)
 
     def save(self, directory: str | Path) -> Path:
         """Write ``config.json``, ``graph.json`` and ``*.safetensors`` to ``directory``."""

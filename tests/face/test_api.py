@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import onnx
@@ -181,6 +182,17 @@ def test_nan_in_calibration_names_node_and_batch():
 def test_a_missing_device_is_named(model: torch.nn.Module):
     with pytest.raises(BackendUnavailable, match="CUDA"):
         scaleprop.compile(model, inputs(), backend="cuda")
+
+
+def test_an_export_without_its_packages_names_the_extra(
+    model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compiled = scaleprop.compile(model, inputs(), backend="reference")
+    for name in [name for name in sys.modules if name.startswith("scaleprop.backends.onnxr")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    with pytest.raises(BackendUnavailable, match=r'pip install "scaleprop\[onnx\]"'):
+        compiled.export(tmp_path / "m.onnx")
 
 
 def test_unwritable_paths_are_named(model: torch.nn.Module, tmp_path: Path):
