@@ -36,7 +36,8 @@ def find_guards(
     spelling = _spelling(sizes)
     conditions = [*_derived(sizes, spelling), *(_bounds(exported, sizes) if declared else ()),
                   *_traced(exported)]
-    texts = [compat.in_python(condition.xreplace(spelling)) for condition in conditions]
+    spelt = [condition.xreplace(spelling) for condition in conditions]
+    texts = [compat.in_python(condition) for condition in spelt if condition != sympy.true]
     guards: dict[str, None] = {}
     unknown: dict[str, None] = {}
     for text in (*texts, *_respelt(loaded, placeholders)):
