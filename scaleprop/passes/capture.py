@@ -229,13 +229,7 @@ def _finish(
             "Remedy: report the operator; exclude it from the model, or capture without it."
         ) from error
     _refuse_mutation(flat)
-    # a plain GraphModule: without the input-check hooks, and train() and eval() work again
-    module = torch.fx.GraphModule(unlifted, unlifted.graph)
-    for node in module.graph.nodes:
-        if node.meta.get("stack_trace") is not None:
-            node.meta["stack_trace"] = _user_frames(node.meta["stack_trace"])
-        if isinstance(value := node.meta.get("val"), torch.Tensor):
-            node.meta["val"] = dimensions.with_plain_sizes(value)
+    module = _plain(unlifted)
     program = Program(
         module=module,
         in_spec=_required(flat.call_spec.in_spec),
@@ -252,15 +246,31 @@ def _finish(
         if leaf is tensor
     }
     guards, unknown = find_guards(flat, program.placeholders, loaded, declared)
-    if guards:
-        notes = [*notes, f"calls must satisfy what the model's code depends on: {'; '.join(guards)}"
-                         f" (an ONNX file does not check it)"]
-    notes = [*notes, *(f"the model's code depends on {condition}, which is not checked"
-                       for condition in unknown)]
+    notes = [*notes, *_guard_notes(guards, unknown)]
     for note in notes:
         logger.info("capture: %s", note)
     axes = dimensions.name_dimensions(program.placeholders, names)
     return program.replace(dynamic_axes=axes, guards=guards, notes=tuple(notes))
+
+
+def _plain(unlifted: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Without the input-check hooks, with train() and eval(), and with the user's stack traces."""
+    module = torch.fx.GraphModule(unlifted, unlifted.graph)
+    for node in module.graph.nodes:
+        if node.meta.get("stack_trace") is not None:
+            node.meta["stack_trace"] = _user_frames(node.meta["stack_trace"])
+        if isinstance(value := node.meta.get("val"), torch.Tensor):
+            node.meta["val"] = dimensions.with_plain_sizes(value)
+    return module
+
+
+def _guard_notes(guards: Sequence[str], unknown: Sequence[str]) -> list[str]:
+    notes = [f"the model's code depends on {condition}, which is not checked"
+             for condition in unknown]
+    if guards:
+        notes.append(f"calls must satisfy what the model's code depends on: {'; '.join(guards)} "
+                     f"(an ONNX file does not check it)")
+    return notes
 
 
 def _arguments(module: torch.fx.GraphModule) -> tuple[str, ...]:
