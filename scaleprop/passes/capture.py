@@ -32,6 +32,7 @@ from scaleprop.passes.structures import register_structures
 
 logger = logging.getLogger(__name__)
 
+_SHOWN = 3  # how many conditions a note lists
 _TORCH_HOME = str(Path(torch.__file__).parent)
 
 
@@ -268,8 +269,9 @@ def _guard_notes(guards: Sequence[str], unknown: Sequence[str]) -> list[str]:
     notes = [f"the model's code depends on {condition}, which is not checked"
              for condition in unknown]
     if guards:
-        notes.append(f"calls must satisfy what the model's code depends on: {'; '.join(guards)} "
-                     f"(an ONNX file does not check it)")
+        more = f"; and {len(guards) - _SHOWN} more" if len(guards) > _SHOWN else ""
+        notes.append(f"calls must satisfy what the model's code depends on: "
+                     f"{'; '.join(guards[:_SHOWN])}{more} (an ONNX file does not check it)")
     return notes
 
 

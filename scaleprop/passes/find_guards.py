@@ -24,7 +24,8 @@ def find_guards(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Conditions in ``input.shape[axis]``, and those that cannot be told from inputs' sizes.
 
-    Sizes that are plainly equal are left out: their dimensions have one name.
+    Short ones come first: one check often has many consequences, which say less. Sizes that are
+    plainly equal are left out: their dimensions have one name.
 
     loaded: conditions that a file brought along, in torch's spelling: ``L['x'].size()[0] > 4``.
     declared: whether a user gave the dimensions; then their bounds are conditions too. Those that
@@ -45,7 +46,7 @@ def find_guards(
             guards[Guard.parse(text).text] = None
         except ConfigError:
             unknown[text] = None
-    return tuple(guards), tuple(unknown)
+    return tuple(sorted(guards, key=len)), tuple(unknown)
 
 
 def _spelling(sizes: Sequence[tuple[str, Any]]) -> dict[Any, Any]:

@@ -143,8 +143,11 @@ def test_bounds_that_the_user_gave_are_kept():
     shapes = {"a": {0: 2 * n}, "b": {0: n}}
     program = capture(Halves(), (torch.randn(16, 3), torch.randn(8, 3)), None, shapes)
     assert program.guards == (
-        "a.shape[0] == 2 * b.shape[0]", "a.shape[0] >= 8", "a.shape[0] <= 64",
-        "b.shape[0] >= 4", "b.shape[0] <= 32")
+        "a.shape[0] >= 8", "b.shape[0] >= 4", "a.shape[0] <= 64", "b.shape[0] <= 32",
+        "a.shape[0] == 2 * b.shape[0]")
+    assert program.notes == (
+        "calls must satisfy what the model's code depends on: a.shape[0] >= 8; b.shape[0] >= 4; "
+        "a.shape[0] <= 64; and 2 more (an ONNX file does not check it)",)
 
 
 def test_a_multiple_is_held_without_what_it_is_a_multiple_of():
