@@ -75,7 +75,7 @@ class Task:
         with peers.quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
             encoder = transformers.AutoModel.from_pretrained(source, dtype=torch.float32).eval()
-        held_out = 4 * BATCH
+        held_out = 12 * BATCH
         found = sentences(count + held_out)
         # neighbours in length share a batch: less padding
         chosen = sorted(found[held_out:], key=len)
