@@ -138,6 +138,17 @@ def is_symbolic(size: Any) -> bool:
     return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
+def example_sizes(program: Program) -> dict[Any, int]:
+    """Symbol → its size in the example inputs. (Tracing takes 2 for a size of 1.)"""
+    return {
+        size.node.expr: leaf.shape[axis]
+        for node, leaf in zip(program.placeholders, program.example_leaves, strict=True)
+        if isinstance(leaf, torch.Tensor)
+        for axis, size in enumerate(node.meta["val"].shape)
+        if is_symbolic(size) and size.node.expr.is_Symbol
+    }
+
+
 def with_plain_sizes(value: torch.Tensor) -> torch.Tensor:
     """A fake value whose sizes that cannot vary are integers; itself where they are."""
 

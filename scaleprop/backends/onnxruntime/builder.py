@@ -70,8 +70,19 @@ class GraphBuilder:
         """A 1-D int64 constant: axes, shapes, starts, ends."""
         return self.constant(list(values), np.int64)
 
-    def branch(self, name: str, emit: Callable[[], Sequence[ir.Value]],
-               dtypes: Sequence[ir.DataType]) -> ir.Graph:
+    def branch(self, condition: ir.Value, then: Callable[[], Sequence[ir.Value]],
+               otherwise: Callable[[], Sequence[ir.Value]],
+               dtypes: Sequence[ir.DataType]) -> Any:
+        """An ``If`` over what the two functions emit; its outputs as those of ``op``.
+
+        Both may read values of this graph. Nodes they append run only when they are chosen.
+        """
+        return self.op("If", condition, outputs=len(dtypes),
+                       then_branch=self._body_of("then", then, dtypes),
+                       else_branch=self._body_of("else", otherwise, dtypes))
+
+    def _body_of(self, name: str, emit: Callable[[], Sequence[ir.Value]],
+                 dtypes: Sequence[ir.DataType]) -> ir.Graph:
         """A subgraph of what ``emit`` appends; initializers still go to the main graph."""
         outer, self._body = self._body, ir.Graph(
             [], [], nodes=[], opset_imports=self.graph.opset_imports, name=self.unique(name))

@@ -33,13 +33,15 @@ class Context:
     """
 
     def __init__(self, builder: GraphBuilder, readers: Mapping[int, set[Any]] | None = None,
-                 tolerance: float = TOLERANCE) -> None:  # fmt: skip
+                 tolerance: float = TOLERANCE, sizes: Mapping[Any, int] | None = None) -> None:
         """readers: address of a parameter → the operators that read it. tolerance: the largest
-        error that a lowering may add to a product, relative to its largest value."""
+        error that a lowering may add to a product, relative to its largest value. sizes: symbol →
+        its size in the example inputs."""
         self.builder = builder
         self.tolerance = tolerance
         self.bounds: dict[str, float] = {}  # node → stated error, relative to its largest value
         self._readers = readers or {}
+        self._sizes = sizes or {}
         self.lowerings: dict[str, str] = {}
         self.memo: dict[Any, Any] = {}  # for lowerings: what was already emitted, by their own key
         self._results: dict[Node, Any] = {}
@@ -138,10 +140,8 @@ class Context:
     def branch(self, condition: ir.Value, then: Callable[[], ir.Value],
                otherwise: Callable[[], ir.Value], dtype: torch.dtype) -> ir.Value:  # fmt: skip
         """``If`` over what the two functions emit. They must not put values in ``memo``."""
-        kinds = [onnx_type(held(dtype))]
-        bodies = [self.builder.branch(name, lambda emit=emit: [emit()], kinds)
-                  for name, emit in (("then", then), ("else", otherwise))]
-        return self.op("If", condition, then_branch=bodies[0], else_branch=bodies[1])
+        return self.builder.branch(condition, lambda: [then()], lambda: [otherwise()],
+                                   [onnx_type(held(dtype))])
 
     def is_shared(self, node: Node, among: Sequence[Any]) -> bool:
         """Whether an operator other than those in ``among`` reads the same parameter."""
@@ -180,9 +180,12 @@ class Context:
         return self._symbols[expression]
 
     def hint(self, node: Node, axis: int) -> int:
-        """A dimension of a tensor as captured: for cost models, never for meaning."""
+        """A dimension of a tensor in the example: for cost models, never for meaning."""
         size = self.meta(node).shape[axis]
-        return size if isinstance(size, int) else int(size.node.hint)
+        if isinstance(size, int):
+            return size
+        found = size.node.expr.subs(self._sizes)
+        return int(found) if found.is_number else int(size.node.hint)
 
     def dim(self, arg: Any) -> Dim:
         """An integer argument: a number, or a node that computes one."""

@@ -33,7 +33,7 @@ from scaleprop.errors import (
     source_line,
 )
 from scaleprop.passes.base import PROVENANCE, Program, Provenance
-from scaleprop.passes.dimensions import symbol_names
+from scaleprop.passes.dimensions import example_sizes, symbol_names
 
 OPSET = 26  # the newest that onnxruntime 1.31 loads, with the IR version that goes with it
 IR_VERSION = 13
@@ -89,7 +89,8 @@ class _Emitter:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.builder = GraphBuilder("scaleprop", OPSET)
-        self.context = Context(self.builder, _readers(program.module), program.tolerance)
+        self.context = Context(self.builder, _readers(program.module), program.tolerance,
+                               example_sizes(program))
         self.inputs: list[Port] = []
         self.outputs: list[Port] = []
         self.dimension_names = symbol_names(program)

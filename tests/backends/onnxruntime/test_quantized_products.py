@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from quantized_graphs import Linear, linear
 
+import scaleprop
 from scaleprop.backends.onnxruntime.quantized import lowering, products
 from scaleprop.backends.onnxruntime.quantized.products import (
     ByteProduct,
@@ -146,6 +147,7 @@ def test_mxfp4_is_chosen_exact(tmp_path: Path, chosen: list[tuple[Problem, Candi
     ("f32", "int4[1x32]*f16", ResidualProduct(3)), ("f32", "int2", ResidualProduct(2)),
     ("int8[1x128]*f32", "int4", ResidualProduct(1)),
     ("int8[1x128]*f32", "int4", ResidualProduct(1, unrounded=True)),
+    ("int8[1x128]*bf16", "int4", ResidualProduct(1)), ("int8[1x128]*e4m3", "int4", FloatProduct()),
     (INT8, "int4", ResidualProduct(2)), ("mxfp4", "mxfp4", LimbProduct(4, 1)),
     ("nvfp4", "nvfp4", LimbProduct(4, 2)), ("mxfp6", "mxfp6", LimbProduct(4, 2)),
     ("f32", "int4", FloatProduct()), ("mxfp8", "mxfp8", FloatProduct()),
@@ -206,3 +208,14 @@ def test_tolerance_is_honoured(tmp_path: Path, chosen: list[tuple[Problem, Candi
         linear(x, weight, None, "f32", "int4", directory, tolerance=tolerance)
     assert [candidate for _, candidate in chosen] == [
         ResidualProduct(1), ResidualProduct(2), FloatProduct()]
+
+
+def test_rows_are_counted_in_the_example(tmp_path: Path) -> None:
+    """Tracing takes two for a size of one; the kernel for one row is chosen all the same."""
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 512))
+    names: list[str | None] = []
+    for shape in ((1, 1, 1024), (1, 32, 1024)):
+        compiled = scaleprop.compile(model, torch.randn(*shape), recipe="int4")
+        compiled.export(tmp_path / "model.onnx")
+        names += [r.lowering for r in compiled.report.records if r.role == "fprop.w"]
+    assert ["MatMulNBits" in str(name) for name in names] == [True, False]

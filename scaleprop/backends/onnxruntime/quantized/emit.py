@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -86,15 +86,3 @@ class Emitter:
     def quantize_u8(self, x: ir.Value, scale: Operand, zero: ir.Value | int) -> ir.Value:
         """uint8 codes clamp(RNE(x/scale) + zero, 0, 255)."""
         return self("QuantizeLinear", x, scale, self.u8(zero) if isinstance(zero, int) else zero)
-
-    def branch(self, condition: ir.Value, then: Callable[[], Sequence[ir.Value]],
-               otherwise: Callable[[], Sequence[ir.Value]],
-               dtypes: Sequence[ir.DataType]) -> Sequence[ir.Value]:
-        """``then`` where ``condition`` holds when the graph runs, else ``otherwise``.
-
-        Both may read values of this graph; nodes they append run only when they are chosen.
-        """
-        bodies = [self.builder.branch(name, emit, dtypes)
-                  for name, emit in (("then", then), ("else", otherwise))]
-        return self.builder.op("If", condition, outputs=len(dtypes), then_branch=bodies[0],
-                               else_branch=bodies[1])

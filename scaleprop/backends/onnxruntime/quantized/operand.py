@@ -375,7 +375,7 @@ class _Splitter:
         if self.row.lowest is None or not later:
             return self._joined(limbs)
         short = self.e("Less", self.row.lowest, self.window(count) / self.row.gain)
-        return self.e.branch(short, lambda: more(later[0]), lambda: self._joined(limbs),
+        return self.e.builder.branch(short, lambda: more(later[0]), lambda: self._joined(limbs),
                              (ir.DataType.UINT8, ir.DataType.FLOAT))
 
     def _joined(self, limbs: Sequence[ir.Value]) -> Sequence[ir.Value]:

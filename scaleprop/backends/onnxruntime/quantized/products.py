@@ -196,8 +196,9 @@ class ResidualProduct(Candidate):
 
     @property
     def name(self) -> str:
-        rows = "" if self.pieces == 1 else f", {self.pieces} residual rows"
-        return f"MatMulNBits accuracy_level=4{rows}"
+        if self.pieces > 1:
+            return f"MatMulNBits accuracy_level=4, {self.pieces} residual rows"
+        return "MatMulNBits accuracy_level=4" + ", which rounds activations" * self.unrounded
 
     def error(self, p: Problem) -> float:
         if rounds_alike(p) and not self.unrounded:
@@ -233,7 +234,8 @@ def rounds_alike(p: Problem) -> bool:
     fmt = p.x.format
     return fmt is not None and isinstance(fmt.element, IntegerElement) and not fmt.zero_point \
         and fmt.element.name == "int8" and fmt.block == p.w.format.block \
-        and fmt.rule == "exact" and not p.x.static
+        and fmt.rule == "exact" and fmt.scale.name == "f32" and not fmt.two_level \
+        and not p.x.static
 
 
 @dataclasses.dataclass(frozen=True)
