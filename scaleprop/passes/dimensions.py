@@ -206,7 +206,9 @@ def symbol_names(program: Program) -> dict[str, str]:
     names: dict[str, str] = {}
     for node in program.placeholders:
         for axis, name in program.dynamic_axes.get(node.name, {}).items():
-            names.setdefault(str(node.meta["val"].shape[axis]), name)
+            size = node.meta["val"].shape[axis]
+            if is_symbolic(size):  # a number would be spelt as a dimension wherever it occurs
+                names.setdefault(str(size), name)
     return names
 
 
