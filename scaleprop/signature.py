@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from scaleprop.errors import ConfigError
 from scaleprop.passes.base import Program
+from scaleprop.passes.dimensions import spell, symbol_names
 from scaleprop.passes.guards import Guard
 
 
@@ -47,7 +48,8 @@ def _named(kwargs: Mapping[Any, Any]) -> dict[str, Any]:
 class Leaf:
     """One flattened input: its name, and for a tensor the dtype and shape it must have.
 
-    shape: an ``int`` for a fixed size, a ``str`` for a dynamic one; equal names, equal sizes.
+    shape: an ``int`` for a fixed size, its dimension's name for a dynamic one; equal names,
+        equal sizes.
     """
 
     name: str
@@ -71,9 +73,11 @@ class Leaf:
         expected = [sizes.setdefault(size, given) if isinstance(size, str) else size
                     for size, given in zip(self.shape, value.shape, strict=False)]
         if len(self.shape) != value.dim() or expected != list(value.shape):
+            known = ", ".join(f"{size} = {sizes[size]}" for size in dict.fromkeys(self.shape)
+                              if isinstance(size, str) and size in sizes)
             raise ConfigError(
-                f"input {self.name!r}: expected shape {list(self.shape)}"
-                f"{f' with {sizes}' if sizes else ''}, got {list(value.shape)}; "
+                f"input {self.name!r}: expected shape [{', '.join(map(str, self.shape))}]"
+                f"{f' with {known}' if known else ''}, got {list(value.shape)}; "
                 f"compile with dynamic_shapes= to let a size vary"
             )
 
@@ -99,8 +103,9 @@ class Signature:
     def of(cls, program: Program) -> Signature:
         """The signature of a captured program."""
         flat = program.example_leaves
+        names = symbol_names(program)
         leaves = tuple(
-            _leaf(str(node.target), node.meta.get("val"), example)
+            _leaf(str(node.target), node.meta.get("val"), example, names)
             for node, example in zip(program.placeholders, flat, strict=True)
         )
         return cls(program.in_spec, leaves, tuple(map(Guard.parse, program.guards)),
@@ -154,8 +159,9 @@ class Signature:
         )
 
 
-def _leaf(name: str, value: Any, example: Any) -> Leaf:
+def _leaf(name: str, value: Any, example: Any, names: Mapping[str, str]) -> Leaf:
     if not isinstance(value, torch.Tensor):
         return Leaf(name, None, constant=example)
-    shape = tuple(str(size) if isinstance(size, torch.SymInt) else size for size in value.shape)
+    shape = tuple(spell(size, names) if isinstance(size, torch.SymInt) else size
+                  for size in value.shape)
     return Leaf(name, value.dtype, shape)

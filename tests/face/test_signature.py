@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from scaleprop.errors import ConfigError
 from scaleprop.passes.capture import capture
+from scaleprop.passes.dimensions import symbol_names
 from scaleprop.signature import Signature, split_example
 
 X = torch.ones(2, 4)
@@ -65,5 +68,22 @@ def test_what_does_not_fit_is_named(by_name: Signature, args, kwargs, message: s
 
 def test_sizes_that_are_equal_stay_equal(by_name: Signature):
     by_name.flatten((torch.ones(5, 4), torch.ones(5, 4)), {})
-    with pytest.raises(ConfigError, match="input 'b'"):
+    with pytest.raises(ConfigError, match=re.escape(
+        "input 'b': expected shape [batch, sequence] with batch = 5, sequence = 4, got [6, 4]"
+    )):
         by_name.flatten((torch.ones(5, 4), torch.ones(6, 4)), {})
+
+
+def test_refusals_speak_of_dimensions():
+    signature = Signature.of(capture(torch.nn.Linear(64, 8), (torch.ones(2, 64),)))
+    with pytest.raises(ConfigError, match=re.escape(
+        "input 'input': expected shape [batch, 64] with batch = 2, got [2, 65]"
+    )):
+        signature.flatten((torch.ones(2, 65),), {})
+
+
+def test_a_number_is_no_dimension():
+    """A symbol that stands for one number is that number, whatever its axis is called."""
+    program = capture(torch.nn.Linear(64, 8), (torch.ones(2, 64),))
+    named = program.replace(dynamic_axes={"input_1": {0: "batch", 1: "width"}})
+    assert list(symbol_names(named).values()) == ["batch"]
