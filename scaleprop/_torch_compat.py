@@ -38,8 +38,8 @@ __all__ = [
     "ShapeEnv",
     "decompose",
     "decomposition_table",
-    "fake_input",
     "fake_mode_of",
+    "fake_size",
     "in_python",
     "is_decomposed",
     "loaded_guards",
@@ -138,15 +138,12 @@ def symbolic_fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 
 
-def fake_input(
-    mode: FakeTensorMode, tensor: torch.Tensor, name: str, dynamic: frozenset[int]
-) -> torch.Tensor:
-    """A fake of ``tensor`` whose ``dynamic`` axes have symbolic sizes."""
-    sizes = [
-        DimDynamic.DYNAMIC if axis in dynamic else DimDynamic.STATIC for axis in range(tensor.ndim)
-    ]
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)  # pyright: ignore[reportCallIssue]
-    return mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(name))
+def fake_size(mode: FakeTensorMode, name: str, size: int) -> torch.SymInt:
+    """A symbolic size, with ``size`` as what tracing tries it with."""
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])  # pyright: ignore[reportCallIssue]
+    vector = mode.from_tensor(torch.empty(size), symbolic_context=context,
+                              source=ConstantSource(name))
+    return vector.shape[0]  # pyright: ignore[reportReturnType]
 
 
 def traced_guards(exported: ExportedProgram) -> list[tuple[sympy.Basic, bool]]:

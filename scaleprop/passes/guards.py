@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,18 @@ class Guard:
             return bool(self._holds(shapes))
         except ZeroDivisionError:
             return False
+
+
+def arithmetic(text: str, dimensions: Mapping[str, Any]) -> Any:
+    """What ``2*batch + 1`` is where the dimension ``batch`` has a size.
+
+    Raises:
+        ConfigError: where it speaks of something else.
+    """
+    found = Guard.parse(re.sub(r"[^\W\d]\w*", r"\g<0>.shape[0]", text))
+    if unknown := [name for name, _ in found.sizes if name not in dimensions]:
+        raise ConfigError(f"{text!r}: no dimension is called {unknown[0]!r}")
+    return found._holds({name: (size,) for name, size in dimensions.items()})  # pyright: ignore[reportPrivateUsage]
 
 
 def _compiled(tree: ast.expr, sizes: list[tuple[str, int]]) -> Callable[[Shapes], Any]:

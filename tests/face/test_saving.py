@@ -6,8 +6,10 @@ import json
 import os
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from torch.export import Dim, export
 
 import scaleprop
 from scaleprop.api import CompiledModel
@@ -65,3 +67,46 @@ def test_a_failing_rename_puts_the_old_version_back(
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     assert json.loads((folder / "config.json").read_text()) == config
     scaleprop.load(folder)
+
+
+class Pair(torch.nn.Module):
+    """Two inputs that never meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.linear(a), self.linear(b)
+
+
+def refusal(model: CompiledModel, *sizes: int) -> str:
+    with pytest.raises(ConfigError) as refused:
+        model(*(torch.randn(size, 8) for size in sizes))
+    return str(refused.value)
+
+
+def test_a_batch_of_one_is_loaded_as_any_batch(tmp_path: Path):
+    compiled = scaleprop.compile(torch.nn.Linear(8, 4), torch.randn(1, 8))
+    loaded = scaleprop.load(compiled.save(tmp_path / "saved"))
+    x = torch.randn(3, 8)
+    assert torch.equal(loaded(x), compiled(x))
+    assert torch.equal(loaded(x[:1]), compiled(x[:1]))
+    graph = onnx.load(loaded.export(tmp_path / "m.onnx")).graph
+    for value in (*graph.input, *graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_sizes_that_depend_on_each_other_still_do(size: int, ratio: int, tmp_path: Path):
+    n = Dim("n")
+    given = torch.randn(size * ratio, 8), torch.randn(size, 8)
+    shapes = ({0: ratio * n if ratio > 1 else n}, {0: n})
+    exported = export(Pair(), (torch.randn(6 * ratio, 8), torch.randn(6, 8)),
+                      dynamic_shapes=shapes)
+    compiled = scaleprop.compile(exported, given, backend="reference")
+    loaded = scaleprop.load(compiled.save(tmp_path / "saved"))
+    assert loaded(torch.randn(3 * ratio, 8), torch.randn(3, 8))[0].shape == (3 * ratio, 8)
+    assert refusal(loaded, 3 * ratio, 4) == refusal(compiled, 3 * ratio, 4)
+    assert loaded.program.dynamic_axes == compiled.program.dynamic_axes
