@@ -93,7 +93,8 @@ class CompiledModel:
 
         The file is written beside its destination and renamed, so an interrupted or failing
         export leaves nothing behind. ``external_data``: weights in ``<path>.data``; by default
-        when they are large.
+        when they are large. The file's metadata has the recipe's name as ``scaleprop.recipe``, and
+        as ``scaleprop.records`` format, scale and reason of every tensor.
 
         Raises:
             ConfigError: where ``path`` does not end in ``.onnx`` or cannot be written.
@@ -102,7 +103,8 @@ class CompiledModel:
             BackendUnavailable: where onnx or onnxruntime is missing.
         """
         exporter = cast("OnnxRuntimeBackend", backend_named("onnxruntime"))
-        return exporter.export(self.program, path, external_data)
+        metadata = {"recipe": self.recipe.name}
+        return exporter.export(self.program, path, external_data, metadata)
 
     def save(self, directory: str | Path) -> Path:
         """Write ``config.json``, ``graph.json`` and ``*.safetensors`` to ``directory``."""

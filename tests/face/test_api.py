@@ -87,6 +87,12 @@ def test_every_recipe_runs_and_verifies_on_onnxruntime(
     exported = onnx.load(tmp_path / "m.onnx")
     onnx.checker.check_model(exported, full_check=False)
     assert {value.name for value in exported.graph.input} == {"ids", "mask"}
+    metadata = {entry.key: entry.value for entry in exported.metadata_props}
+    assert metadata["scaleprop.recipe"] == recipe
+    scaled = [record for record in json.loads(metadata["scaleprop.records"]) if "format" in record]
+    assert {record["format"] for record in scaled} == {r.format for r in compiled.report.quantized}
+    assert {record["scale_kind"] for record in scaled} <= {"weight", "static", "dynamic"}
+    assert all(record["decided_by"] for record in scaled)
 
 
 def test_the_model_is_left_as_it_was(model: torch.nn.Module):

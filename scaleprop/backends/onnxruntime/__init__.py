@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -40,7 +41,8 @@ class OnnxRuntimeBackend(Backend):
         return run_in_memory(emit(program), self.config)
 
     def export(
-        self, program: Program, path: Path | str, external_data: bool | None = None
+        self, program: Program, path: Path | str, external_data: bool | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> Path:
         """Write ``program`` as an ONNX file; returns its path.
 
@@ -51,6 +53,7 @@ class OnnxRuntimeBackend(Backend):
 
         Args:
             external_data: weights in ``<path>.data``; None does so above 1.5 GB.
+            metadata: as for ``emit``.
 
         Raises:
             ConfigError: where ``path`` is no ``.onnx`` name or cannot be written.
@@ -58,7 +61,7 @@ class OnnxRuntimeBackend(Backend):
             MismatchError: where a node differs from the reference by more than its bound.
         """
         target = Path(path)
-        emitted = emit(program)
+        emitted = emit(program, metadata)
 
         def check(written: Path) -> None:
             onnx.checker.check_model(str(written))
