@@ -7,8 +7,8 @@ from collections.abc import Mapping
 # package as it is imported → extra
 EXTRAS: Mapping[str, str] = {
     "onnx": "onnx", "onnx_ir": "onnx", "onnxruntime": "onnx", "ml_dtypes": "onnx",
-    "click": "cli", "rich": "cli", "matplotlib": "report",
-    "transformers": "examples", "safetensors": "examples", "triton": "cuda",
+    "click": "cli", "rich": "cli", "matplotlib": "report", "safetensors": "save",
+    "transformers": "examples", "triton": "cuda",
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from scaleprop import ops as _ops  # registers scaleprop::*, which saved graphs name
 from scaleprop.errors import BackendUnavailable, ConfigError
+from scaleprop.extras import install_command
 from scaleprop.graph_json import graph_from_json, graph_to_json
 from scaleprop.passes.base import Program
 from scaleprop.passes.values import propagate_values
@@ -237,5 +238,5 @@ def _safetensors(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise BackendUnavailable(
-            "saving and loading need safetensors: pip install safetensors"
+            f"saving and loading need safetensors: {install_command('safetensors')}"
         ) from error

@@ -96,6 +96,14 @@ def test_the_named_extra_has_the_package() -> None:
         assert package in required, f"{package} is not in the extra {extra!r}"
 
 
+def test_what_the_readme_installs_can_save() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert 'pip install -e ".[onnx,cli,report]"' in (ROOT / "README.md").read_text()
+    assert project["optional-dependencies"]["save"][0].startswith("safetensors")
+    for extra in ("onnx", "cli"):
+        assert "scaleprop[save]" in project["optional-dependencies"][extra]
+
+
 def test_the_changelog_has_this_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     changelog = (ROOT / "CHANGELOG.md").read_text()

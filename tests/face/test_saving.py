@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import onnx
@@ -13,7 +14,7 @@ from torch.export import Dim, export
 
 import scaleprop
 from scaleprop.api import CompiledModel
-from scaleprop.errors import ConfigError
+from scaleprop.errors import BackendUnavailable, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,17 @@ def test_a_failing_rename_puts_the_old_version_back(
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     assert json.loads((folder / "config.json").read_text()) == config
     scaleprop.load(folder)
+
+
+def test_the_extra_that_saves_is_named(
+    compiled: CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = compiled.save(tmp_path / "saved")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(BackendUnavailable, match=r'pip install "scaleprop\[save\]"'):
+        compiled.save(tmp_path / "other")
+    with pytest.raises(BackendUnavailable, match=r'pip install "scaleprop\[save\]"'):
+        scaleprop.load(folder)
 
 
 class Pair(torch.nn.Module):
