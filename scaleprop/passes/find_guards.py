@@ -24,6 +24,7 @@ def find_guards(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Conditions in ``input.shape[axis]``, and those that cannot be told from inputs' sizes.
 
+    Where one is more than ``Guard`` understands, the sizes that it speaks of are those traced.
     Short ones come first: one check often has many consequences, which say less. Sizes that are
     plainly equal are left out: their dimensions have one name.
 
@@ -31,9 +32,10 @@ def find_guards(
     declared: whether a user gave the dimensions; then their bounds are conditions too. Those that
         tracing inferred follow from the others, and from its assumption that no size is 0 or 1.
     """
-    sizes = [(f"{node.target}.shape[{axis}]", size.node.expr)
-             for node in placeholders if isinstance(node.meta.get("val"), torch.Tensor)
-             for axis, size in enumerate(node.meta["val"].shape) if is_symbolic(size)]
+    values = [(f"{node.target}.shape[{axis}]", size.node)
+              for node in placeholders if isinstance(node.meta.get("val"), torch.Tensor)
+              for axis, size in enumerate(node.meta["val"].shape) if is_symbolic(size)]
+    sizes = [(name, value.expr) for name, value in values]
     spelling = _spelling(sizes)
     conditions = [*_derived(sizes, spelling), *(_bounds(exported, sizes) if declared else ()),
                   *_traced(exported)]
@@ -45,8 +47,17 @@ def find_guards(
         try:
             guards[Guard.parse(text).text] = None
         except ConfigError:
-            unknown[text] = None
+            pinned = _as_traced(text, values)
+            guards.update(pinned)
+            unknown.update({} if pinned else {text: None})
     return tuple(sorted(guards, key=len)), tuple(unknown)
+
+
+def _as_traced(text: str, values: Sequence[tuple[str, Any]]) -> dict[str, None]:
+    """``x.shape[1] == 9`` for every size that a text mentions, by its name or its symbol."""
+    words = set(re.findall(r"\w+(?:\.shape\[\d+\])?", text))
+    return {f"{name} == {value.hint}": None for name, value in values
+            if value.hint is not None and words & {name, *map(str, value.expr.free_symbols)}}
 
 
 def _spelling(sizes: Sequence[tuple[str, Any]]) -> dict[Any, Any]:
@@ -106,8 +117,11 @@ def _tidied(condition: Any) -> Any:
     terms = sympy.Add.make_args(sympy.expand(condition.lhs - condition.rhs))
     if len(terms) == 1:
         return condition
-    common = abs(sympy.gcd(list(terms)))
-    shares = [sympy.cancel(term / common) for term in terms]
+    try:
+        common = abs(sympy.gcd(list(terms)))
+        shares = [sympy.cancel(term / common) for term in terms]
+    except sympy.BasePolynomialError:  # of a choice between two sizes, for one
+        return condition
     negative = [share for share in shares if share.could_extract_minus_sign()]
     return condition.func(sympy.Add(*shares) - sympy.Add(*negative), -sympy.Add(*negative))
 

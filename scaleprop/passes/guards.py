@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,10 @@ _OPERATORS: Mapping[type[ast.AST], Callable[..., Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
     ast.Gt: operator.gt, ast.GtE: operator.ge,
 }  # fmt: skip
-_FUNCTIONS: Mapping[str, Callable[..., Any]] = {"max": max, "min": min, "abs": abs}
+_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    "max": max, "min": min, "abs": abs, "round": round, "math.ceil": math.ceil,
+    "math.floor": math.floor, "math.trunc": math.trunc, "torch.sym_float": float,
+}  # fmt: skip
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -64,10 +68,11 @@ class Guard:
         )
 
     def holds(self, shapes: Shapes) -> bool:
-        """Whether the condition is met; one that divides by a size of zero is not."""
+        """Whether the condition is met; one that cannot be computed, as it divides by zero,
+        is not."""
         try:
             return bool(self._holds(shapes))
-        except ZeroDivisionError:
+        except (ArithmeticError, TypeError, ValueError):
             return False
 
 
@@ -112,8 +117,13 @@ def _compiled(tree: ast.expr, sizes: list[tuple[str, int]]) -> Callable[[Shapes]
         case ast.BinOp(left=left, op=kind, right=right):
             parts = [left, right]
             apply = _operator(kind)
-        case ast.Call(func=ast.Name(id=name), args=parts, keywords=[]) if name in _FUNCTIONS:
-            apply = _FUNCTIONS[name]
+        case ast.IfExp(test=test, body=body, orelse=orelse):
+            is_met, yes, no = inner(test), inner(body), inner(orelse)
+            return lambda shapes: (yes if is_met(shapes) else no)(shapes)
+        case ast.Call(func=function, args=parts, keywords=[]) if (
+            ast.unparse(function) in _FUNCTIONS
+        ):
+            apply = _FUNCTIONS[ast.unparse(function)]
         case _:
             raise TypeError(ast.unparse(tree))
     terms = [inner(part) for part in parts]

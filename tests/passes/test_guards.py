@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,11 +37,13 @@ def test_a_condition_is_arithmetic_on_sizes():
 @pytest.mark.parametrize(
     "text",
     ["n % 4 == 0", "n // 4 != n", "1 < n <= 5", "max(1, n // 2) >= min(n, 3)", "not n == 3",
-     "n > 2 and n < 7 or n == 1", "abs(2 - n) - -n + 3.5 > n ** 2 / 2", "n % (n // 4) == 0"],
+     "n > 2 and n < 7 or n == 1", "abs(2 - n) - -n + 3.5 > n ** 2 / 2", "n % (n // 4) == 0",
+     "math.ceil(n / 4) * 4 == n", "math.floor(n / 3) > math.trunc(-n / 2)", "round(n / 2) == 2",
+     "torch.sym_float(n) ** 0.5 > 2", "(n if n > 4 else 9 // n) == 3"],
 )
 def test_conditions_mean_what_python_means(text: str, n: int):
     try:
-        expected = bool(eval(text, {"n": n}))
+        expected = bool(eval(text, {"n": n, "math": math, "torch": torch}))
     except ZeroDivisionError:
         expected = False
     assert Guard.parse(re.sub(r"\bn\b", "x.shape[0]", text)).holds({"x": (n,)}) == expected
@@ -48,11 +52,17 @@ def test_conditions_mean_what_python_means(text: str, n: int):
 @pytest.mark.parametrize(
     "text",
     ["__import__('os')", "x.shape", "x.shape[y]", "x.size()[0] == 1", "s5 > 3", "x.shape[0] ==",
-     "x.shape[0] @ 2", "(lambda: 1)()", "x.__class__[0]", "max(*x.shape[0])", "'a' == 'a'"],
+     "x.shape[0] @ 2", "(lambda: 1)()", "x.__class__[0]", "max(*x.shape[0])", "'a' == 'a'",
+     "math.inf > 1", "math.exp(1) > 1", "os.system('a') == 0", "torch.load(1) == 1"],
 )
 def test_nothing_else_is_a_condition(text: str):
     with pytest.raises(ConfigError, match="is not a condition on sizes"):
         Guard.parse(text)
+
+
+@pytest.mark.parametrize("text", ["max(3) > n", "n ** 0.5 > -3", "10.0 ** 999 > n", "1 / 0 > n"])
+def test_what_cannot_be_computed_does_not_hold(text: str):
+    assert not Guard.parse(re.sub(r"\bn\b", "x.shape[0]", text)).holds({"x": (-2,)})
 
 
 # ------------------------------------------------------------------ what tracing finds
@@ -93,6 +103,30 @@ class OneWindow(nn.Module):
         return x.sum() if x.shape[1] // 4 == 1 else x.mean()
 
 
+class Rounded(nn.Module):
+    """Another function where the number of windows is a whole one, as ``rounding`` finds it."""
+
+    def __init__(self, rounding: Callable[[float], int]) -> None:
+        super().__init__()
+        self.rounding = rounding
+
+    def forward(self, x):
+        return x.sum() if self.rounding(x.shape[1] / 4) * 4 == x.shape[1] else x.mean()
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return x.sum() if int(0.5 * x.shape[1]) == 4 else x.mean()
+
+
+class Chosen(nn.Module):
+    """Arithmetic on one size or another."""
+
+    def forward(self, x):
+        n = torch.sym_ite(x.shape[1] > 4, x.shape[1], x.shape[0])
+        return x.sum() if 2 * n + x.shape[0] > 11 else x.mean()
+
+
 FOUND = [
     (Halves(), [(8, 3), (4, 3)], "a.shape[0] == 2 * b.shape[0]", [(6, 3), (2, 3)]),
     (Windows(), [(2, 8, 5)], "x.shape[1] == 4 * (x.shape[1] // 4)", [(2, 6, 5)]),
@@ -101,6 +135,12 @@ FOUND = [
     (Padded(), [(2, 7, 3)], "x.shape[1] % 4 != 0", [(2, 8, 3)]),
     (OneWindow(), [(2, 9)], "x.shape[1] // 4 != 1", [(2, 7)]),
     (OneWindow(), [(2, 7)], "x.shape[1] // 4 == 1", [(2, 8)]),
+    (Rounded(math.ceil), [(2, 9)], "4 * math.ceil(x.shape[1] / 4) != x.shape[1]", [(2, 8)]),
+    (Rounded(math.floor), [(2, 9)], "4 * math.floor(x.shape[1] / 4) != x.shape[1]", [(2, 8)]),
+    (Rounded(round), [(2, 8)], "4 * round(x.shape[1] / 4) == x.shape[1]", [(2, 9)]),
+    (Half(), [(2, 9)], "math.trunc(0.5 * torch.sym_float(x.shape[1])) == 4", [(2, 7)]),
+    (Chosen(), [(2, 9)],
+     "x.shape[0] + 2 * (x.shape[1] if x.shape[1] > 4 else x.shape[0]) > 11", [(3, 4)]),
 ]
 
 
@@ -177,6 +217,14 @@ def test_what_cannot_be_checked_is_a_note(monkeypatch: pytest.MonkeyPatch):
     assert program.guards == ()
     assert program.notes == ("the model's code depends on L['self'].width > 3, which is not "
                              "checked",)
+
+
+def test_what_is_not_understood_fixes_the_sizes_that_it_is_about(monkeypatch: pytest.MonkeyPatch):
+    condition = "is_prime(L['input'].size()[0] + 1)"
+    monkeypatch.setattr("scaleprop._torch_compat.loaded_guards", lambda _: [condition])
+    program = capture(nn.ReLU(), (torch.randn(4, 3),))
+    assert program.guards == ("input.shape[0] == 4",)
+    assert program.dynamic_axes == {"input_1": {0: "batch", 1: "sequence"}}
 
 
 # ------------------------------------------------------------------ compiled models
