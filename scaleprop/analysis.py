@@ -22,7 +22,7 @@ from scaleprop.passes.cleanup import CleanUp
 from scaleprop.report import Report
 from scaleprop.report.records import TensorRecord
 from scaleprop.rules import contraction_of
-from scaleprop.signature import split_example
+from scaleprop.signature import Signature, split_example
 
 WEIGHT_FORMATS = ("int8[row]*f32", "int4[1x128]*f32", "e4m3[row]*f32",
                   "mxfp8", "mxfp6", "mxfp4", "nvfp4")
@@ -121,6 +121,7 @@ def analyze(
     refuse_bare(calibration)
     args, kwargs = split_example(example_inputs)
     captured = capture(model, args, kwargs, dynamic_shapes)
+    Signature.of(captured).flatten(args, kwargs)  # tracing may have chosen other sizes
     program = PassManager([CleanUp(), Canonicalise()]).run(captured)
     operands = _operands(program)
     watched: dict[str, list[_Operand]] = {}

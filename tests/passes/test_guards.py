@@ -276,5 +276,7 @@ def test_example_inputs_are_held_to_it():
     """One row is traced as two."""
     with pytest.raises(ConfigError, match=r"dimension 0 of input 'x' is 1, .*dynamic_shapes=\{\}"):
         scaleprop.compile(Even(), torch.randn(1, 3), backend="reference")
+    with pytest.raises(ConfigError, match=r"dimension 0 of input 'x' is 1, .*dynamic_shapes=\{\}"):
+        scaleprop.analyze(Even(), torch.randn(1, 3))
     fixed = scaleprop.compile(Even(), torch.ones(1, 3), backend="reference", dynamic_shapes={})
     assert torch.equal(fixed(torch.ones(1, 3)), torch.ones(1, 3))
