@@ -24,7 +24,7 @@ def other_size(program: Program) -> list[Any] | None:
 
     Where that breaks a guard: doubled, halved or two longer; all dimensions, or one. The values
     stay valid ones: slices and repetitions of the example. Axes of one name stay equal. None where
-    no axis is dynamic, or none of these sizes satisfies the guards.
+    no axis is dynamic, and where none of these few sizes satisfies the guards: others may.
     """
     names = {name for axes in program.dynamic_axes.values() for name in axes.values()}
     guards = [Guard.parse(text) for text in program.guards]
