@@ -184,7 +184,7 @@ def load(directory: str | Path, backend: str | None = None) -> CompiledModel:
     Reads JSON and safetensors only; nothing is unpickled.
 
     Raises:
-        ConfigError: where the directory is not a saved model, or was written by a newer version.
+        ConfigError: where the directory is not a saved model, or was written by another version.
     """
     saved = storage.load(Path(directory))
     name = backend or saved.backend

@@ -137,7 +137,7 @@ def load(directory: Path) -> SavedModel:
     """Read what ``save`` wrote.
 
     Raises:
-        ConfigError: where a file is missing, damaged, or of a newer version.
+        ConfigError: where a file is missing, damaged, or of another version.
     """
     try:
         config = json.loads((directory / "config.json").read_text())
@@ -145,8 +145,11 @@ def load(directory: Path) -> SavedModel:
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{directory} is not a saved model: {error}") from error
     if config.get("format_version") != FORMAT_VERSION:
-        raise ConfigError(f"{directory}: format_version {config.get('format_version')!r}; "
-                          f"this version reads {FORMAT_VERSION}")
+        raise ConfigError(
+            f"{directory} was saved by another version of scaleprop: its format_version is "
+            f"{config.get('format_version')!r}, this one reads {FORMAT_VERSION}; compile and save "
+            f"again"
+        )
     tensors = _read_tensors(directory / "tensors.safetensors")
     tensors |= {name: tensors[first] for name, first in config["aliases"].items()}
     stored = _read_tensors(directory / "example.safetensors")
