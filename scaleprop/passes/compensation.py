@@ -29,6 +29,7 @@ from scaleprop.formats.grouping import Grouping
 from scaleprop.formats.rounding import nearest
 from scaleprop.formats.scales import (
     Scales,
+    affine_codes,
     find_scales,
     given_scales,
     tensor_scale_of,
@@ -57,7 +58,7 @@ def compensated(
     clipping: how scales are found: the format's own rule, or the search for least squared error.
 
     Raises:
-        PassError: a format with 2-D tiles, scales per input or zero points; NaN or Inf in matrix.
+        PassError: a format with 2-D tiles or scales per input; NaN or Inf in matrix.
         CalibrationError: ``moment`` of another shape, not finite, or not positive definite.
     """
     fmt = parse(fmt)
@@ -72,9 +73,9 @@ def compensated(
     pieces = [plan.round(work, start) for start in range(0, work.shape[0], _ROWS)]
     values = torch.cat([piece for piece, _ in pieces])
     if fmt.granularity.kind == "tensor":
-        scales = [pieces[0][1].reshape(())]
+        scales = [part.reshape(()) for part in pieces[0][1]]
     else:
-        scales = [torch.cat([scale for _, scale in pieces])]
+        scales = [torch.cat(parts) for parts in zip(*(found for _, found in pieces), strict=True)]
     scales += [plan.outer] if plan.outer is not None else []
     # every value is on the grid of its scale: this finds its code and nothing else
     return _with_scales(matrix, fmt, quantize(values, fmt, scales=scales))
@@ -85,16 +86,11 @@ def _with_scales(matrix: Tensor, fmt: ScaledFormat, quantized: ScaledTensor) -> 
 
 
 def _check(matrix: Tensor, fmt: ScaledFormat) -> None:
-    remedy = "use rounding='nearest' for this format"
     if fmt.granularity.kind in ("tile", "channel"):
         raise PassError(
             f"{fmt} cannot be rounded with compensation: a scale [{fmt.granularity}] joins columns "
-            f"before they are final. Remedy: use 1-D blocks or [row], or {remedy}"
-        )
-    if fmt.zero_point:
-        raise PassError(
-            f"{fmt} cannot be rounded with compensation: zero points are not supported. Remedy: "
-            f"use the format without '+zp', or {remedy}"
+            "before they are final. Remedy: use 1-D blocks or [row], or rounding='nearest' for "
+            "this format"
         )
     if not bool(matrix.isfinite().all()):
         raise PassError(
@@ -149,24 +145,24 @@ class _Plan:
         outer = tensor_scale_of(whole_amax(work.abs()), fmt) if fmt.two_level else None
         return cls(fmt, factor, None, outer)
 
-    def round(self, work: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Rounded values [n, K] of ``_ROWS`` rows from ``start``, and their scales."""
+    def round(self, work: Tensor, start: int) -> tuple[Tensor, list[Tensor]]:
+        """Rounded values [n, K] of ``_ROWS`` rows from ``start``; their scales, and zero points."""
         rows = work[start : start + _ROWS]
         if self.fixed is not None:
             per_row = self.fmt.granularity.kind == "row"
             cut = slice(start, start + _ROWS) if per_row else slice(None)
             scales = _per_row(self.fixed, cut)
             values = self._columns(rows, rows.shape[1], lambda _: scales)
-            return values, scales.scale.reshape(-1, 1)
-        found: list[Tensor] = []
+            return values, [part.reshape(-1, 1) for part in _parts(scales)]
+        found: list[list[Tensor]] = []
 
         def of_block(block: Tensor) -> Scales:
             scales = self._block_scales(block)
-            found.append(scales.scale)
+            found.append(_parts(scales))
             return scales
 
         values = self._columns(rows, self.fmt.granularity.columns, of_block)
-        return values, torch.stack(found, -1)
+        return values, [torch.stack(parts, -1) for parts in zip(*found, strict=True)]
 
     def _block_scales(self, block: Tensor) -> Scales:
         """One scale a row of one block [n, ≤ block size]."""
@@ -191,8 +187,7 @@ class _Plan:
             for column in range(begin, end):  # each depends on those before it
                 if scales is None or column % group == 0:
                     scales = scales_of(left[column : column + group].t().to(rows.dtype))
-                units = scales.normalize(left[column].to(rows.dtype))
-                value = scales.restore(nearest(units, self.fmt.element))
+                value = scales.restore(self._nearest(left[column].to(rows.dtype), scales))
                 rounded[column] = value
                 error = (left[column] - value) / self.factor[column, column]
                 errors[column - begin] = error
@@ -202,7 +197,23 @@ class _Plan:
         return rounded.t()
 
 
+    def _nearest(self, column: Tensor, scales: Scales) -> Tensor:
+        """The nearest values of the element, in units of their scales."""
+        if scales.zero_point is None:
+            return nearest(scales.normalize(column), self.fmt.element)
+        return affine_codes(column, scales, self.fmt) - scales.zero_point
+
+
+def _parts(scales: Scales) -> list[Tensor]:
+    """What is stored for each row or block: the scale, and the zero point of formats with one."""
+    return [part for part in (scales.scale, scales.zero_point) if part is not None]
+
+
 def _per_row(scales: Scales, cut: slice = slice(None)) -> Scales:
     """Scales with one entry a row (or one in all), broadcastable against a column [n]."""
-    encode = None if scales.encode is None else scales.encode.reshape(-1)[cut]
-    return Scales(scales.scale.reshape(-1)[cut], scales.tensor_scale, None, encode)
+
+    def flat(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part.reshape(-1)[cut]
+
+    return Scales(scales.scale.reshape(-1)[cut], scales.tensor_scale, flat(scales.zero_point),
+                  flat(scales.encode))

@@ -9,12 +9,13 @@ Choices that hold for all:
 * Compensated errors (GPTQ) cost calibration and nothing at run time: later columns of a weight make
   up for what earlier ones lost in rounding. MXFP8 then takes NVIDIA's scale rule, which clips
   nothing.
-* Weights are symmetric (no zero point): a zero point would cost a correction in every product.
+* INT8 weights are symmetric (no zero point): a zero point would cost a correction in every product.
+  INT4 kernels decode each block anyway; there a zero point is free and uses all 16 codes.
 """
 
 from __future__ import annotations
 
-from scaleprop.recipes.base import Recipe, Role
+from scaleprop.recipes.base import Clipping, Recipe, Role
 
 _INT8_ROWS = Role(format="int8[row]*f32")
 _FP8_ROWS = Role(format="e4m3[row]*f32")
@@ -66,7 +67,7 @@ INT4 = Recipe(
     name="int4",
     description="weights in INT4, blocks of 128, activations as they were (within tolerance)",
     roles={
-        "fprop.w": Role(format="int4[1x128]*f32"),
+        "fprop.w": Role(format="int4[1x128]*f32+zp", clipping="mse"),
         "conv.w": _INT8_ROWS,
         "embedding": _INT8_ROWS,
     },
@@ -76,7 +77,7 @@ INT4_G32 = Recipe(
     name="int4-g32",
     description="weights in INT4, blocks of 32, activations as they were (within tolerance)",
     roles={
-        "fprop.w": Role(format="int4[1x32]*f32"),
+        "fprop.w": Role(format="int4[1x32]*f32+zp", clipping="mse"),
         "conv.w": _INT8_ROWS,
         "embedding": _INT8_ROWS,
     },
@@ -86,7 +87,7 @@ INT4_G32_COMPENSATED = Recipe(
     name="int4-g32-compensated",
     description="weights in INT4, blocks of 32, rounded with compensated errors; calibrated",
     roles={
-        "fprop.w": Role(format="int4[1x32]*f32", rounding="compensated", clipping="mse"),
+        "fprop.w": Role(format="int4[1x32]*f32+zp", rounding="compensated", clipping="mse"),
         "conv.w": _INT8_ROWS,
         "embedding": _INT8_ROWS,
     },
@@ -96,7 +97,7 @@ INT4_INT8 = Recipe(
     name="int4-int8",
     description="W4A8: weights in INT4 and activations in INT8 at run time, blocks of 128",
     roles={
-        "fprop.w": Role(format="int4[1x128]*f32"),
+        "fprop.w": Role(format="int4[1x128]*f32+zp", clipping="mse"),
         "fprop.x": Role(format="int8[1x128]*f32"),
         "conv.w": _INT8_ROWS,
         "embedding": _INT8_ROWS,
@@ -120,15 +121,19 @@ FP8_WEIGHT = Recipe(
 )
 
 
-def _block(name: str, long_name: str, embedding: Role) -> tuple[Recipe, Recipe]:
+def _block(name: str, long_name: str, embedding: Role,
+           clipping: Clipping = "amax") -> tuple[Recipe, Recipe]:
     """A block format for weights and activations, and its weight-only form."""
-    role = Role(format=name)
-    weight_only = {"fprop.w": role, "conv.w": _FP8_ROWS, "embedding": embedding}
+    weight_only = {
+        "fprop.w": Role(format=name, clipping=clipping),
+        "conv.w": _FP8_ROWS,
+        "embedding": embedding,
+    }
     return (
         Recipe(
             name=name,
             description=f"{long_name} weights, and activations at run time",
-            roles={**weight_only, "fprop.x": role},
+            roles={**weight_only, "fprop.x": Role(format=name)},
         ),
         Recipe(
             name=f"{name}-weight",
@@ -141,7 +146,7 @@ def _block(name: str, long_name: str, embedding: Role) -> tuple[Recipe, Recipe]:
 MXFP8, MXFP8_WEIGHT = _block("mxfp8", "MXFP8", Role(format="mxfp8"))
 MXFP6, MXFP6_WEIGHT = _block("mxfp6", "MXFP6 (E2M3)", Role(format="mxfp8"))
 MXFP4, MXFP4_WEIGHT = _block("mxfp4", "MXFP4", Role(format="mxfp8"))
-NVFP4, NVFP4_WEIGHT = _block("nvfp4", "NVFP4", _FP8_ROWS)
+NVFP4, NVFP4_WEIGHT = _block("nvfp4", "NVFP4", _FP8_ROWS, clipping="mse")
 
 MXFP8_WEIGHT_COMPENSATED = Recipe(
     name="mxfp8-weight-compensated",

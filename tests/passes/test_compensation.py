@@ -21,6 +21,8 @@ from scaleprop.recipes import Recipe, Role, named_recipe
 
 FORMATS = (
     "int4[row]*f32",
+    "int4[1x32]*f32+zp",
+    "int8[row]*f32+zp",
     "int8[row]*f32",
     "int4[1x32]*f32",
     "int4[1x128]*f16",
@@ -89,7 +91,7 @@ def test_codes_stand_for_the_values(fmt: str):
     got = compensated(weight(24, 256), fmt, correlated(256))
     values = got.dequantize()
     assert values.isfinite().all()
-    given = [part for part in (got.scale, got.tensor_scale) if part is not None]
+    given = [part for part in (got.scale, got.tensor_scale, got.zero_point) if part is not None]
     again = quantize(values, fmt, scales=given)
     assert torch.equal(again.dequantize(), values)
     assert torch.equal(again.codes(), got.codes())
@@ -114,7 +116,7 @@ def test_against_the_definition_one_column_at_a_time():
 
 def test_rows_are_independent_and_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch):
     matrix, moment = weight(24, 96), correlated(96)
-    for fmt in ("mxfp4", "nvfp4", "int4[row]*f32", "fp8"):
+    for fmt in ("mxfp4", "nvfp4", "int4[row]*f32", "int4+zp", "fp8"):
         whole = compensated(matrix, fmt, moment)
         monkeypatch.setattr("scaleprop.passes.compensation._ROWS", 7)
         assert torch.equal(compensated(matrix, fmt, moment).dequantize(), whole.dequantize())
@@ -150,7 +152,7 @@ def test_other_dtypes(dtype: torch.dtype):
 
 @pytest.mark.parametrize(
     ("fmt", "remedy"),
-    [("nvfp4_2d", "1-D blocks"), ("int8[channel]*f32", "1-D blocks"), ("int8[row]*f32+zp", "zp")],
+    [("nvfp4_2d", "1-D blocks"), ("int8[channel]*f32", "1-D blocks")],
 )
 def test_formats_that_cannot_be_compensated(fmt: str, remedy: str):
     with pytest.raises(PassError, match=remedy):
@@ -256,7 +258,7 @@ def test_the_pass_option_works_for_any_recipe(two: Two, recipe: str):
 def test_a_weight_used_twice_is_rounded_once_for_both_inputs(two: Two):
     compiled = compile_(two, "int4-g32", "quantize-weights{rounding=compensated}")
     stored = [name for name in dict(compiled.program.module.named_buffers()) if "mix" in name]
-    assert sorted(stored) == ["mix.weight_data", "mix.weight_scale"]
+    assert sorted(stored) == ["mix.weight_data", "mix.weight_scale", "mix.weight_zero_point"]
 
 
 def test_calibration_is_asked_for_by_name(two: Two):

@@ -44,12 +44,14 @@ def test_linear_means_fake_quantized_operands(name):
     x = torch.randn(5, 72)
     program = quantized(model, (x,), name)
     roles = named_recipe(name).roles
-    w_hat = fake_quantize(model.weight.detach(), roles["fprop.w"].format)
+    w_format = parse(roles["fprop.w"].format)
+    searched = w_format.replace(rule="mse") if roles["fprop.w"].clipping == "mse" else w_format
+    w_hat = fake_quantize(model.weight.detach(), searched)
     x_hat = fake_quantize(x, roles["fprop.x"].format) if "fprop.x" in roles else x
     with torch.no_grad():
         close(program.module(x), (x_hat.double() @ w_hat.double().t()).float() + model.bias)
     (mm,) = nodes(program, SCALED_MM)
-    assert mm.args[4] == str(parse(roles["fprop.w"].format))
+    assert mm.args[4] == str(w_format)
     assert mm.args[3] == (str(parse(roles["fprop.x"].format)) if "fprop.x" in roles else "f32")
 
 
@@ -129,11 +131,11 @@ def test_convolutions_are_weight_only_elsewhere(convnet):
 def test_records_measure_the_weights(mlp):
     program = quantized(mlp, (torch.randn(2, 64),), "int4-g32")
     record = next(r for r in program.records if r.operand == "gate.weight")
-    q = quantize(mlp.gate.weight.detach(), "int4[1x32]*f32")
+    q = quantize(mlp.gate.weight.detach(), "int4[1x32]*f32+zp:mse")
     sqnr, saturated, underflowed = error_statistics(mlp.gate.weight.detach(), q)
     assert record.sqnr_db == pytest.approx(sqnr, abs=1e-6)
     assert (record.saturated, record.underflowed) == pytest.approx((saturated, underflowed))
-    assert record.nbytes == q.nbytes == 48 * (32 + 2 * 4)
+    assert record.nbytes == q.nbytes == 48 * (32 + 2 * (4 + 1))
     assert record.nbytes_high == 48 * 64 * 4
     assert "conftest.py" in record.source
 
@@ -146,7 +148,7 @@ def test_mse_clipping_has_less_error(mlp):
         program = quantized(mlp, (torch.randn(2, 64),), "int4-g32", extra=[options])
         record = next(r for r in program.records if r.operand == "gate.weight")
         found[options] = record.sqnr_db
-        assert record.format == "int4[1x32]*f32"
+        assert record.format == "int4[1x32]*f32+zp"
     low, high = found.values()
     assert high > low + 0.05
 
