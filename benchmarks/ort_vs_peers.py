@@ -30,7 +30,11 @@ from benchmarks.harness import Timing
 ONNX_CLASSES = {"8-bit": ("ours int8", "ours int8-dynamic"),
                 "4-bit": ("ours int4", "ours int4-int8")}
 ONNX_RECIPES = ("int8", "int8-dynamic", "int4", "int4-int8")
-TORCH_RECIPES = ("int8", "int8-dynamic")
+INDUCTOR_ROWS = {  # row → recipe, what runs between its linears, PT2E's row of the same kind
+    "ours int8, Inductor": ("int8", "float32", "torchao PT2E static"),
+    "ours int8 + bf16, Inductor": ("int8", "bfloat16", "torchao PT2E static + bf16"),
+    "ours int8-dynamic, Inductor": ("int8-dynamic", "float32", "torchao PT2E dynamic"),
+}
 LINEAR_RECIPES = ("mxfp4", "mxfp6", "nvfp4", "int8-dynamic")
 PEER_CLASSES = {
     "ORT quantize_dynamic": "8-bit", "ORT quantize_static": "8-bit",
@@ -178,9 +182,9 @@ def torch_calls(bench: Bench) -> dict[str, Callable[[], Any]]:
     """Checked, ready-to-time calls of the torch rows, compiled for the current thread count."""
     workload = bench.workload
     builders: dict[str, Callable[[], Callable[..., Any]]] = dict(peers.torch_peers(workload))
-    for recipe in TORCH_RECIPES:
-        builders[f"ours {recipe}, Inductor"] = (
-            lambda recipe=recipe: peers.ours(workload, recipe, "inductor"))
+    for name, (recipe, compute, _) in INDUCTOR_ROWS.items():
+        builders[name] = (lambda recipe=recipe, compute=compute:
+                          peers.ours_inductor(workload, recipe, compute))
     calls: dict[str, Callable[[], Any]] = {}
     for name, build in builders.items():
         inputs = tuple(x.clone() for x in workload.inputs)
@@ -256,8 +260,8 @@ def best_peer(section: Mapping[str, Any], candidates: Sequence[str], base: str,
 def rivals(section: Mapping[str, Any], row: str) -> tuple[list[str], str]:
     """The peers that a row of ours is held against, and the baseline of its family."""
     if section["rows"][row]["family"] == "torch":
-        names = [name for name in section["rows"] if name.startswith("torchao PT2E")]
-        return names, peers.TORCH_FP32
+        names = [INDUCTOR_ROWS[row][-1]] if row in INDUCTOR_ROWS else []
+        return [name for name in names if name in section["rows"]], peers.TORCH_FP32
     kind = next((key for key, names in ONNX_CLASSES.items() if row in names), None)
     names = [name for name, value in PEER_CLASSES.items() if value == kind]
     return [name for name in names if name in section["rows"]], peers.ORT_FP32
@@ -305,8 +309,7 @@ def _cells(section: Mapping[str, Any], name: str, row: Mapping[str, Any], counts
 
 def summary(sections: Mapping[str, Any]) -> list[str]:
     """One line per workload: our rows against the best peer of their class."""
-    wanted = ("ours int8", "ours int8-dynamic", "ours int4", "ours int4-int8",
-              "ours int8, Inductor", "ours int8-dynamic, Inductor")
+    wanted = ("ours int8", "ours int8-dynamic", "ours int4", "ours int4-int8", *INDUCTOR_ROWS)
     header = ["workload", "threads", *(f"{name} ÷ best peer" for name in wanted)]
     body: list[list[object]] = []
     for name, section in sections.items():

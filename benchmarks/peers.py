@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -307,6 +307,17 @@ def ours(workload: Workload, recipe: str, backend: str, **options: Any) -> Any:
         options["calibration"] = list(workload.calibration)
     return scaleprop.compile(workload.model, workload.inputs, recipe=recipe, backend=backend,
                              **options)
+
+
+def ours_inductor(workload: Workload, recipe: str, compute: Literal["float32", "bfloat16"]) -> Any:
+    """Ours through Inductor; ``compute``: what attention and other plain products run in."""
+    from scaleprop.backends.inductor import InductorBackend
+
+    compiled = ours(workload, recipe, "inductor")
+    if compute == "float32":
+        return compiled
+    executable = InductorBackend(compute).lower(compiled.program)
+    return dataclasses.replace(compiled, executable=executable)
 
 
 def ours_onnx(workload: Workload, recipe: str, path: Path) -> Path:

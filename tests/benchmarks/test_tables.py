@@ -63,7 +63,7 @@ def test_the_table_shows_ratios_sizes_and_errors(section: dict[str, Any]) -> Non
 
 def test_the_summary_skips_thread_counts_that_were_not_measured(section: dict[str, Any]) -> None:
     text = "\n".join(bench.summary({"mlp-4": section, "bad": {"error": "crashed"}}))
-    assert "| mlp-4 | 1 | 1.25 | – | 2.00 | – | 2.00 | – |" in text
+    assert "| mlp-4 | 1 | 1.25 | – | 2.00 | – | 2.00 | – | – |" in text
     assert "| mlp-4 | 2 |" not in text
 
 

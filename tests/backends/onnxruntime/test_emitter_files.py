@@ -124,7 +124,7 @@ def test_failed_check_keeps_the_old_file(
     wrong = copy.deepcopy(program)
     with torch.no_grad():  # the file is right for another program
         wrong.module.get_parameter("0.weight").mul_(1.01)
-    monkeypatch.setattr(onnxruntime_backend, "emit", lambda _: emit(program))
+    monkeypatch.setattr(onnxruntime_backend, "emit", lambda _program, _metadata: emit(program))
     with pytest.raises(MismatchError, match=r"'linear'.*differs from the reference"):
         BACKEND.export(wrong, path, external)
     assert path.read_bytes() == b"old"
