@@ -144,12 +144,23 @@ def load(directory: Path) -> SavedModel:
         nodes = json.loads((directory / "graph.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{directory} is not a saved model: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{directory} is not a saved model: its config.json holds no object")
     if config.get("format_version") != FORMAT_VERSION:
         raise ConfigError(
             f"{directory} was saved by another version of scaleprop: its format_version is "
             f"{config.get('format_version')!r}, this one reads {FORMAT_VERSION}; compile and save "
             f"again"
         )
+    try:
+        return _restored(directory, config, nodes)
+    except ConfigError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{directory} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _restored(directory: Path, config: dict[str, Any], nodes: Any) -> SavedModel:
     tensors = _read_tensors(directory / "tensors.safetensors")
     tensors |= {name: tensors[first] for name, first in config["aliases"].items()}
     stored = _read_tensors(directory / "example.safetensors")

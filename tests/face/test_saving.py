@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -68,6 +70,21 @@ def test_a_failing_rename_puts_the_old_version_back(
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     assert json.loads((folder / "config.json").read_text()) == config
     scaleprop.load(folder)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda config: [config], "holds no object"),
+    (lambda config: {k: v for k, v in config.items() if k != "in_spec"}, "damaged.*in_spec"),
+    (lambda config: {**config, "dynamic_axes": 3}, "damaged"),
+])
+def test_a_damaged_config_is_refused(
+    compiled: CompiledModel, change: Callable[[Any], Any], says: str, tmp_path: Path
+):
+    folder = compiled.save(tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(change(config)))
+    with pytest.raises(ConfigError, match=says):
+        scaleprop.load(folder)
 
 
 def test_the_extra_that_saves_is_named(
