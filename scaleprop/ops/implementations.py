@@ -8,7 +8,7 @@ overload's name to its function, which takes the operator's own arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from scaleprop.formats.scaled import PLAIN, ScaledFormat, parse
 from scaleprop.formats.tensor import dequantize_parts, normalized_axis, storage_layout
 
 _MATRIX = 64  # largest Sylvester matrix that is multiplied by at once
+_CHUNK = 1 << 22  # values of a weight that are in float64 at a time
 
 
 def quantize(x: Tensor, format: str, axis: int = -1, rounding: str = "nearest",
@@ -91,11 +92,27 @@ def scaled_mm(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, x_f
     float32; the bias is added in float32.
     """
     left = operand(x, x_format, k, torch.float64)
-    right = operand(w, w_format, k, torch.float64)
-    if right.ndim != 2:
-        raise FormatError(f"scaled_mm: w is [n, k], not of {right.ndim} axes")
-    y = torch.matmul(left, right.t()).to(torch.float32)
+    products: list[Tensor] = []
+    for rows in _row_chunks(w, w_format):
+        right = operand(rows, w_format, k, torch.float64)
+        if right.ndim != 2:
+            raise FormatError(f"scaled_mm: w is [n, k], not of {right.ndim} axes")
+        products.append(torch.matmul(left, right.t()).to(torch.float32))
+    y = products[0] if len(products) == 1 else torch.cat(products, -1)
     return y if bias is None else y + bias.to(torch.float32)
+
+
+def _row_chunks(w: Sequence[Tensor], w_format: str) -> Iterator[Sequence[Tensor]]:
+    """Rows of ``w`` that share no scale, a few at a time: float64 has eight bytes a value."""
+    shares = w_format not in PLAIN and parse(w_format).granularity.kind not in ("row", "block")
+    counts = {part.shape[0] for part in w if part.ndim}
+    count, width = (w[0].shape[0], w[0].shape[-1]) if w[0].ndim == 2 else (0, 1)
+    step: Any = max(_CHUNK // width, 1) if is_int(width) and width else count
+    if shares or len(counts) != 1 or not is_int(count) or count <= step:
+        yield w
+        return
+    for start in range(0, count, step):
+        yield [part[start : start + step] if part.ndim else part for part in w]
 
 
 def hadamard(x: Tensor, block: int, signs: Tensor | None = None, axis: int = -1) -> Tensor:

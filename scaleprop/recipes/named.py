@@ -67,7 +67,7 @@ INT4 = Recipe(
     name="int4",
     description="weights in INT4, blocks of 128, activations as they were (within tolerance)",
     roles={
-        "fprop.w": Role(format="int4[1x128]*f32+zp", clipping="mse"),
+        "fprop.w": Role(format="int4[1x128]*f32+zp"),
         "conv.w": _INT8_ROWS,
         "embedding": _INT8_ROWS,
     },
@@ -77,7 +77,7 @@ INT4_G32 = Recipe(
     name="int4-g32",
     description="weights in INT4, blocks of 32, activations as they were (within tolerance)",
     roles={
-        "fprop.w": Role(format="int4[1x32]*f32+zp", clipping="mse"),
+        "fprop.w": Role(format="int4[1x32]*f32+zp"),
         "conv.w": _INT8_ROWS,
         "embedding": _INT8_ROWS,
     },
@@ -97,7 +97,7 @@ INT4_INT8 = Recipe(
     name="int4-int8",
     description="W4A8: weights in INT4 and activations in INT8 at run time, blocks of 128",
     roles={
-        "fprop.w": Role(format="int4[1x128]*f32+zp", clipping="mse"),
+        "fprop.w": Role(format="int4[1x128]*f32+zp"),
         "fprop.x": Role(format="int8[1x128]*f32"),
         "conv.w": _INT8_ROWS,
         "embedding": _INT8_ROWS,

@@ -131,7 +131,7 @@ def test_convolutions_are_weight_only_elsewhere(convnet):
 def test_records_measure_the_weights(mlp):
     program = quantized(mlp, (torch.randn(2, 64),), "int4-g32")
     record = next(r for r in program.records if r.operand == "gate.weight")
-    q = quantize(mlp.gate.weight.detach(), "int4[1x32]*f32+zp:mse")
+    q = quantize(mlp.gate.weight.detach(), "int4[1x32]*f32+zp")
     sqnr, saturated, underflowed = error_statistics(mlp.gate.weight.detach(), q)
     assert record.sqnr_db == pytest.approx(sqnr, abs=1e-6)
     assert (record.saturated, record.underflowed) == pytest.approx((saturated, underflowed))

@@ -40,6 +40,7 @@ class Context:
         self.builder = builder
         self.tolerance = tolerance
         self.bounds: dict[str, float] = {}  # node → stated error, relative to its largest value
+        self.loading = 0.0  # bytes that expanding weights takes while a session loads
         self._readers = readers or {}
         self._sizes = sizes or {}
         self.lowerings: dict[str, str] = {}

@@ -43,8 +43,8 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Problem, Cand
     """What was chosen; a test may put a candidate in front to have it taken instead."""
     log: list[tuple[Problem, Candidate]] = []
 
-    def choose(problem: Problem, tolerance: float = 0.0) -> Candidate:
-        candidate = products.choose(problem, tolerance)
+    def choose(problem: Problem, tolerance: float, spare: float) -> Candidate:
+        candidate = products.choose(problem, tolerance, spare)
         log.append((problem, candidate))
         return candidate
 
@@ -55,7 +55,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Problem, Cand
 def forced(monkeypatch: pytest.MonkeyPatch, candidate: Candidate) -> list[Problem]:
     seen: list[Problem] = []
 
-    def choose(problem: Problem, tolerance: float = 0.0) -> Candidate:
+    def choose(problem: Problem, tolerance: float, spare: float) -> Candidate:
         seen.append(problem)
         return candidate
 
@@ -219,3 +219,12 @@ def test_rows_are_counted_in_the_example(tmp_path: Path) -> None:
         compiled.export(tmp_path / "model.onnx")
         names += [r.lowering for r in compiled.report.records if r.role == "fprop.w"]
     assert ["MatMulNBits" in str(name) for name in names] == [True, False]
+
+
+def test_large_models_load_without_expanding_where_a_kernel_unpacks(tmp_path: Path) -> None:
+    problems: list[Problem] = []
+    with pytest.MonkeyPatch.context() as patch:
+        problems = forced(patch, FloatProduct())
+        linear(torch.randn(64, 1024), torch.randn(1024, 1024), None, "f32", "int4+zp", tmp_path)
+    assert isinstance(products.choose(problems[0], 2.0**-5), LimbProduct)
+    assert products.choose(problems[0], 2.0**-5, spare=1e3) == ResidualProduct(1)

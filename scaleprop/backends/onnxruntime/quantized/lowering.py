@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 assert ops  # imported for what it registers
 OPS = torch.ops.scaleprop
+LOADING = 2.0**30  # bytes of weights' expansion at load, from which on kernels that need none win
 
 
 @lowers(OPS.quantize.default)
@@ -127,7 +128,8 @@ def lower_scaled_mm(ctx: Context, node: Node, x: Sequence[Node] | Node,
     weight = _weight(ctx, node, w, tensors, parse(w_format), _size(ctx, node, k))
     added = None if bias is None else ctx.tensor(bias)
     problem = Problem(operand, weight, _rows(ctx, x), added)
-    chosen = choose(problem, ctx.tolerance)
+    chosen = choose(problem, ctx.tolerance, LOADING - ctx.loading)
+    ctx.loading += chosen.loading(problem) * weight.inputs * weight.outputs
     logger.debug("%s: %s, %.3g s", node.name, chosen.name, chosen.seconds(problem))
     ctx.lowered_as(node, chosen.name)
     ctx.bounds[node.name] = chosen.error(problem)

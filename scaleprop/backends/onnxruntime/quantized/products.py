@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
@@ -65,8 +66,8 @@ class Candidate(abc.ABC):
         """Estimate."""
 
     @abc.abstractmethod
-    def memory(self, p: Problem) -> float:
-        """Bytes per weight once loaded."""
+    def loading(self, p: Problem) -> float:
+        """Bytes per weight while a session loads: what is folded on the way stays to the end."""
 
     @abc.abstractmethod
     def emit(self, e: Emitter, p: Problem) -> ir.Value:
@@ -107,8 +108,8 @@ class ByteProduct(Candidate):
         by_row = 3.0 if self._by_row(p) else 1.0
         return cost.byte_gemm(m, k, n) + cost.passes(by_row, m * (k + n), 4)
 
-    def memory(self, p: Problem) -> float:
-        return 1.0
+    def loading(self, p: Problem) -> float:
+        return 2.0
 
     @staticmethod
     def _by_row(p: Problem) -> bool:
@@ -166,8 +167,9 @@ class LimbProduct(Candidate):
                 + cost.passes(count + 2 + 3 * self.x_limbs, m * k, nodes + (20 if grows else 10))
                 + cost.passes(limbs + 1, m * n, 3))
 
-    def memory(self, p: Problem) -> float:
-        return float(self.w_limbs)
+    def loading(self, p: Problem) -> float:
+        steps = 0.0 if p.w.integer_columns or p.w.has_limb_table else 12.0
+        return steps + 3.0 * self.w_limbs
 
     def emit(self, e: Emitter, p: Problem) -> ir.Value:
         limbs = p.x.limbs(self.x_limbs)
@@ -213,7 +215,7 @@ class ResidualProduct(Candidate):
                 + cost.passes(count + 7 * extra, m * k, nodes + 10 * extra)
                 + cost.passes(self.pieces + 1 if extra else 0, m * n, 2 * extra + 1))
 
-    def memory(self, p: Problem) -> float:
+    def loading(self, p: Problem) -> float:
         return p.w.format.bits / 8
 
     def emit(self, e: Emitter, p: Problem) -> ir.Value:
@@ -255,8 +257,8 @@ class FloatProduct(Candidate):
         return cost.float_gemm(m, k, n) + cost.passes(count + 1, m * k, nodes) + cost.passes(
             1, m * n, 2)
 
-    def memory(self, p: Problem) -> float:
-        return 4.0
+    def loading(self, p: Problem) -> float:
+        return 16.0
 
     def emit(self, e: Emitter, p: Problem) -> ir.Value:
         return with_bias(e, e("MatMul", p.x.fake, p.w.float_matrix(e)), p)
@@ -284,13 +286,16 @@ def _activation_limbs(x: Quantized) -> Sequence[int]:
     return (x.usual_limbs, MOST_LIMBS) if x.closes_exactly else (2,)
 
 
-def choose(p: Problem, tolerance: float = TOLERANCE) -> Candidate:
+def choose(p: Problem, tolerance: float = TOLERANCE, spare: float = math.inf) -> Candidate:
     """The fastest candidate within the tolerance; where some are exact, the fastest of those.
 
-    One that is less accurate than a float32 sum has to be ``WORTH`` it.
+    One that is less accurate than a float32 sum has to be ``WORTH`` it. spare: bytes that loading
+    may take; those that take more are for want of others.
     """
     found = list(candidates(p))
     exact = [c for c in found if c.error(p) == 0.0]
     allowed = exact or [c for c in found if c.error(p) <= tolerance] or [FloatProduct()]
+    weights = p.w.inputs * p.w.outputs
+    allowed = [c for c in allowed if c.loading(p) * weights <= spare] or allowed
     return min(allowed, key=lambda c: c.seconds(p) * (WORTH if c.error(p) > FLOAT_SUM * 2 else 1.0))
 

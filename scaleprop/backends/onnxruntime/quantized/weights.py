@@ -150,7 +150,7 @@ class Weight:
         if self.integer_columns and count == 1:
             matrix, steps = self._integer_matrix(e)
         else:
-            matrix = self._looked_up_limbs(e, count) if self._has_limb_table else \
+            matrix = self._looked_up_limbs(e, count) if self.has_limb_table else \
                 self._computed_limbs(e, count)
         return matrix, e.builder.initializer(steps.numpy(), f"{self.name}_columns")
 
@@ -173,7 +173,7 @@ class Weight:
         return e("Transpose", joined, perm=[1, 0])
 
     @property
-    def _has_limb_table(self) -> bool:
+    def has_limb_table(self) -> bool:
         """Whether a table by code and block exponent gives limbs: few codes, scales 2^e."""
         fmt = self.format
         return not fmt.scale.has_zero and fmt.bits <= 6 and is_packed(fmt) \
