@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 assert ops  # imported for what it registers
 OPS = torch.ops.scaleprop
-LOADING = 2.0**30  # bytes of weights' expansion at load, from which on kernels that need none win
+LOADING = 2.0**29  # bytes of weights' expansion at load, from which on kernels that need none win
 
 
 @lowers(OPS.quantize.default)

@@ -216,7 +216,7 @@ class ResidualProduct(Candidate):
                 + cost.passes(self.pieces + 1 if extra else 0, m * n, 2 * extra + 1))
 
     def loading(self, p: Problem) -> float:
-        return p.w.format.bits / 8
+        return 0.0
 
     def emit(self, e: Emitter, p: Problem) -> ir.Value:
         assert p.w.format.block is not None
@@ -296,6 +296,6 @@ def choose(p: Problem, tolerance: float = TOLERANCE, spare: float = math.inf) ->
     exact = [c for c in found if c.error(p) == 0.0]
     allowed = exact or [c for c in found if c.error(p) <= tolerance] or [FloatProduct()]
     weights = p.w.inputs * p.w.outputs
-    allowed = [c for c in allowed if c.loading(p) * weights <= spare] or allowed
+    allowed = [c for c in allowed if c.loading(p) * weights <= max(spare, 0.0)] or allowed
     return min(allowed, key=lambda c: c.seconds(p) * (WORTH if c.error(p) > FLOAT_SUM * 2 else 1.0))
 
