@@ -20,9 +20,9 @@ from scaleprop.recipes.base import Clipping, Recipe, Role
 _INT8_ROWS = Role(format="int8[row]*f32")
 _FP8_ROWS = Role(format="e4m3[row]*f32")
 _INT8_TENSOR = "int8[tensor]*f32+zp"
-# A kernel may round activations to INT8 blocks itself, or weights again to INT8 per channel, where
-# that is faster: a third, or a tenth, of what INT4 weights cost. ``replace(tolerance=…)`` asks for
-# more; the report names each product's kernel.
+# A kernel may round activations to INT8 blocks itself (a third of what INT4 weights cost), or
+# weights again to INT8 per channel, where that is faster. ``replace(tolerance=…)`` asks for more;
+# the report names each product's kernel.
 _INT4_TOLERANCE = 2.0**-5
 
 INT8 = Recipe(

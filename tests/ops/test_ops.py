@@ -120,6 +120,18 @@ def test_compiles_with_inductor_to_the_same_bits(name):
     assert torch.equal(compiled(x), formats.fake_quantize(x, name))
 
 
+@pytest.mark.parametrize(("name", "chunks"), [
+    ("mxfp4", 8), ("nvfp4", 8), ("int4+zp", 8), ("int8[row]*f32", 8), ("int8", 1), ("nvfp4_2d", 1),
+])
+def test_scaled_mm_takes_rows_that_share_no_scale_in_chunks(name, chunks, monkeypatch):
+    x, parts = torch.randn(3, 64), ops.quantize(torch.randn(50, 64), name)
+    whole = ops.scaled_mm([x], parts, None, "f32", name, 64)
+    monkeypatch.setattr(implementations, "_CHUNK", 7 * parts[0].shape[-1])
+    assert len(list(implementations._row_chunks(parts, name))) == chunks
+    got = ops.scaled_mm([x], parts, None, "f32", name, 64)
+    torch.testing.assert_close(got, whole, rtol=2.0**-23, atol=0.0)
+
+
 @pytest.mark.parametrize("x_name", ["f32", "bf16", "mxfp4", "nvfp4", "int8", "int8+zp"])
 @pytest.mark.parametrize("w_name", ["f32", "f16", "mxfp4", "nvfp4", "int4", "int8[row]*f32"])
 def test_scaled_mm_is_the_exact_sum_rounded_once(x_name, w_name):

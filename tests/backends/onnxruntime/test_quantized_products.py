@@ -221,10 +221,12 @@ def test_rows_are_counted_in_the_example(tmp_path: Path) -> None:
     assert ["MatMulNBits" in str(name) for name in names] == [True, False]
 
 
-def test_large_models_load_without_expanding_where_a_kernel_unpacks(tmp_path: Path) -> None:
-    problems: list[Problem] = []
-    with pytest.MonkeyPatch.context() as patch:
-        problems = forced(patch, FloatProduct())
-        linear(torch.randn(64, 1024), torch.randn(1024, 1024), None, "f32", "int4+zp", tmp_path)
-    assert isinstance(products.choose(problems[0], 2.0**-5), LimbProduct)
-    assert products.choose(problems[0], 2.0**-5, spare=1e3) == ResidualProduct(1)
+def test_little_is_expanded_at_load_where_a_kernel_unpacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are expanded while the budget lasts; then the kernel that reads packed ones wins."""
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 1024), torch.nn.Linear(1024, 1024))
+    monkeypatch.setattr(lowering, "LOADING", 20.0 * 2**20)
+    compiled = scaleprop.compile(model, torch.randn(64, 1024), recipe="int4")
+    names = [r.lowering for r in compiled.report.records if r.role == "fprop.w"]
+    assert ["MatMulNBits" in str(name) for name in names] == [False, True]

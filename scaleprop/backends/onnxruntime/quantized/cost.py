@@ -2,7 +2,7 @@
 
 Measured with onnxruntime 1.31.1 on one core of a Xeon with AMX (``benchmarks/ort_kernels.py``
 reproduces the figures). They rank candidates; nothing else depends on them, and a machine with
-other ratios gets a slower choice, never a wrong one. M is the number of rows as captured.
+other ratios gets a slower choice, never a wrong one. M is the number of rows in the example.
 """
 
 from __future__ import annotations

@@ -274,7 +274,7 @@ def _size(ctx: Context, node: Node, size: Any) -> int:
 
 
 def _rows(ctx: Context, x: Sequence[Node] | Node) -> int:
-    """How many rows the left operand had when it was captured."""
+    """How many rows the left operand has in the example."""
     source = x if isinstance(x, Node) else x[0]
     if source.target is OPS.quantize.default:
         first = source.args[0]

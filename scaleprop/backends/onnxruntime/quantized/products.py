@@ -35,7 +35,7 @@ def limb_error(count: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """y[..., n] = Σ_k x̂[..., k]·ŵ[n, k] (+ bias); ``rows``: how many rows as captured."""
+    """y[..., n] = Σ_k x̂[..., k]·ŵ[n, k] (+ bias); ``rows``: in the example."""
 
     x: Quantized
     w: Weight
