@@ -21,7 +21,7 @@ from scaleprop.formats.scaled import PLAIN, ScaledFormat, parse
 from scaleprop.formats.tensor import dequantize_parts, normalized_axis, storage_layout
 
 _MATRIX = 64  # largest Sylvester matrix that is multiplied by at once
-_CHUNK = 1 << 22  # values of a weight that are in float64 at a time
+_CHUNK = 1 << 18  # values of a weight that are in float64 at a time: they stay in cache
 
 
 def quantize(x: Tensor, format: str, axis: int = -1, rounding: str = "nearest",

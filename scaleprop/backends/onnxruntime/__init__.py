@@ -17,8 +17,6 @@ from scaleprop.backends.onnxruntime.emitter import emit
 from scaleprop.backends.onnxruntime.session import (
     OnnxExecutable,
     SessionConfig,
-    open_session,
-    run_in_memory,
     write,
 )
 from scaleprop.backends.onnxruntime.sizes import other_size
@@ -37,8 +35,9 @@ class OnnxRuntimeBackend(Backend):
     config: SessionConfig = dataclasses.field(default_factory=SessionConfig)
 
     def lower(self, program: Program) -> OnnxExecutable:
-        """A session of ``program``, held in memory."""
-        return run_in_memory(emit(program), self.config)
+        """``program`` as an ONNX model in memory; onnxruntime loads it when it is first called."""
+        emitted = emit(program)
+        return OnnxExecutable(emitted, emitted.model, self.config)
 
     def export(
         self, program: Program, path: Path | str, external_data: bool | None = None,
@@ -66,15 +65,14 @@ class OnnxRuntimeBackend(Backend):
 
         def check(written: Path) -> None:
             onnx.checker.check_model(str(written))
-            open_session(emitted, written, self.config)
-            worst = check_nodes(emitted, written, program, program.example_leaves, self.config)
+            OnnxExecutable(emitted, written, self.config).open()
             other = other_size(program)
-            if other is not None:
-                worst = max(worst, check_nodes(emitted, written, program, other, self.config))
-            elif any(program.dynamic_axes.values()):
+            if other is None and any(program.dynamic_axes.values()):
                 logger.warning("%s: checked at the example's sizes alone: its dimensions may vary, "
                                "but no other size that was tried satisfies %s",
                                target, "; ".join(program.guards))
+            inputs = [leaves for leaves in (program.example_leaves, other) if leaves is not None]
+            worst = check_nodes(emitted, written, program, inputs, self.config)
             logger.info("%s: every node within its bound; largest error %.1e", target, worst)
 
         write(emitted, target, external_data, check)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,33 @@ class SessionConfig:
 
 
 class OnnxExecutable(Executable):
-    """A model in an onnxruntime session, with the ports of the program it came from."""
+    """A model, in memory or in a file, with the ports of the program it came from.
 
-    def __init__(self, emitted: Emitted, session: ort.InferenceSession) -> None:
+    onnxruntime loads it at the first call: who compiles only to export never pays for it.
+    """
+
+    def __init__(self, emitted: Emitted, source: ir.Model | Path, config: SessionConfig) -> None:
         self._inputs, self._outputs = emitted.inputs, emitted.outputs
         self._lowerings = dict(emitted.lowerings)
         self._fed = [(i, p) for i, p in enumerate(emitted.inputs) if p.kind != "constant"]
         self._fetched = [port.name for port in emitted.outputs if port.kind != "constant"]
-        self.session = session
+        self._source: ir.Model | Path | None = source
+        self._config = config
+        self._session: ort.InferenceSession | None = None
+        self._opening = threading.Lock()
+
+    def open(self) -> ort.InferenceSession:
+        """The session; loaded once.
+
+        Raises:
+            BackendError: where onnxruntime refuses the model.
+        """
+        with self._opening:
+            if self._session is None:
+                assert self._source is not None
+                self._session = _session(self._source, self._config)
+                self._source = None  # the session has its own copy
+            return self._session
 
     @property
     def lowerings(self) -> Mapping[str, str]:
@@ -88,8 +108,9 @@ class OnnxExecutable(Executable):
         # held keeps the memory that onnxruntime reads alive until it has run
         held = {port.name: _contiguous(leaves[index], port) for index, port in self._fed}
         feed = {name: _to_ort(tensor) for name, tensor in held.items()}
+        session = self.open()
         try:
-            return self.session.run_with_ort_values(list(names), feed)
+            return session.run_with_ort_values(list(names), feed)
         except Exception as error:
             shapes = {name: list(tensor.shape) for name, tensor in held.items()}
             raise BackendError(f"onnxruntime failed on inputs {shapes}: {error}") from error
@@ -120,30 +141,22 @@ def _from_ort(value: Any, port: Port) -> Any:
     return tensor.item() if port.kind == "number" else tensor
 
 
-def open_session(
-    emitted: Emitted, source: bytes | Path, config: SessionConfig
-) -> OnnxExecutable:
-    """Load a model from bytes or a file.
-
-    Raises:
-        BackendError: where onnxruntime refuses the model.
-    """
-    given = source if isinstance(source, bytes) else str(source)
-    try:
-        session = ort.InferenceSession(given, config.options(), providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise BackendError(f"onnxruntime refused the model: {error}") from error
-    return OnnxExecutable(emitted, session)
-
-
-def run_in_memory(emitted: Emitted, config: SessionConfig) -> OnnxExecutable:
-    """A session of a model that is not kept in a file; a large one goes through a temporary one."""
-    if weight_bytes(emitted.model) <= INLINE_LIMIT:
-        return open_session(emitted, ir.to_proto(emitted.model).SerializeToString(), config)
+def _session(source: ir.Model | Path, config: SessionConfig) -> ort.InferenceSession:
+    if isinstance(source, Path):
+        return _load(str(source), config)
+    if weight_bytes(source) <= INLINE_LIMIT:
+        return _load(ir.to_proto(source).SerializeToString(), config)
     with tempfile.TemporaryDirectory(prefix="scaleprop-") as folder:
         path = Path(folder) / "model.onnx"
-        _save(emitted.model, path, external=True)
-        return open_session(emitted, path, config)
+        _save(source, path, external=True)
+        return _load(str(path), config)
+
+
+def _load(source: str | bytes, config: SessionConfig) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(source, config.options(), providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise BackendError(f"onnxruntime refused the model: {error}") from error
 
 
 def weight_bytes(model: ir.Model) -> int:

@@ -35,7 +35,7 @@ def written(program: Program, folder: Path) -> Path:
 
 
 def check(program: Program, path: Path) -> float:
-    return check_nodes(emit(program), path, program, program.example_leaves, SessionConfig())
+    return check_nodes(emit(program), path, program, [program.example_leaves], SessionConfig())
 
 
 def test_a_right_file_passes_and_leaves_no_probe(program: Program, tmp_path: Path):

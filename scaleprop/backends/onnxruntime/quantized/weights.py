@@ -145,13 +145,13 @@ class Weight:
         return self._once(count, lambda: self._make_limbs(e, count))
 
     def _make_limbs(self, e: Emitter, count: int) -> tuple[ir.Value, ir.Value]:
-        scales = self.units.double() * self.outer
-        steps = torch.cat([scales * 128.0**-i for i in range(count)]).float()
         if self.integer_columns and count == 1:
             matrix, steps = self._integer_matrix(e)
         else:
             matrix = self._looked_up_limbs(e, count) if self.has_limb_table else \
                 self._computed_limbs(e, count)
+            scales = self.units.double() * self.outer
+            steps = torch.cat([scales * 128.0**-i for i in range(count)]).float()
         return matrix, e.builder.initializer(steps.numpy(), f"{self.name}_columns")
 
     def _computed_limbs(self, e: Emitter, count: int) -> ir.Value:
