@@ -15,7 +15,7 @@ import torch.fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._ops import OperatorBase, OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram, default_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import (
@@ -131,6 +131,11 @@ def fake_mode_of(graph: torch.fx.Graph) -> FakeTensorMode:
         if isinstance(value, torch.Tensor) and hasattr(value, "fake_mode"):
             return value.fake_mode  # pyright: ignore[reportAttributeAccessIssue]
     return symbolic_fake_mode()
+
+
+def is_fake(value: Any) -> bool:
+    """Whether a value is a tensor without data."""
+    return isinstance(value, FakeTensor)
 
 
 def symbolic_fake_mode() -> FakeTensorMode:

@@ -23,7 +23,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     group = 8 // math.gcd(bits, 8)
     count = codes.shape[-1]
     groups = (count + group - 1) // group
-    wide = codes.to(torch.int32) & ((1 << bits) - 1)
+    # a byte is enough where codes are narrow: what a shift drops belongs to another byte
+    wide = codes.to(torch.uint8 if bits <= 8 else torch.int32) & ((1 << bits) - 1)
     wide = pad_last(wide, groups * group).reshape(*codes.shape[:-1], groups, group)
     columns = wide.unbind(-1)
     packed = torch.stack([_byte(columns, 8 * j, bits) for j in range(group * bits // 8)], dim=-1)
@@ -47,10 +48,11 @@ def unpack(packed: Tensor, bits: int, count: Any) -> Tensor:
     group = 8 // math.gcd(bits, 8)
     width = group * bits // 8
     groups = (count + group - 1) // group
-    whole = pad_last(packed, groups * width).to(torch.int32)
+    whole = pad_last(packed, groups * width).to(torch.uint8 if bits <= 8 else torch.int32)
     columns = whole.reshape(*packed.shape[:-1], groups, width).unbind(-1)
     codes = torch.stack([_code(columns, i * bits, bits) for i in range(group)], dim=-1)
-    return crop_last(codes.reshape(*packed.shape[:-1], groups * group), count)
+    flat = codes.reshape(*packed.shape[:-1], groups * group)
+    return crop_last(flat.to(torch.int32), count)
 
 
 def _code(columns: tuple[Tensor, ...], start: int, bits: int) -> Tensor:

@@ -126,7 +126,7 @@ def quantize_parts(x: Tensor, fmt: ScaledFormat, axis: int = -1, rounding: Round
     work = _prepare(x, fmt, axis, rounding or Rounding("nearest"), bits, scales)
     rounded = _rounded(work, fmt)
     if fmt.zero_point:
-        codes = torch.where(rounded.isnan(), 0.0, rounded).to(torch.uint8)
+        codes = rounded.nan_to_num(0.0).to(torch.uint8)
     else:
         codes = encode(rounded, fmt.element)
     data = work.grouping.join(codes, keep_padding=True)

@@ -2,8 +2,8 @@
 
 ``ExportedProgram.run_decompositions`` traces the whole model again, half of the time of a capture.
 Most graphs need it for a few operators only (``transpose``, ``reshape``, ``to``), so each such node
-is traced by itself and replaced by what it becomes. A graph that writes to tensors in place, or
-that holds other graphs, takes the long way.
+is traced by itself and replaced by what it becomes; calls that look alike are traced once. A graph
+that writes to tensors in place, or that holds other graphs, takes the long way.
 """
 
 from __future__ import annotations
@@ -41,19 +41,49 @@ def _is_simple(node: torch.fx.Node) -> bool:
 def _respell(module: torch.fx.GraphModule) -> None:
     table = compat.decomposition_table()
     mode = compat.fake_mode_of(module.graph)
+    traced: dict[Any, torch.fx.GraphModule] = {}
     with torch.no_grad(), mode:
         for node in list(module.graph.nodes):
             if node.op == "call_function" and compat.is_decomposed(node.target, table):
-                _inline(module, node, table)
+                key = _likeness(node)
+                if key not in traced:
+                    traced[key] = _traced(node, table)
+                _inline(module, node, traced[key])
     module.graph.eliminate_dead_code()
     module.recompile()
 
 
-def _inline(
-    module: torch.fx.GraphModule, node: torch.fx.Node, table: dict[Any, Callable[..., Any]]
-) -> None:
+def _leaves(node: torch.fx.Node) -> tuple[list[Any], pytree.TreeSpec, list[torch.fx.Node]]:
+    """A node's arguments, flat; how they were nested; and those that are nodes."""
     flat, spec = pytree.tree_flatten((node.args, node.kwargs))
-    inputs = [leaf for leaf in flat if isinstance(leaf, torch.fx.Node)]
+    return flat, spec, [leaf for leaf in flat if isinstance(leaf, torch.fx.Node)]
+
+
+def _likeness(node: torch.fx.Node) -> Any:
+    """Equal for calls that trace to the same graph: operator, constants, and what inputs are."""
+    flat, spec, inputs = _leaves(node)
+    # 1, 1.0 and True are equal, but not alike
+    constants = [None if isinstance(leaf, torch.fx.Node) else f"{type(leaf)} {leaf!r}"
+                 for leaf in flat]
+    repeats = tuple(inputs.index(leaf) for leaf in inputs)
+    kinds = tuple(_kind(leaf.meta["val"]) for leaf in inputs)
+    return node.target, spec, tuple(constants), repeats, kinds
+
+
+def _kind(value: Any) -> Any:
+    """What tracing can see of a value. A parameter is itself: tracing may fold it."""
+    if not isinstance(value, torch.Tensor):
+        return f"{type(value)} {value}"
+    if not compat.is_fake(value):
+        return id(value)
+    return (value.dtype, value.device, str(value.shape), str(value.stride()),
+            str(value.storage_offset()))
+
+
+def _traced(
+    node: torch.fx.Node, table: dict[Any, Callable[..., Any]]
+) -> torch.fx.GraphModule:
+    flat, spec, inputs = _leaves(node)
 
     def call(*values: Any) -> Any:
         given = iter(values)
@@ -61,7 +91,13 @@ def _inline(
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    inner = compat.trace(call, [leaf.meta["val"] for leaf in inputs], table)
+    return compat.trace(call, [leaf.meta["val"] for leaf in inputs], table)
+
+
+def _inline(
+    module: torch.fx.GraphModule, node: torch.fx.Node, inner: torch.fx.GraphModule
+) -> None:
+    *_, inputs = _leaves(node)
     placeholders = inner.graph.find_nodes(op="placeholder")
     copies: dict[torch.fx.Node, torch.fx.Node] = dict(zip(placeholders, inputs, strict=True))
     with module.graph.inserting_before(node):
@@ -77,9 +113,15 @@ def _inline(
                 copy.meta.pop(key, None)
                 if node.meta.get(key) is not None:
                     copy.meta[key] = node.meta[key]
+            # a value tells nodes apart when they are traced again
+            copy.meta["val"] = pytree.tree_map(_own, part.meta.get("val"))
             copies[part] = copy
     result = torch.fx.map_arg(inner.graph.output_node().args[0], copies.__getitem__)
     _replace(module.graph, node, result)
+
+
+def _own(value: Any) -> Any:
+    return value.detach() if compat.is_fake(value) else value
 
 
 def _replace(graph: torch.fx.Graph, node: torch.fx.Node, result: Any) -> None:

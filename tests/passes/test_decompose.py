@@ -74,3 +74,27 @@ def test_writing_to_an_input_is_still_refused():
 
     with pytest.raises(CaptureError, match="writes to its input"):
         capture(Writes(), (torch.ones(2, 3),))
+
+
+def test_calls_that_look_alike_are_traced_once_and_keep_their_inputs(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    class Similar(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y, similar = x.exp(), torch.nn.functional.cosine_similarity
+            return (similar(x, x), similar(x, y), similar(y, x * 2), similar(x, y, dim=0),
+                    x.transpose(1, 2), y.transpose(1, 2), (x * y).transpose(1, 2))
+
+    exported = export(Similar())
+    traced: list[object] = []
+    trace = compat.trace
+    monkeypatch.setattr(compat, "trace", lambda f, values, table: (
+        traced.append(f), trace(f, values, table))[1])
+    module = decomposed(exported)[1]
+    # cosine_similarity of one tensor, of two, along another axis; transpose
+    assert len(traced) == 4
+    x = torch.randn(3, 4, 8)
+    for got, want in zip(module(x), Similar()(x), strict=True):
+        assert torch.equal(got, want)
+    values = [node.meta["val"] for node in module.graph.nodes if "val" in node.meta]
+    assert len(set(map(id, values))) == len(values)

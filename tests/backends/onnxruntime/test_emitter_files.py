@@ -176,3 +176,23 @@ def test_session_config(program: Program) -> None:
     options = config.options()
     assert options.intra_op_num_threads == 1
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+def test_a_session_is_opened_once_at_the_first_call(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[object] = []
+    original = onnxruntime.InferenceSession
+
+    def counting(*args: Any, **kwargs: Any) -> onnxruntime.InferenceSession:
+        opened.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", counting)
+    executable = BACKEND.lower(program)
+    assert not opened
+    x = torch.randn(2, 32)
+    first, again = executable([x])[0], executable([x])[0]
+    assert len(opened) == 1
+    torch.testing.assert_close(first, program.module(x))
+    assert torch.equal(first, again)
