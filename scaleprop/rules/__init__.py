@@ -1,6 +1,14 @@
 """The algebra of operators: one rule per ATen operator, from which the passes are derived."""
 
-from scaleprop.rules import contractions, elementwise, movement, normalisation
+from scaleprop.rules import (
+    contractions,
+    creation,
+    elementwise,
+    gradients,
+    logic,
+    movement,
+    normalisation,
+)
 from scaleprop.rules.base import (
     AxisMap,
     Contraction,
@@ -27,4 +35,5 @@ __all__ = [
     "rule_for",
 ]
 
-del contractions, elementwise, movement, normalisation  # imported for their registrations
+# imported for their registrations
+del contractions, creation, elementwise, gradients, logic, movement, normalisation

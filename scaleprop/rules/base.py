@@ -32,12 +32,29 @@ class Homogeneity:
         {0: 1, 1: −1}; a norm: {0: 0}, the scale is killed. A Python number has no scale.
     follows: arguments that must carry the output's scale for the equation to hold: the bias of a
         linear, both terms of a sum, every part of a concatenation.
+    outputs: the degrees of each output, where there are several and they differ.
     exact: False where the equation holds only up to a constant that does not scale (a norm's ε).
+
+    An argument in neither must be unscaled. Outputs that are no floats have no scale.
     """
 
     degrees: Mapping[int, int] = dataclasses.field(default_factory=dict)
     follows: tuple[int, ...] = ()
+    outputs: tuple[Mapping[int, int], ...] = ()
     exact: bool = True
+
+    def of_output(self, index: int) -> Mapping[int, int]:
+        """The degrees of one output."""
+        return self.outputs[index] if self.outputs else self.degrees
+
+    @property
+    def scaled(self) -> frozenset[int]:
+        """The arguments that may carry a scale of their own."""
+        return frozenset(self.degrees).union(*self.outputs)
+
+
+# some operators are homogeneous for some constants only: a clamp at zero
+Law = Homogeneity | Callable[[torch.fx.Node], Homogeneity | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +87,7 @@ class Rule:
     """The algebra of one ATen operator.
 
     family: the heading under which ``coverage`` lists it.
-    homogeneity: None where the operator needs its inputs unscaled (``exp``, ``gelu``).
+    homogeneity: None where the operator needs its inputs unscaled (``exp``, ``gelu``); see ``law``.
     axes: node → ``AxisMap`` for argument 0; None where no axis survives.
     moves: the output holds exactly the elements of argument 0, each at least once, in some order:
         whatever a per-tensor scale is found from, is found from either.
@@ -80,11 +97,15 @@ class Rule:
 
     op: torch._ops.OpOverload  # pyright: ignore[reportPrivateUsage]
     family: str
-    homogeneity: Homogeneity | None = None
+    homogeneity: Law | None = None
     axes: Callable[[torch.fx.Node], AxisMap] | None = None
     moves: bool = False
     contraction: Contraction | None = None
     high: str = ""
+
+    def law(self, node: torch.fx.Node) -> Homogeneity | None:
+        """The homogeneity of one call; None where it needs its inputs unscaled."""
+        return self.homogeneity(node) if callable(self.homogeneity) else self.homogeneity
 
 
 _RULES: dict[Any, Rule] = {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from scaleprop.rules import axes
 from scaleprop.rules.base import Contraction, Homogeneity, Operand, Rule, register
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 _BILINEAR = Homogeneity({0: 1, 1: 1})
 _BILINEAR_BIAS = Homogeneity({0: 1, 1: 1}, follows=(2,))
@@ -107,20 +109,25 @@ for _op in (aten.addmm.default, aten.baddbmm.default):
         )
     )
 
-register(
-    Rule(
-        op=aten.scaled_dot_product_attention.default,
-        family="contraction",
-        homogeneity=Homogeneity({2: 1}),  # linear in the values; queries and keys go through exp
-        axes=axes.all_but_last,
-        contraction=Contraction(
-            "attention",
-            (
-                Operand(0, "activation", (-1,)),
-                Operand(1, "activation", (-1,)),
-                Operand(2, "activation", (-2,)),
+_ATTENTION = {  # linear in the values; queries and keys go through exp
+    aten.scaled_dot_product_attention.default: Homogeneity({2: 1}),
+    aten._scaled_dot_product_flash_attention_for_cpu.default: Homogeneity(outputs=({2: 1}, {2: 0})),
+}
+for _op, _homogeneity in _ATTENTION.items():
+    register(
+        Rule(
+            op=_op,
+            family="contraction",
+            homogeneity=_homogeneity,
+            axes=axes.all_but_last,
+            contraction=Contraction(
+                "attention",
+                (
+                    Operand(0, "activation", (-1,)),
+                    Operand(1, "activation", (-1,)),
+                    Operand(2, "activation", (-2,)),
+                ),
             ),
-        ),
-        high="attention runs in high precision",
+            high="attention runs in high precision",
+        )
     )
-)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from scaleprop.rules import axes
+from scaleprop.rules import axes, laws
 from scaleprop.rules.base import Homogeneity, Rule, register
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 _NORM = "norms run in high precision"
 _SOFTMAX = "softmax runs in high precision"
@@ -22,7 +24,7 @@ for _op, _homogeneity in _NORMS.items():
     register(Rule(op=_op, family="norm", homogeneity=_homogeneity, axes=axes.identity, high=_NORM))
 register(
     Rule(
-        op=aten._native_batch_norm_legit_no_training.default,  # pyright: ignore[reportPrivateUsage]
+        op=aten._native_batch_norm_legit_no_training.default,
         family="norm",
         high=_NORM,
     )
@@ -30,12 +32,34 @@ register(
 for _op in (
     aten.softmax.int,
     aten.log_softmax.int,
-    aten._softmax.default,  # pyright: ignore[reportPrivateUsage]
-    aten._log_softmax.default,  # pyright: ignore[reportPrivateUsage]
-    aten._safe_softmax.default,  # pyright: ignore[reportPrivateUsage]
+    aten._softmax.default,
+    aten._log_softmax.default,
+    aten._safe_softmax.default,
     aten.logsumexp.default,
 ):
     register(Rule(op=_op, family="softmax", axes=axes.identity, high=_SOFTMAX))
+
+# mean and reciprocal deviation come out with the norm; they are what the backward reads
+for _op in (
+    aten.native_layer_norm.default,
+    aten.native_group_norm.default,
+    aten._native_batch_norm_legit_functional.default,
+    aten._fused_rms_norm.default,
+):
+    register(Rule(op=_op, family="norm", high=_NORM))
+
+# the mean of a loss comes with the weights it was divided by, which have no scale
+for _op in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default):
+    register(Rule(op=_op, family="reduction", homogeneity=Homogeneity(outputs=({0: 1}, {0: 0}))))
+register(Rule(op=aten.var.correction, family="reduction", homogeneity=Homogeneity({0: 2})))
+register(
+    Rule(
+        op=aten.var_mean.correction,
+        family="reduction",
+        homogeneity=Homogeneity(outputs=({0: 2}, {0: 1})),
+    )
+)
+register(Rule(op=aten.linalg_vector_norm.default, family="reduction", homogeneity=laws.counted))
 
 for _op in (
     aten.mean.dim,
@@ -44,7 +68,12 @@ for _op in (
     aten.sum.default,
     aten.amax.default,
     aten.amin.default,
+    aten.std.correction,
     aten.cumsum.default,
+    aten.max.dim,
+    aten.min.dim,
+    aten.max_pool2d_with_indices.default,
+    aten._adaptive_avg_pool2d.default,
     aten.max_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.avg_pool2d.default,

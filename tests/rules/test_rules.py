@@ -79,6 +79,136 @@ EXAMPLES = {
     aten.upsample_nearest2d.vec: (IMAGE, [12, 12], None),
     aten.upsample_bilinear2d.vec: (IMAGE, [12, 12], False, None),
 }
+# backward operators, and those that also return what the backward reads
+GRID = torch.arange(8.0, dtype=torch.float64).reshape(2, 4)
+LABELS = torch.tensor([1, 0, 3])
+STATISTICS = aten.native_layer_norm(Y, [4], None, None, 1e-5)[1:]
+GROUPED = aten.native_group_norm(IMAGE + 1, None, None, 2, 4, 36, 2, 1e-5)[1:]
+POOLED, PLACES = aten.max_pool2d_with_indices(IMAGE, [2, 2])
+OUT, LSE = aten._scaled_dot_product_flash_attention_for_cpu(X[None], Y[None], X[None] + 1)
+BOTH = [True, True, True]
+EXAMPLES |= {
+    aten.add.Scalar: (X, 0),
+    aten.sub.Scalar: (X, 0.0),
+    aten.rsub.Scalar: (X, 0),
+    aten.fmod.Tensor: (X, Y.abs() + 1),
+    aten.remainder.Tensor: (X, Y.abs() + 1),
+    aten.addcmul.default: (X, Y, X),
+    aten.addcdiv.default: (X, Y, X),
+    aten.lerp.Scalar: (X, Y, 0.3),
+    aten._prelu_kernel.default: (X, Y[0, 0]),
+    aten.pow.Tensor_Scalar: (X, 3),
+    aten.clamp.default: (X, 0, None),
+    aten.clamp_min.default: (X, 0),
+    aten.clamp_max.default: (X, 0.0),
+    aten.masked_fill.Scalar: (X, X > 0, float("-inf")),
+    aten.copy.default: (X, Y),
+    aten.native_dropout.default: (X, 0.0, True),
+    aten.dropout.default: (X, 0.5, False),
+    aten._to_copy.default: (X,),
+    aten._unsafe_view.default: (X, [6, 4]),
+    aten.t.default: (M,),
+    aten.squeeze.dim: (X[:1], 0),
+    aten.roll.default: (X, [1], [0]),
+    aten.pixel_shuffle.default: (IMAGE, 2),
+    aten.pixel_unshuffle.default: (IMAGE, 2),
+    aten._unsafe_index.Tensor: (X, [torch.tensor([1, 0])]),
+    aten.as_strided.default: (X, [2, 2], [4, 1]),
+    aten.diagonal.default: (M,),
+    aten.unfold.default: (X, 1, 2, 1),
+    aten.im2col.default: (IMAGE, [2, 2], [1, 1], [0, 0], [1, 1]),
+    aten.reflection_pad2d.default: (IMAGE, [1, 1, 1, 1]),
+    aten.replication_pad2d.default: (IMAGE, [1, 1, 1, 1]),
+    aten.topk.default: (X, 2),
+    aten.slice_scatter.default: (X, Y[:1], 0, 0, 1),
+    aten.select_scatter.default: (X, Y[0], 0, 0),
+    aten.as_strided_scatter.default: (X, M, [3, 4], [4, 1]),
+    aten.index_put.default: (X, [torch.tensor([1])], Y[:1]),
+    aten._unsafe_index_put.default: (X, [torch.tensor([1])], Y[:1]),
+    aten.scatter.src: (X, 0, torch.zeros(2, 3, 4, dtype=torch.int64), Y),
+    aten.scatter.value: (X, 0, torch.zeros(1, 3, 4, dtype=torch.int64), 0.0),
+    aten.scatter_add.default: (X, 0, torch.zeros(2, 3, 4, dtype=torch.int64), Y),
+    aten.index_add.default: (X, 0, torch.tensor([1]), Y[:1]),
+    aten._scaled_dot_product_flash_attention_for_cpu.default: (X[None], Y[None], X[None] + 1),
+    aten.max.dim: (X, 1),
+    aten.min.dim: (X, 1),
+    aten._adaptive_avg_pool2d.default: (IMAGE, [2, 2]),
+    aten.max_pool2d_with_indices.default: (IMAGE, [2, 2]),
+    aten.nll_loss_forward.default: (M, LABELS, M[0].abs(), 1, -100),
+    aten.nll_loss2d_forward.default: (IMAGE, IMAGE[:, 0].gt(0).long(), None, 1, -100),
+    aten.linalg_vector_norm.default: (X, 2, [1]),
+    aten.threshold_backward.default: (X, Y, 0),
+    aten.leaky_relu_backward.default: (X, Y, 0.1, False),
+    aten.gelu_backward.default: (X, Y),
+    aten.silu_backward.default: (X, Y),
+    aten.mish_backward.default: (X, Y),
+    aten.elu_backward.default: (X, 1.0, 1.0, 1.0, False, Y),
+    aten.sigmoid_backward.default: (X, Y),
+    aten.tanh_backward.default: (X, Y),
+    aten.hardtanh_backward.default: (X, Y, -1.0, 1.0),
+    aten.hardswish_backward.default: (X, Y),
+    aten.hardsigmoid_backward.default: (X, Y),
+    aten.softplus_backward.default: (X, Y, 1.0, 20.0),
+    aten.log_sigmoid_backward.default: (X, Y, Y),
+    aten._softmax_backward_data.default: (X, Y, -1, torch.float64),
+    aten._log_softmax_backward_data.default: (X, Y, -1, torch.float64),
+    aten.native_dropout_backward.default: (X, Y > 0, 2.0),
+    aten.glu_backward.default: (X[..., :2], Y, -1),
+    aten.embedding_dense_backward.default: (M, LABELS, 5, -1, False),
+    aten.native_layer_norm_backward.default: (X, Y, [4], *STATISTICS, M[0].clone(), M[1].clone(),
+                                              BOTH),
+    aten.native_group_norm_backward.default: (IMAGE, IMAGE + 1, *GROUPED, GRID[0], 2, 4, 36, 2,
+                                              BOTH),
+    aten.native_batch_norm_backward.default: (X, Y, M[:, 0], None, None, M[:, 1], M[:, 2], True,
+                                              1e-5, BOTH),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (
+        X[None], X[None], Y[None], X[None] + 1, OUT, LSE, 0.0, False),
+    aten.nll_loss_backward.default: (M[0, 0], M, LABELS, None, 1, -100, M[1, 1]),
+    aten.nll_loss2d_backward.default: (M[0, 0], IMAGE, IMAGE[:, 0].gt(0).long(), None, 1, -100,
+                                       M[1, 1]),
+    aten.avg_pool2d_backward.default: (POOLED, IMAGE, [2, 2], [2, 2], [0, 0], False, True, None),
+    aten._adaptive_avg_pool2d_backward.default: (POOLED, IMAGE),
+    aten.max_pool2d_with_indices_backward.default: (POOLED, IMAGE, [2, 2], [2, 2], [0, 0], [1, 1],
+                                                    False, PLACES),
+    aten.upsample_nearest2d_backward.default: (IMAGE, [6, 6], [2, 4, 3, 3]),
+    aten.upsample_bilinear2d_backward.default: (IMAGE, [6, 6], [2, 4, 3, 3], False),
+    aten.slice_backward.default: (X[:1], [2, 3, 4], 0, 0, 1, 1),
+    aten.select_backward.default: (X[0], [2, 3, 4], 0, 0),
+    aten.diagonal_backward.default: (M[:, 0], [3, 4], 0, 0, 1),
+    aten.unfold_backward.default: (Y[:, :, :2, None].expand(2, 3, 2, 2), [2, 3, 3], 2, 2, 1),
+    aten.col2im.default: (aten.im2col(IMAGE, [2, 2], [1, 1], [0, 0], [1, 1]), [6, 6], [2, 2],
+                          [1, 1], [0, 0], [1, 1]),
+    aten.reflection_pad2d_backward.default: (IMAGE, IMAGE[..., 1:-1, 1:-1], [1, 1, 1, 1]),
+    aten.replication_pad2d_backward.default: (IMAGE, IMAGE[..., 1:-1, 1:-1], [1, 1, 1, 1]),
+    aten.convolution_backward.default: (
+        Y[:, :2, :3], X, Y[:, :, :2], [2], [1], [0], [1], False, [0], 1, BOTH),
+    aten.mse_loss_backward.default: (X, Y, X + 1, 1),
+    aten.eq.Scalar: (X, 0),
+    aten.full.default: ([2], 3.0),
+    aten.zeros.default: ([2],),
+    aten.ones.default: ([2],),
+    aten.arange.default: (3,),
+    aten.arange.start: (1, 3),
+    aten.arange.start_step: (1, 3, 1),
+    aten.scalar_tensor.default: (2.0,),
+    aten.eye.default: (3,),
+    aten.full_like.default: (X, 3.0),
+    aten.new_zeros.default: (X, [2]),
+    aten.new_ones.default: (X, [2]),
+    aten.new_full.default: (X, [2], 3.0),
+} | {op: (X > 0, Y > 0) for op in (aten.logical_and.default, aten.logical_or.default,
+                                  aten.bitwise_and.Tensor, aten.bitwise_or.Tensor)} | {
+    op: (X > 0,) for op in (aten.bitwise_not.default, aten.any.default, aten.all.default)} | {
+    op: (X > 0, 1) for op in (aten.any.dim, aten.all.dim)} | {
+    op: (X, Y) for op in (aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor,
+                          aten.gt.Tensor, aten.ge.Tensor)} | {
+    op: (X, 0) for op in (aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar,
+                          aten.ge.Scalar)}
+# what they return is arbitrary or random, or they do not run on a CPU
+UNDEFINED = {aten._fused_rms_norm_backward.default,
+             aten.empty.memory_format, aten.rand.default, aten.randn.default, aten.randint.default,
+             aten.randint.low, aten.empty_like.default, aten.rand_like.default,
+             aten.randn_like.default, aten.new_empty.default}
 HOMOGENEOUS = [line.op for line in coverage() if line.homogeneity]
 
 
@@ -87,33 +217,85 @@ def op_named(name: str):
     return getattr(getattr(aten, packet), overload)
 
 
+def call_node(op, args):
+    """A graph node that calls ``op``, as passes see it."""
+    graph = torch.fx.Graph()
+
+    def placeholder(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        node = graph.placeholder("x")
+        node.meta["val"] = value
+        return node
+
+    node = graph.call_function(op, torch.utils._pytree.tree_map(placeholder, args))
+    node.meta["val"] = op(*args)
+    return node
+
+
 def scaled(argument, by):
     if isinstance(argument, list):
-        return [item * by for item in argument]
-    return argument * by
+        return [scaled(item, by) for item in argument]
+    is_float = isinstance(argument, torch.Tensor) and argument.is_floating_point()
+    return argument * by if is_float else argument
+
+
+def flat(result):
+    return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
 @pytest.mark.parametrize("name", HOMOGENEOUS)
 def test_homogeneity_holds_on_numbers(name):
     op = op_named(name)
-    law = rule_for(op).homogeneity
+    if op in UNDEFINED:
+        return
     args = EXAMPLES.get(op, (X,))
-    powers = {index: 2.0 ** (index + 1) for index in law.degrees if index < len(args)}
-    total = torch.tensor(1.0, dtype=torch.float64)
-    for index, power in powers.items():
-        total = total * power ** law.degrees[index]
-    free = 4.0 if law.follows and not law.degrees else float(total)
-    changed = list(args)
-    for index, power in powers.items():
-        changed[index] = scaled(args[index], power)
+    law = rule_for(op).law(call_node(op, args))
+    powers = {index: 2.0 ** (index + 1) for index in law.scaled if index < len(args)}
+    changed = [scaled(arg, powers.get(index, 1.0)) for index, arg in enumerate(args)]
+
+    def factor(output):
+        result = 1.0
+        for index, degree in law.of_output(output).items():
+            result *= powers.get(index, 1.0) ** degree
+        return result
+
+    follower = factor(0) if law.scaled or not law.follows else 4.0
     for index in law.follows:
-        if index < len(args) and args[index] is not None:
-            changed[index] = scaled(args[index], free)
-    got, want = op(*changed), op(*args)
-    pairs = zip(got, want, strict=True) if isinstance(got, (tuple, list)) else [(got, want)]
+        if index < len(args):
+            changed[index] = scaled(args[index], follower)
     tolerance = 1e-12 if law.exact else 5e-3
-    for actual, expected in pairs:
-        torch.testing.assert_close(actual, expected * free, rtol=tolerance, atol=tolerance)
+    for output, (got, want) in enumerate(zip(flat(op(*changed)), flat(op(*args)), strict=True)):
+        by = (factor(output) if law.scaled else follower) if want.is_floating_point() else 1
+        torch.testing.assert_close(got, want * by if by != 1 else want, rtol=tolerance,
+                                   atol=tolerance)
+
+
+CONDITIONAL = [
+    (aten.add.Scalar, (X, 1.0)),
+    (aten.pow.Tensor_Scalar, (X.abs(), 0.5)),
+    (aten.clamp.default, (X, 0, 6.0)),
+    (aten.clamp_min.default, (X, 1e-6)),
+    (aten.masked_fill.Scalar, (X, X > 0, -1e4)),
+    (aten.constant_pad_nd.default, (X, [1, 1], 2.0)),
+    (aten.scatter.value, (X, 0, torch.zeros(1, 3, 4, dtype=torch.int64), 1.0)),
+    (aten.gt.Scalar, (X, 0.5)),
+    (aten.threshold_backward.default, (X, Y, 0.1)),
+    (aten.linalg_vector_norm.default, (X, 0, [1])),
+]
+
+
+@pytest.mark.parametrize(("op", "args"), CONDITIONAL, ids=[str(c[0]) for c in CONDITIONAL])
+def test_constants_that_have_a_scale_refuse_one(op, args):
+    assert rule_for(op).law(call_node(op, args)) is None
+
+
+def test_a_cast_passes_scales_between_float_types_only():
+    rule = rule_for(aten._to_copy.default)
+    node = call_node(aten.alias.default, (X,))
+    for dtype, passes in ((torch.bfloat16, True), (torch.float16, True), (torch.int32, False)):
+        node.meta["val"] = X.to(dtype)
+        assert (rule.law(node) is not None) == passes
 
 
 class OneOp(nn.Module):
@@ -154,7 +336,7 @@ def test_what_moves_keeps_every_element(line):
     rule = rule_for(op_named(line.op))
     if not rule.moves:
         return
-    args = EXAMPLES[rule.op]
+    args = EXAMPLES.get(rule.op, (X,))
     assert set(rule.op(*args).flatten().tolist()) == set(args[0].flatten().tolist())
 
 

@@ -1,0 +1,82 @@
+"""Homogeneity that depends on an operator's constants.
+
+Zero and ±∞ are the same at every scale; no other number is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+
+from scaleprop.rules.base import Homogeneity
+
+PASSES = Homogeneity({0: 1})
+
+
+def scale_free(value: Any) -> bool:
+    """Whether a Python number is the same at every scale."""
+    return isinstance(value, (int, float)) and (value == 0 or math.isinf(value))
+
+
+def constant(node: torch.fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """An argument, given by place or by name."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def passes_with(
+    index: int, name: str, default: Any = None
+) -> Callable[[torch.fx.Node], Homogeneity | None]:
+    """Argument 0 passes its scale where the constant ``name`` is scale-free."""
+
+    def law(node: torch.fx.Node) -> Homogeneity | None:
+        return PASSES if scale_free(constant(node, index, name, default)) else None
+
+    return law
+
+
+def compared(node: torch.fx.Node) -> Homogeneity | None:
+    """x ⋛ number: signs and infinities can be told at any scale."""
+    return Homogeneity({0: 0}) if scale_free(node.args[1]) else None
+
+
+def clamp(node: torch.fx.Node) -> Homogeneity | None:
+    """clamp(x, min, max)."""
+    bounds = (constant(node, 1, "min"), constant(node, 2, "max"))
+    return PASSES if all(bound is None or scale_free(bound) for bound in bounds) else None
+
+
+def power(node: torch.fx.Node) -> Homogeneity | None:
+    """x^n for an integer n: a power of two stays one."""
+    exponent: Any = node.args[1]
+    return Homogeneity({0: int(exponent)}) if float(exponent).is_integer() else None
+
+
+def shifted(node: torch.fx.Node) -> Homogeneity | None:
+    """x ± number."""
+    return PASSES if scale_free(node.args[1]) else None
+
+
+def cast(node: torch.fx.Node) -> Homogeneity | None:
+    """Between float types: rounding is relative, and powers of two move only the exponent."""
+    source: Any = node.args[0]
+    types = [value.dtype for value in (source.meta["val"], node.meta["val"])]
+    return PASSES if all(dtype.is_floating_point for dtype in types) else None
+
+
+def threshold_gradient(node: torch.fx.Node) -> Homogeneity | None:
+    """threshold_backward(dy, x, threshold): where x > threshold."""
+    return Homogeneity({0: 1, 1: 0}) if scale_free(node.args[2]) else None
+
+
+def leaky_gradient(node: torch.fx.Node) -> Homogeneity:
+    """leaky_relu_backward(dy, x, …): the sign of x decides."""
+    return Homogeneity({0: 1, 1: 0})
+
+
+def counted(node: torch.fx.Node) -> Homogeneity | None:
+    """The p-norm, in units of x for every p but 0, which counts."""
+    return None if constant(node, 1, "ord", 2) == 0 else PASSES

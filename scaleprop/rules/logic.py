@@ -1,0 +1,56 @@
+"""Comparisons, masks and places: they read scales, and their results have none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from scaleprop.rules import axes, laws
+from scaleprop.rules.base import Homogeneity, Rule, register
+
+aten: Any = torch.ops.aten
+
+for _op in (
+    aten.eq.Tensor,
+    aten.ne.Tensor,
+    aten.lt.Tensor,
+    aten.le.Tensor,
+    aten.gt.Tensor,
+    aten.ge.Tensor,
+):
+    register(Rule(op=_op, family="logic", homogeneity=Homogeneity(follows=(0, 1)),
+                  axes=axes.identity))  # fmt: skip
+for _op in (
+    aten.eq.Scalar,
+    aten.ne.Scalar,
+    aten.lt.Scalar,
+    aten.le.Scalar,
+    aten.gt.Scalar,
+    aten.ge.Scalar,
+):
+    register(Rule(op=_op, family="logic", homogeneity=laws.compared, axes=axes.identity))
+for _op in (
+    aten.isnan.default,
+    aten.isinf.default,
+    aten.logical_not.default,
+    aten.bitwise_not.default,
+):
+    register(Rule(op=_op, family="logic", homogeneity=Homogeneity({0: 0}), axes=axes.identity))
+for _op in (
+    aten.logical_and.default,
+    aten.logical_or.default,
+    aten.bitwise_and.Tensor,
+    aten.bitwise_or.Tensor,
+):
+    register(Rule(op=_op, family="logic", homogeneity=Homogeneity({0: 0, 1: 0}),
+                  axes=axes.identity))  # fmt: skip
+for _op in (
+    aten.argmax.default,
+    aten.argmin.default,
+    aten.any.default,
+    aten.any.dim,
+    aten.all.default,
+    aten.all.dim,
+):
+    register(Rule(op=_op, family="logic", homogeneity=Homogeneity({0: 0})))
