@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quantized_graphs import Linear, linear
+from quantized_graphs import OPS, Graph, Linear, linear
 
 import scaleprop
 from scaleprop.backends.onnxruntime.quantized import lowering, products
@@ -180,14 +180,32 @@ def test_zero_rows_and_zero_columns(x_format: str, w_format: str, tmp_path: Path
     assert torch.equal(built.built(torch.zeros(4, 128)), torch.ones(4, 16))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_infinity_poison_their_rows_alone(bad: float, tmp_path: Path) -> None:
-    x = torch.randn(3, 128)
-    x[1, 40] = bad
-    built = linear(x, torch.randn(8, 128), None, "mxfp4", "mxfp4", tmp_path)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), -float("nan")])
+@pytest.mark.parametrize("fmt", ["mxfp4", "mxfp6", "mxfp4:rceil", "mxfp8"])
+@pytest.mark.parametrize("count", [2, 4])
+def test_nan_and_infinity_poison_their_rows_alone(bad: float, fmt: str, count: int, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever in a block they are."""
+    forced(monkeypatch, LimbProduct(count, 2))
+    x = torch.randn(70, 128)
+    built = linear(x, torch.randn(8, 128), None, fmt, fmt, tmp_path)
+    clean = built.built(x)
+    for index in range(1, 33):
+        x[index, 40 + index] = bad
     got, want = built.built(x), built.reference(x)
     assert torch.equal(got.isnan(), want.isnan())
-    assert torch.equal(got[[0, 2]], want[[0, 2]])
+    assert torch.equal(got[33:], clean[33:])
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp8:rceil"])
+def test_no_nan_is_lost_in_a_block(name: str, tmp_path: Path) -> None:
+    graph = Graph()
+    built = graph.build(graph.call(OPS.fake_quantize.default, graph.input(torch.randn(64, 64)),
+                                   name), tmp_path)
+    x = torch.randn(64, 64)
+    for index in range(64):
+        x[index, index] = float("nan")
+    assert torch.equal(built(x).isnan(), OPS.fake_quantize(x, name).isnan())
 
 
 @pytest.mark.parametrize("zero_point", [False, True])

@@ -80,8 +80,14 @@ class Emitter:
     def power_below(self, x: ir.Value) -> ir.Value:
         """2^⌊log2 |x|⌋ from the exponent bits; 0 for 0 and subnormals, Inf for Inf and NaN."""
         mask = self.builder.constant(0x7F800000, np.int32)
-        bits = self("BitwiseAnd", self("BitCast", x, to=INT32), mask)
-        return self("BitCast", bits, to=FLOAT)
+        return self("BitCast", self("BitwiseAnd", self.bits(x), mask), to=FLOAT)
+
+    def bits(self, x: ir.Value) -> ir.Value:
+        """The bits of float32 values as int32; what they were made from, where that is known."""
+        source = x.producer()
+        if source is not None and source.op_type == "BitCast" and source.inputs[0] is not None:
+            return source.inputs[0]
+        return self("BitCast", x, to=INT32)
 
     def quantize_u8(self, x: ir.Value, scale: Operand, zero: ir.Value | int) -> ir.Value:
         """uint8 codes clamp(RNE(x/scale) + zero, 0, 255)."""

@@ -40,14 +40,15 @@ class Codes:
 
 @dataclasses.dataclass(frozen=True)
 class Limbs:
-    """x̂[..., k] = outer · Σ_i factors[..., 0, i] · (codes[..., i, k] - 128).
+    """x̂[..., k] = outer · unit[...] · Σ_i steps[i] · (codes[..., i, k] - 128).
 
-    codes: uint8 [..., L, K]; factors: float32 [..., 1, L]; outer: () or None. L may be found when
-    the graph runs.
+    codes: uint8 [..., L, K]; steps: float32 [L], powers of two; unit: float32 [..., 1]; outer: ()
+    or None. L may be found when the graph runs.
     """
 
     codes: ir.Value
-    factors: ir.Value
+    steps: ir.Value
+    unit: ir.Value
     outer: ir.Value | None
 
 
@@ -220,14 +221,24 @@ class Quantized:
     def _make_limbs(self, count: int) -> Limbs:
         e = self.e
         row = self._row(growing=count < MOST_LIMBS)
-        # NaN survives no integer: a row that holds one gets factors of NaN
-        total = e.reduce("ReduceSum", row.values, [-1], keep=True)
-        row = dataclasses.replace(row, unit=e("Add", row.unit, e("Sub", total, total)))
+        # NaN survives no integer: a row that holds one gets a unit of NaN
+        unit = e("Add", row.unit, self._poison(row))
         if count == MOST_LIMBS:
-            codes, factors = _all_limbs(e, row)
+            codes, steps = _all_limbs(e, row)
         else:
-            codes, factors = _Splitter(e, self._window, row).split(count, row.values, [])
-        return Limbs(codes, factors, row.outer)
+            codes, steps = _Splitter(e, self._window, row).split(count, row.values, [])
+        return Limbs(codes, steps, unit, row.outer)
+
+    def _poison(self, row: _Row) -> ir.Value:
+        """NaN in rows that hold what is not finite, 0 in others, [..., 1]."""
+        e, fmt = self.e, self.format
+        if fmt is None or fmt.block is None or self.scales.largest is None:
+            total = e.reduce("ReduceSum", row.values, [-1])
+            return e("Sub", total, total)
+        if scales.keeps_infinity(fmt):
+            return e("Sub", row.unit, row.unit)
+        largest = self.scales.largest
+        return e.reduce("ReduceSum", e("Sub", largest, largest), [-1], keep=True)
 
     def _window(self, count: int) -> float:
         """The smallest block scale, in units of the row, that ``count`` limbs hold exactly."""
@@ -245,7 +256,7 @@ class Quantized:
         if fmt is not None and self.integer_rows:
             unit = 2.0 if fmt.zero_point else 1.0
             return _Row(e.unsqueeze(e("Mul", self._grid, 1.0 / unit), -2),
-                        e.unsqueeze(e("Mul", self.scales.scale, unit), -2))
+                        e("Mul", self.scales.scale, unit))
         if fmt is None or fmt.block is None:
             return _normalized(e, self.fake)
         found, gain = self.scales, _gain(fmt)
@@ -259,7 +270,7 @@ class Quantized:
         if growing and self.closes_exactly and found.largest is not None:
             empty = e("Equal", found.largest, 0.0)
             lowest = e.reduce("ReduceMin", e("Where", empty, 1.0, relative), None)
-        return _Row(values, e.unsqueeze(top, -1), gain, found.outer, lowest)
+        return _Row(values, top, gain, found.outer, lowest)
 
     # ---- float rows for a kernel that quantizes to int8 blocks itself --------------------------
 
@@ -319,7 +330,7 @@ def _smallest(fmt: ScaledFormat) -> float:
 class _Row:
     """x̂ = outer · unit · values, in a form that limbs are cut from: |values · gain| ≤ 127.
 
-    values: [..., 1, K]; unit: [..., 1, 1]; outer: () or None. lowest: the smallest scale of a block
+    values: [..., 1, K]; unit: [..., 1]; outer: () or None. lowest: the smallest scale of a block
     that is not zero, in units; it tells how many limbs are exact. None where there are no more
     limbs than asked for.
     """
@@ -330,9 +341,9 @@ class _Row:
     outer: ir.Value | None = None
     lowest: ir.Value | None = None
 
-    def factors(self, e: Emitter, count: int) -> ir.Value:
-        """What limbs are multiplied by, [..., 1, count]."""
-        return e("Mul", self.unit, e.f32([self.step(index) for index in range(count)]))
+    def steps(self, e: Emitter, count: int) -> ir.Value:
+        """What limbs are multiplied by, [count], in units."""
+        return e.f32([self.step(index) for index in range(count)])
 
     def step(self, index: int) -> float:
         """The worth of 1 in this limb, in units."""
@@ -341,10 +352,9 @@ class _Row:
 
 def _normalized(e: Emitter, x: ir.Value) -> _Row:
     """Rows in units of amax/127."""
-    x = e.unsqueeze(x, -2)
     unit = e("Mul", scales.amax(e, x, [-1], keep=True), 1.0 / 127.0)
     unit = e("Max", unit, 2.0**-120)
-    return _Row(e("Div", x, unit), unit)
+    return _Row(e.unsqueeze(e("Div", x, unit), -2), unit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,7 +369,7 @@ class _Splitter:
     row: _Row
 
     def split(self, count: int, rest: ir.Value, limbs: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        """(codes [..., L, K], factors [..., 1, L]), L ≥ count; ``rest`` is what ``limbs`` lack."""
+        """(codes [..., L, K], steps [L]), L ≥ count; ``rest`` is what ``limbs`` lack."""
         index = len(limbs)
         scale = self.row.step(index)
         code = self.e.quantize_u8(rest, scale, ZERO)
@@ -381,11 +391,12 @@ class _Splitter:
     def _joined(self, limbs: Sequence[ir.Value]) -> Sequence[ir.Value]:
         e = self.e
         codes = e("Concat", *limbs, axis=-2) if len(limbs) > 1 else e("Identity", *limbs)
-        return codes, self.row.factors(e, len(limbs))
+        # a branch must compute what it returns
+        return codes, e("Identity", self.row.steps(e, len(limbs)))
 
 
 def _all_limbs(e: Emitter, row: _Row) -> tuple[ir.Value, ir.Value]:
-    """All limbs that there can be, in few nodes: (codes [..., L, K], factors [..., 1, L]).
+    """All limbs that there can be, in few nodes: (codes [..., L, K], steps [L]).
 
     Adding and subtracting a large number rounds to the step of each limb but the last; a limb is
     the difference of neighbours. All of it is exact.
@@ -396,4 +407,4 @@ def _all_limbs(e: Emitter, row: _Row) -> tuple[ir.Value, ir.Value]:
     differences = np.eye(count) - np.eye(count, k=-1)
     steps = np.array([[row.step(index)] for index in range(count)])
     codes = e.quantize_u8(e("MatMul", e.f32(differences / steps), rounded), 1.0, ZERO)
-    return codes, row.factors(e, count)
+    return codes, row.steps(e, count)

@@ -177,11 +177,13 @@ class LimbProduct(Candidate):
         outer = 1.0 if limbs.outer is None else limbs.outer
         y = e.contrib("MatMulIntegerToFloat", limbs.codes, matrix, outer, columns, e.u8(ZERO),
                       p.w.zero_points(e) if p.w.integer_columns else None)
-        y = e("MatMul", limbs.factors, y)
-        if self.w_limbs == 1:
-            return with_bias(e, e.squeeze(y, -2), p)
-        y = e("Reshape", y, e.ints(*[0] * (p.x.rank - 1), self.w_limbs, p.w.outputs))
-        return with_bias(e, e.reduce("ReduceSum", y, [-2]), p)
+        steps = limbs.steps
+        if self.w_limbs > 1:  # limbs of the weight lie side by side: one sum over all pairs
+            y = e("Reshape", y, e.ints(*[0] * (p.x.rank - 1), -1, p.w.outputs))
+            pairs = e("Expand", e.unsqueeze(steps, -1), e.ints(1, self.w_limbs))
+            steps = e("Reshape", pairs, e.ints(-1))
+        factors = e("Mul", e.unsqueeze(limbs.unit, -1), steps)
+        return with_bias(e, e.squeeze(e("MatMul", factors, y), -2), p)
 
 
 @dataclasses.dataclass(frozen=True)

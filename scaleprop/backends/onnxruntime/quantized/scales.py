@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from scaleprop.backends.onnxruntime.quantized.emit import FLOAT, UINT8, Emitter
+from scaleprop.backends.onnxruntime.quantized.emit import FLOAT, INT32, UINT8, Emitter
 from scaleprop.backends.onnxruntime.quantized.rounding import round_scale
 from scaleprop.formats.elements import IntegerElement
 from scaleprop.formats.scaled import FLT_MAX, POWER_RULES, ScaledFormat
@@ -65,8 +65,12 @@ def amax(e: Emitter, x: ir.Value, axes: Sequence[int] | None, keep: bool) -> ir.
 
 
 def block_amax(e: Emitter, x: ir.Value) -> ir.Value:
-    """max |x| along the last axis: as fast as ``amax`` on blocks, in fewer nodes."""
-    return e.reduce("ReduceMax", e("Abs", x), [-1])
+    """max |x| along the last axis; NaN where there is one.
+
+    Bits of |x| are in the order of |x|, NaN above all: onnxruntime's maximum of floats may lose it.
+    """
+    bits = e("BitCast", e("Abs", x), to=INT32)
+    return e("BitCast", e.reduce("ReduceMax", bits, [-1]), to=FLOAT)
 
 
 def grouped_axes(fmt: ScaledFormat, rank: int) -> tuple[Sequence[int] | None, bool]:
@@ -94,9 +98,14 @@ def find(e: Emitter, grouped: ir.Value, fmt: ScaledFormat, rank: int) -> Scales:
     return Scales(one_level(e, largest, fmt), largest=largest)
 
 
+def keeps_infinity(fmt: ScaledFormat) -> bool:
+    """Whether the scale of a block that holds NaN or Inf is Inf; otherwise it is NaN."""
+    return fmt.rule == "floor" and not fmt.scale.has_zero and not fmt.two_level
+
+
 def one_level(e: Emitter, largest: ir.Value, fmt: ScaledFormat) -> ir.Value:
-    """The scale of groups whose largest magnitude is ``largest``; NaN where that is not finite."""
-    if fmt.rule == "floor" and not fmt.scale.has_zero:  # Inf stays Inf: its values become NaN
+    """The scale of groups whose largest magnitude is ``largest``; see ``keeps_infinity``."""
+    if keeps_infinity(fmt):  # its values become NaN
         scale = e("Mul", e.power_below(largest), 2.0**-fmt.element.emax)
         return e("Max", scale, 2.0**-127)
     if fmt.rule in POWER_RULES or not fmt.scale.has_zero:
