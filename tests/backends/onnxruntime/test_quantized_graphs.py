@@ -58,6 +58,22 @@ def test_rounding_on_and_around_every_tie(name: str, tmp_path: Path) -> None:
     assert torch.equal(got, OPS.fake_quantize(x, fmt, scales=one))
 
 
+@pytest.mark.parametrize("octave", [0, -123, -126, -130, -140, 100, 125])
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp6"])
+def test_rounding_in_blocks_around_every_tie(name: str, octave: int, tmp_path: Path) -> None:
+    """The same with scales found from the data, the smallest and the largest among them."""
+    item = element("e2m1" if name == "mxfp4" else "e2m3")
+    step = item.smallest / 2
+    points = torch.arange(-8.0, 8.0, step)
+    inf = torch.tensor(float("inf"))
+    x = torch.cat([points, torch.nextafter(points, inf), torch.nextafter(points, -inf)])
+    x = x[x.abs() < 8.0]
+    x = torch.cat([x, torch.randn(-len(x) % 31)]).reshape(-1, 31)
+    x = torch.cat([torch.full_like(x[:, :1], 4.0), x], 1).flatten()[None]
+    x = x * 2.0 ** (octave // 2) * 2.0 ** (octave - octave // 2)
+    assert torch.equal(fake_quantized(x, name, tmp_path), OPS.fake_quantize(x, name))
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_fake_quantize_along_another_axis(axis: int, tmp_path: Path) -> None:
     x = torch.randn(64, 32, 3)

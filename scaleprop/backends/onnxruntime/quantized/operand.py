@@ -149,9 +149,13 @@ class Quantized:
 
     @functools.cached_property
     def _grid(self) -> ir.Value:
-        """Rounded values in units of the element (zero point subtracted), grouped."""
+        """Rounded values in units of the scale (zero point subtracted), grouped."""
         e, fmt, found = self.e, self.format, self.scales
         assert fmt is not None
+        if found.fine:
+            assert isinstance(fmt.element, FloatElement)
+            units = e("Div", self._grouped, self._spread(found.scale))
+            return rounding.round_fine(e, units, fmt.element)
         if found.encode is not None:
             units = e("Mul", self._grouped, self._spread(found.encode))
         elif fmt.rule in POWER_RULES and not self.static:
@@ -270,7 +274,7 @@ class Quantized:
         if growing and self.closes_exactly and found.largest is not None:
             empty = e("Equal", found.largest, 0.0)
             lowest = e.reduce("ReduceMin", e("Where", empty, 1.0, relative), None)
-        return _Row(values, top, gain, found.outer, lowest)
+        return _Row(values, top, gain, found.outer, lowest, found.fine)
 
     # ---- float rows for a kernel that quantizes to int8 blocks itself --------------------------
 
@@ -328,7 +332,7 @@ def _smallest(fmt: ScaledFormat) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """x̂ = outer · unit · values, in a form that limbs are cut from: |values · gain| ≤ 127.
+    """x̂ = outer · unit · values, in a form that limbs are cut from: |values·gain| ≤ 127·2^fine.
 
     values: [..., 1, K]; unit: [..., 1]; outer: () or None. lowest: the smallest scale of a block
     that is not zero, in units; it tells how many limbs are exact. None where there are no more
@@ -340,6 +344,7 @@ class _Row:
     gain: float = 1.0
     outer: ir.Value | None = None
     lowest: ir.Value | None = None
+    fine: int = 0
 
     def steps(self, e: Emitter, count: int) -> ir.Value:
         """What limbs are multiplied by, [count], in units."""
@@ -347,7 +352,7 @@ class _Row:
 
     def step(self, index: int) -> float:
         """The worth of 1 in this limb, in units."""
-        return BASE**-index / self.gain
+        return math.ldexp(BASE**-index / self.gain, self.fine)
 
 
 def _normalized(e: Emitter, x: ir.Value) -> _Row:

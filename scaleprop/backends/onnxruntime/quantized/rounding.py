@@ -63,6 +63,30 @@ def round_to(e: Emitter, x: ir.Value, element: ElementFormat) -> ir.Value:
     return _on_grid(e, x, e("Abs", x), element)
 
 
+def fineness(element: ElementFormat) -> int:
+    """t > 0 where ``round_fine`` rounds values in units of 2^-t; 0 where it does not."""
+    if not isinstance(element, FloatElement) or not element.signed or not element.has_zero:
+        return 0
+    fits = element.mantissa_bits == 1 and element.emax == element.emin + 2
+    return 19 - element.emin if fits else 0
+
+
+def round_fine(e: Emitter, x: ir.Value, element: FloatElement) -> ir.Value:
+    """``round_to`` in units of 2^-t, in fewer nodes, for three binades of one mantissa bit.
+
+    With the smallest binade [1, 2) and u = |x|, 3/2 + u²/8 lies in the binade of u, or in [1, 2)
+    below, but for 4 ≤ u < √20, where the finer grid gives 4 too. So it times 2^23 steps is the
+    constant to add and subtract. In these units that is x² + 3/2·2^23 steps. Adding and subtracting
+    a larger constant leaves trailing zeros.
+    """
+    fine = fineness(element)
+    x = e("Clip", x, math.ldexp(float(element.min), fine), math.ldexp(float(element.max), fine))
+    steps = fine + element.emin - element.mantissa_bits + 23
+    lowest, coarse = math.ldexp(1.5, steps), math.ldexp(1.5, steps + 10)
+    magic = e("Sub", e("Add", e("Mul", x, x), coarse), coarse - lowest)
+    return e("Sub", e("Add", x, magic), magic)
+
+
 def round_scale(e: Emitter, x: ir.Value, element: FloatElement) -> ir.Value:
     """``round_to`` of what is neither negative nor above the largest value."""
     return _on_grid(e, x, x, element)

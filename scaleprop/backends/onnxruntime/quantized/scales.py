@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from scaleprop.backends.onnxruntime.quantized.emit import FLOAT, INT32, UINT8, Emitter
-from scaleprop.backends.onnxruntime.quantized.rounding import round_scale
+from scaleprop.backends.onnxruntime.quantized.rounding import fineness, round_scale
 from scaleprop.formats.elements import IntegerElement
 from scaleprop.formats.scaled import FLT_MAX, POWER_RULES, ScaledFormat
 from scaleprop.formats.scales import target
@@ -29,7 +29,7 @@ class Scales:
 
     scale: float32. encode: what data is multiplied by instead of divided by scale (two levels).
     outer: the tensor scale, (). zero_code, zero_point: the zero point in uint8 and in float32.
-    largest: the groups' largest magnitudes.
+    largest: the groups' largest magnitudes. fine: ``scale`` is 2^-fine of the format's.
     """
 
     scale: ir.Value
@@ -38,6 +38,7 @@ class Scales:
     zero_code: ir.Value | None = None
     zero_point: ir.Value | None = None
     largest: ir.Value | None = None
+    fine: int = 0
 
 
 def why_not(fmt: ScaledFormat, given: int) -> str | None:
@@ -95,7 +96,8 @@ def find(e: Emitter, grouped: ir.Value, fmt: ScaledFormat, rank: int) -> Scales:
     largest = block_amax(e, grouped) if blocks else amax(e, grouped, axes, keep)
     if fmt.two_level:
         return _find_two_level(e, largest, fmt)
-    return Scales(one_level(e, largest, fmt), largest=largest)
+    fine = fineness(fmt.element) if blocks and keeps_infinity(fmt) else 0
+    return Scales(one_level(e, largest, fmt, fine), largest=largest, fine=fine)
 
 
 def keeps_infinity(fmt: ScaledFormat) -> bool:
@@ -103,11 +105,11 @@ def keeps_infinity(fmt: ScaledFormat) -> bool:
     return fmt.rule == "floor" and not fmt.scale.has_zero and not fmt.two_level
 
 
-def one_level(e: Emitter, largest: ir.Value, fmt: ScaledFormat) -> ir.Value:
+def one_level(e: Emitter, largest: ir.Value, fmt: ScaledFormat, fine: int = 0) -> ir.Value:
     """The scale of groups whose largest magnitude is ``largest``; see ``keeps_infinity``."""
     if keeps_infinity(fmt):  # its values become NaN
-        scale = e("Mul", e.power_below(largest), 2.0**-fmt.element.emax)
-        return e("Max", scale, 2.0**-127)
+        scale = e("Mul", e.power_below(largest), 2.0 ** -(fmt.element.emax + fine))
+        return e("Max", scale, 2.0 ** -(127 + fine))
     if fmt.rule in POWER_RULES or not fmt.scale.has_zero:
         scale = _power_scale(e, largest, fmt)
         empty = largest
