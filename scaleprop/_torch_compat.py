@@ -138,6 +138,14 @@ def is_fake(value: Any) -> bool:
     return isinstance(value, FakeTensor)
 
 
+def same_kind(value: torch.Tensor) -> torch.Tensor:
+    """Another tensor of the same sizes, layout and dtype, without data where ``value`` has none."""
+    if not isinstance(value, FakeTensor):
+        return torch.empty_like(value)
+    with value.fake_mode:
+        return torch.empty_like(value)
+
+
 def symbolic_fake_mode() -> FakeTensorMode:
     """A mode in which sizes can be symbols, and parameters may stay real tensors."""
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())

@@ -52,7 +52,8 @@ def clamp(node: torch.fx.Node) -> Homogeneity | None:
 def power(node: torch.fx.Node) -> Homogeneity | None:
     """x^n for an integer n: a power of two stays one."""
     exponent: Any = node.args[1]
-    return Homogeneity({0: int(exponent)}) if float(exponent).is_integer() else None
+    whole = isinstance(exponent, (int, float)) and float(exponent).is_integer()
+    return Homogeneity({0: int(exponent)}) if whole else None
 
 
 def shifted(node: torch.fx.Node) -> Homogeneity | None:
