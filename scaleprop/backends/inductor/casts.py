@@ -5,7 +5,8 @@ row, which feed oneDNN's linears, three things are spelled differently:
 
 - Scales are written to memory between the pass that finds the range and the pass that rounds. Left
   to itself, Inductor repeats their computation, in scalar code, beside every few elements.
-- NaN is found as x ≠ x, because Inductor's ``isnan`` runs one element at a time.
+- NaN is found as x ≠ x, or in the comparison that clamps, because Inductor's ``isnan`` runs one
+  element at a time.
 - Casting to float8 rounds; there is no need to round before.
 """
 
@@ -47,11 +48,13 @@ def quantize(x: Tensor, format: str, axis: int = -1, rounding: str = "nearest",
     assert isinstance(fmt.element, IntegerElement)
     if found.zero_point is None:
         codes = units.round().clamp(-fmt.element.high, fmt.element.high)
+        codes = torch.where(codes == codes, codes, 0.0)  # NaN becomes code 0
     else:
         zero_point = stored(found.zero_point)
-        codes = (units.round() + zero_point).clamp(0.0, float(fmt.element.levels))
+        codes = units.round() + zero_point
+        codes = torch.where(codes > 0.0, codes, 0.0)  # NaN becomes code 0
+        codes = codes.clamp(max=float(fmt.element.levels))
         parts.append(grouping.compact(zero_point).to(torch.uint8))
-    codes = torch.where(codes == codes, codes, 0.0)  # NaN becomes code 0
     return [codes.to(data_dtype(fmt)), *parts]
 
 
