@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import sympy
 import torch
+from torch import nn
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
@@ -56,6 +57,50 @@ def test_equals_the_reference_at_any_size(compiled: Compiled, shape: tuple[int, 
     (actual,), (expected,) = compiled.executable([x]), compiled.reference([x])
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     assert relative_error(actual, expected) < 2e-6
+
+
+class Encoder(nn.Module):
+    """Two post-LN layers with fused projections; the sums are normalised, and one is returned."""
+
+    def __init__(self, width: int = 64, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = total = self.norms[0](x)
+        for qkv, out, norm in zip(self.qkv, self.out, self.norms[1:], strict=True):
+            q, k, v = qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+            total = x + out(mixed.transpose(1, 2).flatten(2))
+            x = norm(total)
+        return x, total
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-dynamic"])
+def test_residuals_added_in_place(recipe: str):
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 64)
+    made = program(Encoder(), (x,), recipe)
+    executable, code = run_and_get_code(lambda: InductorBackend().lower(made))
+    assert "\n".join(code).count("'sum'") == 2
+    for inputs in (x, torch.randn(1, 9, 64)):
+        kept = inputs.clone()
+        for _ in range(2):
+            for actual, expected in zip(executable([inputs]), ReferenceBackend().lower(made)(
+                    [inputs]), strict=True):
+                assert relative_error(actual, expected) < 2e-6
+        assert torch.equal(inputs, kept)
+
+
+def test_bfloat16_results_leave_the_linear_narrow_through_slices():
+    torch.manual_seed(0)
+    made = program(Encoder(), (torch.randn(2, 6, 64),), "int8")
+    graph = InductorBackend("bfloat16").lower(made).graph
+    kernels = [node.meta["val"] for node in graph.nodes if "qlinear" in str(node.target)]
+    assert [result.dtype for result in kernels if result.shape[-1] == 192] == [torch.bfloat16] * 2
 
 
 def test_input_is_read_only(compiled: Compiled):

@@ -67,6 +67,30 @@ def test_only_true_residuals_are_added_in_the_kernel():
     assert [linear.epilogue.add is not None for linear in planned(made)] == [True, False, False]
 
 
+class Residuals(nn.Module):
+    """Sums whose other operand may hold them, and two that must not be overwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.a, self.b, self.c, self.d = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first = x + self.a(x)  # the caller's
+        second = first + self.b(self.norm(first))
+        normal = self.norm(second)
+        third = normal + self.c(normal)
+        fourth = third + self.d(third)
+        return fourth, third.view(-1)  # third is still read
+
+
+def test_residuals_are_added_in_place_where_nobody_reads_them_later():
+    made = program(Residuals(), (torch.randn(3, 32),), "int8")
+    plan = planned(made)
+    assert all(linear.epilogue.add is not None for linear in plan)
+    assert [linear.epilogue.in_place for linear in plan] == [False, True, True, False]
+
+
 class Tail(nn.Module):
     """A GELU that someone else reads too."""
 

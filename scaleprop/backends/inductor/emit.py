@@ -20,9 +20,14 @@ Parts = Mapping[str, Tensor]
 
 @dataclasses.dataclass
 class Inputs:
-    """Values computed so far, and casts shared by the linears that read the same value."""
+    """Values computed so far, and casts shared by the linears that read the same value.
+
+    sums: what linears added to a residual, as their kernels return it: [rows, columns].
+    """
 
     values: Mapping[torch.fx.Node, Any]
+    sums: dict[torch.fx.Node, Tensor] = dataclasses.field(
+        default_factory=dict[torch.fx.Node, Tensor])
     fake_quantized: dict[torch.fx.Node, Tensor] = dataclasses.field(
         default_factory=dict[torch.fx.Node, Tensor])
 
@@ -51,17 +56,15 @@ def emit(linear: Linear, inputs: Inputs, constants: Parts, dtype: torch.dtype) -
     row = linear.operand.x_format is not None and linear.operand.x_format.granularity.kind == "row"
     if linear.kind == "fp8" or row:
         return _scaled_afterwards(linear, x, constants).to(dtype)
-    other = linear.epilogue.other
-    return _per_tensor(linear, x, constants, dtype,
-                       None if other is None else inputs.values[other])
+    return _per_tensor(linear, x, inputs, constants, dtype)
 
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _per_tensor(linear: Linear, x: list[Tensor], constants: Parts, dtype: torch.dtype,
-                other: Tensor | None) -> Tensor:
+def _per_tensor(linear: Linear, x: list[Tensor], inputs: Inputs, constants: Parts,
+                dtype: torch.dtype) -> Tensor:
     """INT8 with one scale for x: the kernel applies it, the bias and the epilogue."""
     after = linear.epilogue
     out = after.dtype if after.quantize is not None else dtype
@@ -72,14 +75,20 @@ def _per_tensor(linear: Linear, x: list[Tensor], constants: Parts, dtype: torch.
         zero = x[2].to(torch.int32) if len(x) > 2 else x[1].new_zeros((), dtype=torch.int32)
         given = (x[1], zero)
     kernel = torch.ops.onednn.qlinear_pointwise
-    if other is None:
+    if after.add is None or after.other is None:
         call: Any = kernel.default if linear.given is not None else kernel.tensor
         y = call(_flat(x[0]), *given, *weight, bias, after.scale, after.zero_point, out,
                  after.post_op, [], after.algorithm)
-    else:  # "add" writes a new tensor; "sum" would write into ``other``
+    else:
+        other = inputs.values[after.other]
+        in_place = after.in_place and other.dtype == out
+        # Inductor adds in place to a buffer, never to a view of one: no reshaping here.
+        other = inputs.sums.get(after.other, other if in_place else _flat(other))
+        codes = _flat(x[0]) if other.ndim == 2 else x[0]
         call = kernel.binary if linear.given is not None else kernel.binary_tensor
-        y = call(_flat(x[0]), *given, *weight, _flat(other), bias, 1.0, 0, out, 1.0, 0,
-                 "add", 1.0, "none", [], "")
+        y = call(codes, *given, *weight, other, bias, 1.0, 0, out, 1.0, 0,
+                 "sum" if in_place else "add", 1.0, "none", [], "")
+        inputs.sums[after.add] = y
     return y.reshape(*x[0].shape[:-1], y.shape[-1])
 
 

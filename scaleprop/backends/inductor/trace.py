@@ -7,6 +7,7 @@ Inductor's own decompositions. Constants enter as extra inputs and become attrib
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,8 +41,9 @@ _MATRIX: Mapping[Any, int] = {
 _MOVEMENT = {
     _ATEN.view.default, _ATEN.reshape.default, _ATEN.transpose.int, _ATEN.permute.default,
     _ATEN.expand.default, _ATEN.unsqueeze.default, _ATEN.clone.default, _ATEN.slice.Tensor,
-    _ATEN.split.Tensor, _ATEN.alias.default,
-}
+    _ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.chunk.default, _ATEN.unbind.int,
+    _ATEN.select.int, _ATEN.squeeze.dim, _ATEN.alias.default, operator.getitem,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +270,7 @@ def _read_narrow(node: torch.fx.Node, compute: torch.dtype) -> bool:
     if compute == torch.float32:
         return False
     return all(
-        user.target in _MATRIX or user.target is ops.quantize
+        user.target in _MATRIX or user.target in (ops.quantize, _ATEN.sym_size.int)
         or (user.target in _MOVEMENT and _read_narrow(user, compute)) for user in node.users)
 
 
