@@ -39,7 +39,8 @@ class Conv(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
                                   nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, groups=2),
-                                  nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))  # fmt: skip
+                                  nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                  nn.Linear(8, 5))  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.body(x)
