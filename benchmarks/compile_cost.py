@@ -3,10 +3,10 @@
     python -m benchmarks.compile_cost           # MiniLM three times, the 494M Llama once
     python -m benchmarks.compile_cost --quick   # MiniLM once
 
-scaleprop's compile and export (which loads the written file and checks it against the reference)
-against ``torch.onnx.export`` plus ONNX Runtime's quantizer. Each run is a process of its own;
-the tool first takes a tiny model to its file, so that imports are not counted, and the model is
-built before the clock starts. Memory is the kernel's
+scaleprop's compile and export (which loads the written file and checks it against the reference;
+‘unchecked’: as the peers, which check nothing) against ``torch.onnx.export`` plus ONNX Runtime's
+quantizer. Each run is a process of its own; the tool first takes a tiny model to its file, so that
+imports are not counted, and the model is built before the clock starts. Memory is the kernel's
 high-water mark of resident bytes, in units of the model's float32 weights: ``peak`` counts the
 model itself, ``extra`` only what came on top of it.
 """
@@ -31,7 +31,9 @@ from benchmarks import harness, peers, workloads
 from benchmarks.workloads import Inputs
 
 _TIMEOUT_S = 1800.0
-TOOLS = ("ours int8-dynamic", "ORT quantize_dynamic", "ours int4", "MatMulNBits 4-bit g128")
+UNCHECKED = ", unchecked"
+TOOLS = ("ours int8-dynamic", "ours int8-dynamic" + UNCHECKED, "ORT quantize_dynamic",
+         "ours int4", "ours int4" + UNCHECKED, "MatMulNBits 4-bit g128")
 PAIRS = {"ours int8-dynamic": "ORT quantize_dynamic", "ours int4": "MatMulNBits 4-bit g128"}
 MODELS: dict[str, int] = {"minilm": 3, "llama-494m": 1}  # and how often each is run
 
@@ -64,9 +66,9 @@ def produce(tool: str, model: torch.nn.Module, inputs: Inputs, folder: Path) -> 
     if tool.startswith("ours "):
         import scaleprop
 
-        recipe = tool.removeprefix("ours ")
+        recipe, check = tool.removeprefix("ours ").removesuffix(UNCHECKED), UNCHECKED not in tool
         compiled = stage("compile", lambda: scaleprop.compile(model, inputs, recipe=recipe))
-        stage("export and check", lambda: compiled.export(path))
+        stage("export and check" if check else "export", lambda: compiled.export(path, check=check))
         return stages
     source = folder / "fp32.onnx"
     stage("export", lambda: peers.export_fp32(model, inputs, source, external_data=large))
@@ -122,7 +124,7 @@ def table(results: harness.Results) -> str:
         if "error" in row:
             body.append([model, tool, row["error"]])
             continue
-        peer = results.sections.get(f"{model} | {PAIRS.get(tool, '')}", {})
+        peer = results.sections.get(f"{model} | {PAIRS.get(tool.removesuffix(UNCHECKED), '')}", {})
         ratio = f"{row['seconds'] / peer['seconds']:.2f}" if "seconds" in peer else None
         stages = ", ".join(f"{name} {value:.1f}" for name, value in row["stages"].items())
         body.append([model, tool, f"{row['seconds']:.1f} ({stages})", ratio,

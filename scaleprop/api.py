@@ -88,13 +88,16 @@ class CompiledModel:
         reference = backend_named("reference").lower(self.program)
         return compare(self.executable(leaves), reference(leaves), self.baseline, self.backend)
 
-    def export(self, path: str | Path, external_data: bool | None = None) -> Path:
+    def export(
+        self, path: str | Path, external_data: bool | None = None, check: bool = True
+    ) -> Path:
         """Write an ONNX file, load it, run it and compare it with the reference, node by node.
 
         The file is written beside its destination and renamed, so an interrupted or failing
         export leaves nothing behind. ``external_data``: weights in ``<path>.data``; by default
-        when they are large. The file's metadata has the recipe's name as ``scaleprop.recipe``, and
-        as ``scaleprop.records`` format, scale and reason of every tensor.
+        when they are large. ``check=False`` only writes. The file's metadata has the recipe's name
+        as ``scaleprop.recipe``, and as ``scaleprop.records`` format, scale and reason of every
+        tensor.
 
         Raises:
             ConfigError: where ``path`` does not end in ``.onnx`` or cannot be written.
@@ -104,7 +107,7 @@ class CompiledModel:
         """
         exporter = cast("OnnxRuntimeBackend", backend_named("onnxruntime"))
         metadata = {"recipe": self.recipe.name}
-        return exporter.export(self.program, path, external_data, metadata)
+        return exporter.export(self.program, path, external_data, metadata, check)
 
     def save(self, directory: str | Path) -> Path:
         """Write ``config.json``, ``graph.json`` and ``*.safetensors`` to ``directory``."""

@@ -41,7 +41,7 @@ class OnnxRuntimeBackend(Backend):
 
     def export(
         self, program: Program, path: Path | str, external_data: bool | None = None,
-        metadata: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None, check: bool = True,
     ) -> Path:
         """Write ``program`` as an ONNX file; returns its path.
 
@@ -54,6 +54,7 @@ class OnnxRuntimeBackend(Backend):
         Args:
             external_data: weights in ``<path>.data``; None does so above 1.5 GB.
             metadata: as for ``emit``.
+            check: False only writes: nothing is loaded, run or compared.
 
         Raises:
             ConfigError: where ``path`` is no ``.onnx`` name or cannot be written.
@@ -63,7 +64,9 @@ class OnnxRuntimeBackend(Backend):
         target = Path(path)
         emitted = emit(program, metadata)
 
-        def check(written: Path) -> None:
+        def hold(written: Path) -> None:
+            if not check:
+                return
             onnx.checker.check_model(str(written))
             OnnxExecutable(emitted, written, self.config).open()
             other = other_size(program)
@@ -75,7 +78,7 @@ class OnnxRuntimeBackend(Backend):
             worst = check_nodes(emitted, written, program, inputs, self.config)
             logger.info("%s: every node within its bound; largest error %.1e", target, worst)
 
-        write(emitted, target, external_data, check)
+        write(emitted, target, external_data, hold)
         return target
 
     def verify(self, program: Program) -> None:

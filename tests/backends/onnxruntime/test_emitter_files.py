@@ -196,3 +196,16 @@ def test_a_session_is_opened_once_at_the_first_call(
     assert len(opened) == 1
     torch.testing.assert_close(first, program.module(x))
     assert torch.equal(first, again)
+
+
+def test_an_unchecked_export_only_writes(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("loaded")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(onnxruntime, "InferenceSession", refuse)
+        path = BACKEND.export(program, tmp_path / "model.onnx", check=False)
+    checked = BACKEND.export(program, tmp_path / "checked.onnx")
+    assert path.read_bytes() == checked.read_bytes()
