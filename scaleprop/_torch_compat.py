@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,7 +13,10 @@ from weakref import WeakKeyDictionary
 import sympy
 import torch
 import torch.fx
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._decomp import core_aten_decompositions
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.source import ConstantSource
 from torch._ops import OperatorBase, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -25,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
+from torch.utils import _python_dispatch
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.solve import try_solve
@@ -138,6 +143,11 @@ def is_fake(value: Any) -> bool:
     return isinstance(value, FakeTensor)
 
 
+def without_modes() -> AbstractContextManager[Any]:
+    """Real tensors are computed with, whatever is being traced."""
+    return _python_dispatch._disable_current_modes()  # pyright: ignore[reportPrivateUsage]
+
+
 def same_kind(value: torch.Tensor) -> torch.Tensor:
     """Another tensor of the same sizes, layout and dtype, without data where ``value`` has none."""
     if not isinstance(value, FakeTensor):
@@ -202,3 +212,63 @@ def solved_for(expression: Any, size: sympy.Symbol, symbol: Any) -> Any | None:
 def in_python(expression: Any) -> str:
     """An expression of sizes as Python: ``//``, ``%``, ``max``, ``==``."""
     return PythonPrinter().doprint(expression)
+
+
+def core_table() -> dict[Any, Callable[..., Any]]:
+    """Decompositions of what is not core ATen, backward operators included."""
+    return dict(core_aten_decompositions())
+
+
+def inductor_table() -> dict[Any, Callable[..., Any]]:
+    """The decompositions that Inductor lowers its graphs with."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
+
+
+def compile_eager(
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    rewrite: Callable[[torch.fx.GraphModule], None],
+    table: dict[Any, Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Forward and backward of a Dynamo graph, run operator by operator after ``rewrite``."""
+
+    def partition(joint: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        rewrite(joint)
+        return min_cut_rematerialization_partition(joint, inputs, **options)
+
+    def run(graph: torch.fx.GraphModule, _: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    def infer(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        rewrite(graph)
+        return run(graph, inputs)
+
+    compiler = aot_autograd(
+        fw_compiler=run, bw_compiler=run, inference_compiler=infer, partition_fn=partition,
+        decompositions=table, keep_inference_input_mutations=True)
+    return compiler(module, example_inputs)
+
+
+def compile_inductor(
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    rewrite: Callable[[torch.fx.GraphModule], None],
+    table: dict[Any, Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Inductor's code for a Dynamo graph, ``rewrite`` applied first of all joint-graph passes."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Rewrite(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            assert graph.owning_module is not None
+            rewrite(graph.owning_module)
+
+        def uuid(self) -> None:
+            """No name under which compiled code could be cached."""
+
+    compiled: Any = compile_fx(module, example_inputs, decompositions=table,
+                               config_patches={"joint_custom_pre_pass": Rewrite()})
+    return compiled

@@ -2,6 +2,7 @@
 
 ``quantize``, ``dequantize``, ``fake_quantize``, ``scaled_mm``, ``hadamard`` are the overloads that
 graphs hold (``torch.ops.scaleprop.<name>.default``); passes insert them, backends lower them.
+``cast``, ``gemm`` and ``power_scale`` are those of training graphs.
 """
 
 import torch
@@ -16,5 +17,18 @@ dequantize = torch.ops.scaleprop.dequantize.default
 fake_quantize = torch.ops.scaleprop.fake_quantize.default
 scaled_mm = torch.ops.scaleprop.scaled_mm.default
 hadamard = torch.ops.scaleprop.hadamard.default
+cast = torch.ops.scaleprop.cast.default
+gemm = torch.ops.scaleprop.gemm.default
+power_scale = torch.ops.scaleprop.power_scale.default
 
-__all__ = ["IMPLEMENTATIONS", "dequantize", "fake_quantize", "hadamard", "quantize", "scaled_mm"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "cast",
+    "dequantize",
+    "fake_quantize",
+    "gemm",
+    "hadamard",
+    "power_scale",
+    "quantize",
+    "scaled_mm",
+]

@@ -19,6 +19,7 @@ from scaleprop.formats.quantize import check_input, fake_quantize_tensor, quanti
 from scaleprop.formats.rounding import parse_rounding
 from scaleprop.formats.scaled import PLAIN, ScaledFormat, parse
 from scaleprop.formats.tensor import dequantize_parts, normalized_axis, storage_layout
+from scaleprop.ops import products
 
 _MATRIX = 64  # largest Sylvester matrix that is multiplied by at once
 _CHUNK = 1 << 18  # values of a weight that are in float64 at a time: they stay in cache
@@ -175,4 +176,7 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     "scaleprop::fake_quantize": fake_quantize,
     "scaleprop::scaled_mm": scaled_mm,
     "scaleprop::hadamard": hadamard,
+    "scaleprop::cast": products.cast,
+    "scaleprop::gemm": products.gemm,
+    "scaleprop::power_scale": products.power_scale,
 }

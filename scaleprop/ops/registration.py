@@ -13,7 +13,7 @@ from scaleprop.formats.quantize import check_bits_range, check_input
 from scaleprop.formats.rounding import parse_rounding
 from scaleprop.formats.scaled import PLAIN, parse
 from scaleprop.formats.tensor import moved_shape, storage_layout
-from scaleprop.ops import implementations
+from scaleprop.ops import implementations, products
 
 SCHEMAS = {
     "quantize": "(Tensor x, str format, int axis=-1, str rounding='nearest', Tensor? bits=None, "
@@ -25,6 +25,9 @@ SCHEMAS = {
     "scaled_mm": "(Tensor[] x, Tensor[] w, Tensor? bias, str x_format, str w_format, SymInt k) "
                  "-> Tensor",
     "hadamard": "(Tensor x, int block, Tensor? signs=None, int axis=-1) -> Tensor",
+    "cast": "(Tensor x, str element) -> Tensor",
+    "gemm": "(Tensor a, Tensor b, float alpha, ScalarType dtype) -> Tensor",
+    "power_scale": "(Tensor x, str element, int margin) -> Tensor",
 }
 
 
@@ -98,6 +101,21 @@ def hadamard_fake(x: Tensor, block: int, signs: Tensor | None = None, axis: int 
     """As ``x``, contiguous."""
     implementations.check_hadamard(x, block, signs, axis)
     return x.new_empty(x.shape)
+
+
+def cast_fake(x: Tensor, element: str) -> Tensor:
+    """As ``x``, in the element's dtype."""
+    return torch.empty_like(x, dtype=products.float_element(element).storage)
+
+
+def gemm_fake(a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+    """[m, n]."""
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
+
+
+def power_scale_fake(x: Tensor, element: str, margin: int) -> Tensor:
+    """A scalar."""
+    return x.new_empty((), dtype=torch.float32)
 
 
 def _as_called(ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -180,10 +198,12 @@ def _hadamard_backward(ctx: Any, grad: Tensor) -> Any:
 
 _KERNELS = {"quantize": quantize_kernel, "dequantize": dequantize_kernel,
             "fake_quantize": fake_quantize_kernel, "scaled_mm": implementations.scaled_mm,
-            "hadamard": hadamard_kernel}
+            "hadamard": hadamard_kernel, "cast": products.cast, "gemm": products.gemm,
+            "power_scale": products.power_scale}
 _FAKES = {"quantize": quantize_fake, "dequantize": dequantize_fake,
           "fake_quantize": fake_quantize_fake, "scaled_mm": scaled_mm_fake,
-          "hadamard": hadamard_fake}
+          "hadamard": hadamard_fake, "cast": cast_fake, "gemm": gemm_fake,
+          "power_scale": power_scale_fake}
 _GRADIENTS = {"quantize": (_quantize_setup, _quantize_backward),
               "dequantize": (_dequantize_setup, _dequantize_backward),
               "fake_quantize": (_fake_quantize_setup, _fake_quantize_backward),
@@ -204,5 +224,6 @@ def register() -> None:
         torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.impl(qualified, "CompositeExplicitAutograd")(_KERNELS[name])
         torch.library.register_fake(qualified)(_FAKES[name])
-        setup, backward = _GRADIENTS[name]
-        torch.library.register_autograd(qualified, backward, setup_context=setup)
+        if name in _GRADIENTS:
+            setup, backward = _GRADIENTS[name]
+            torch.library.register_autograd(qualified, backward, setup_context=setup)

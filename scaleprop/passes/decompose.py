@@ -18,12 +18,15 @@ from torch.utils import _pytree as pytree
 
 from scaleprop import _torch_compat as compat
 
+Table = dict[Any, Callable[..., Any]]  # operator → its decomposition
+
 
 def decomposed(exported: ExportedProgram) -> tuple[ExportedProgram, torch.fx.GraphModule]:
     """The program whose signature holds, and its flat module with parameters as ``get_attr``."""
     if all(_is_simple(node) for node in exported.graph.nodes):
         module = exported.module(check_guards=False)
-        _respell(module)
+        with torch.no_grad(), compat.fake_mode_of(module.graph):
+            respell(module, compat.decomposition_table(), compat.is_decomposed)
         return exported, module
     flat = compat.decompose(exported)
     return flat, flat.module(check_guards=False)
@@ -38,17 +41,20 @@ def _is_simple(node: torch.fx.Node) -> bool:
     return not isinstance(node.target, compat.OperatorBase)
 
 
-def _respell(module: torch.fx.GraphModule) -> None:
-    table = compat.decomposition_table()
-    mode = compat.fake_mode_of(module.graph)
+def respell(
+    module: torch.fx.GraphModule, table: Table, chosen: Callable[[Any, Table], bool]
+) -> None:
+    """Replace, in place, each call whose operator is ``chosen`` by what ``table`` makes of it.
+
+    To be called under the graph's fake mode. Names, sizes and source lines stay.
+    """
     traced: dict[Any, torch.fx.GraphModule] = {}
-    with torch.no_grad(), mode:
-        for node in list(module.graph.nodes):
-            if node.op == "call_function" and compat.is_decomposed(node.target, table):
-                key = _likeness(node)
-                if key not in traced:
-                    traced[key] = _traced(node, table)
-                _inline(module, node, traced[key])
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and chosen(node.target, table):
+            key = _likeness(node)
+            if key not in traced:
+                traced[key] = _traced(node, table)
+            _inline(module, node, traced[key])
     module.graph.eliminate_dead_code()
     module.recompile()
 
@@ -80,9 +86,7 @@ def _kind(value: Any) -> Any:
             str(value.storage_offset()))
 
 
-def _traced(
-    node: torch.fx.Node, table: dict[Any, Callable[..., Any]]
-) -> torch.fx.GraphModule:
+def _traced(node: torch.fx.Node, table: Table) -> torch.fx.GraphModule:
     flat, spec, inputs = _leaves(node)
 
     def call(*values: Any) -> Any:
@@ -109,12 +113,10 @@ def _inline(
                 name = f"_{node.name}_{part.target}"
                 module.register_buffer(name, getattr(inner, str(part.target)))
                 copy.target = name
-            for key in ("stack_trace", "nn_module_stack"):
-                copy.meta.pop(key, None)
-                if node.meta.get(key) is not None:
-                    copy.meta[key] = node.meta[key]
+            copy.meta = {**node.meta}
             # a value tells nodes apart when they are traced again
             copy.meta["val"] = pytree.tree_map(_own, part.meta.get("val"))
+            copy.meta.pop("tensor_meta", None)
             copies[part] = copy
     result = torch.fx.map_arg(inner.graph.output_node().args[0], copies.__getitem__)
     _replace(module.graph, node, result)
@@ -129,6 +131,8 @@ def _replace(graph: torch.fx.Graph, node: torch.fx.Node, result: Any) -> None:
         node.replace_all_uses_with(result)
     else:  # an operator with several results: its users pick theirs
         for user in list(node.users):
-            user.replace_all_uses_with(result[user.args[1]])
+            part = result[user.args[1]]
+            if isinstance(part, torch.fx.Node):  # else a gradient that nobody asked for
+                user.replace_all_uses_with(part)
             graph.erase_node(user)
     graph.erase_node(node)

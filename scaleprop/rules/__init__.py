@@ -8,6 +8,7 @@ from scaleprop.rules import (
     logic,
     movement,
     normalisation,
+    products,
 )
 from scaleprop.rules.base import (
     AxisMap,
@@ -36,4 +37,4 @@ __all__ = [
 ]
 
 # imported for their registrations
-del contractions, creation, elementwise, gradients, logic, movement, normalisation
+del contractions, creation, elementwise, gradients, logic, movement, normalisation, products

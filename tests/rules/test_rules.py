@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from scaleprop import ops
 from scaleprop.errors import ConfigError
 from scaleprop.passes.capture import capture
 from scaleprop.rules import Rule, contraction_of, coverage, register, rule_for
@@ -183,6 +184,7 @@ EXAMPLES |= {
     aten.convolution_backward.default: (
         Y[:, :2, :3], X, Y[:, :, :2], [2], [1], [0], [1], False, [0], 1, BOTH),
     aten.mse_loss_backward.default: (X, Y, X + 1, 1),
+    ops.gemm: (M.float(), M.t().float(), 0.5, torch.float32),
     aten.eq.Scalar: (X, 0),
     aten.full.default: ([2], 3.0),
     aten.zeros.default: ([2],),
@@ -204,8 +206,8 @@ EXAMPLES |= {
                           aten.gt.Tensor, aten.ge.Tensor)} | {
     op: (X, 0) for op in (aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar,
                           aten.ge.Scalar)}
-# what they return is arbitrary or random, or they do not run on a CPU
-UNDEFINED = {aten._fused_rms_norm_backward.default,
+# what they return is arbitrary, random or rounded, or they do not run on a CPU
+UNDEFINED = {ops.cast, aten._fused_rms_norm_backward.default,
              aten.empty.memory_format, aten.rand.default, aten.randn.default, aten.randint.default,
              aten.randint.low, aten.empty_like.default, aten.rand_like.default,
              aten.randn_like.default, aten.new_empty.default}
@@ -213,8 +215,8 @@ HOMOGENEOUS = [line.op for line in coverage() if line.homogeneity]
 
 
 def op_named(name: str):
-    _, packet, overload = name.split(".")
-    return getattr(getattr(aten, packet), overload)
+    namespace, packet, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 
 
 def call_node(op, args):

@@ -1,0 +1,156 @@
+"""``torch.compile(model, backend="scaleprop")``: a model's forward and backward, on one graph.
+
+AOTAutograd gives the joint graph with norms, softmax, activations and attention whole, because
+scales end there; a transform rewrites it; then Inductor (or eager PyTorch, to debug) runs what came
+out. Parameters stay the caller's: DDP, FSDP, checkpointing, optimizers and ``state_dict`` see an
+ordinary compiled module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torch.fx
+
+from scaleprop import _torch_compat as compat
+from scaleprop.errors import CaptureError, ConfigError, ScalePropError
+from scaleprop.passes.decompose import respell
+from scaleprop.passes.training import Formats, lower_products
+from scaleprop.rules import rule_for
+
+logger = logging.getLogger(__name__)
+
+_COPY: Any = torch.ops.aten.copy_.default
+
+Inner = Literal["inductor", "eager"]
+Recipe = Literal["fp32", "fp8"]
+# rewrites a joint graph (or a forward one, without gradients) in place
+Transform = Callable[[torch.fx.GraphModule], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What ``torch.compile(…, options={…})`` takes.
+
+    recipe: ``fp32`` changes nothing; ``fp8`` runs linear layers on E4M3 data, gradients in E5M2.
+    inner: what runs the rewritten graph: ``inductor``, or ``eager``, operator by operator.
+    """
+
+    recipe: Recipe = "fp32"
+    inner: Inner = "inductor"
+
+    def __post_init__(self) -> None:
+        for name, known in (("recipe", get_args(Recipe)), ("inner", get_args(Inner))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"option {name}={getattr(self, name)!r} of backend 'scaleprop'; "
+                                  f"known: {', '.join(known)}")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any] | None) -> Options:
+        """Checked options.
+
+        Raises:
+            ConfigError: naming an unknown option, or a wrong value.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given or {}:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r} of backend 'scaleprop'; "
+                                  f"known: {', '.join(known)}")
+        return cls(**(given or {}))
+
+
+def scaleprop(
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The entry point that ``torch.compile`` calls by name.
+
+    Raises:
+        ConfigError: on an unknown option.
+    """
+    chosen = Options.of(options)
+    if chosen.recipe == "fp32":
+        return compile_joint(module, example_inputs, _nothing, chosen.inner)
+
+    def transform(joint: torch.fx.GraphModule) -> None:
+        parameters, inputs = _given(joint.graph, example_inputs)
+        lowered = lower_products(joint, parameters, Formats(), inputs)
+        logger.info("%d products in fp8, %d high; %d values cast, %d exponents for nothing; "
+                    "%d rescales", len(lowered.products), len(lowered.high), len(lowered.casts),
+                    sum(cast.free for cast in lowered.casts), lowered.rescales)
+
+    return compile_joint(module, example_inputs, transform, chosen.inner)
+
+
+def _given(
+    graph: torch.fx.Graph, example_inputs: Sequence[Any]
+) -> tuple[list[torch.fx.Node], list[Any] | None]:
+    """The graph's inputs that are parameters, and one real batch of all its inputs.
+
+    Gradients come in as ones where they are a loss's, else as zeros: their size is unknown.
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    primals = [node for node in placeholders if not str(node.target).startswith("tangents")]
+    if len(primals) != len(example_inputs):
+        raise CaptureError(f"AOTAutograd traced {len(primals)} inputs of {len(example_inputs)}: "
+                           "two of them share memory. Remedy: pass copies.")
+    parameters = [node for node, value in zip(primals, example_inputs, strict=True)
+                  if isinstance(value, torch.nn.Parameter)]
+    written = {node.args[0] for node in graph.nodes if node.target is _COPY}
+    with compat.without_modes():
+        values = [value.detach().clone() if node in written else value
+                  for node, value in zip(primals, example_inputs, strict=True)]
+        values.extend(_incoming(node.meta["val"]) for node in placeholders[len(primals):])
+    return parameters, values
+
+
+def _incoming(like: torch.Tensor) -> torch.Tensor:
+    """A gradient from outside."""
+    sizes = [int(size) for size in like.shape]
+    return torch.full(sizes, 0.0 if sizes else 1.0, dtype=like.dtype, device=like.device)
+
+
+def compile_joint(
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    transform: Transform,
+    inner: Inner,
+) -> Callable[..., Any]:
+    """Compile what Dynamo captured, with ``transform`` applied to its joint graph."""
+
+    def rewrite(joint: torch.fx.GraphModule) -> None:
+        try:
+            transform(joint)
+        except ScalePropError as error:
+            # Dynamo takes some exceptions for a graph break, and would run the model untransformed
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+    if inner == "eager":
+        return compat.compile_eager(module, example_inputs, rewrite, training_table())
+
+    def rewrite_for_inductor(joint: torch.fx.GraphModule) -> None:
+        rewrite(joint)
+        with torch.no_grad(), compat.fake_mode_of(joint.graph):
+            respell(joint, compat.inductor_table(), lambda op, table: op in table)
+
+    return compat.compile_inductor(module, example_inputs, rewrite_for_inductor, training_table())
+
+
+def training_table() -> dict[Any, Callable[..., Any]]:
+    """Core ATen decompositions, but none of an operator that has a rule.
+
+    Attention stays whole too: decomposing its forward alone gives wrong gradients.
+    """
+    return {op: how for op, how in compat.core_table().items()
+            if rule_for(op) is None and "scaled_dot_product" not in str(op)}
+
+
+def _nothing(joint: torch.fx.GraphModule) -> None:
+    """The pass-through transform."""

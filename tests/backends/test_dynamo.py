@@ -1,0 +1,136 @@
+"""``torch.compile(backend="scaleprop")``: the joint graph rewritten, the model's meaning kept."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from scaleprop.backends.dynamo import Options, compile_joint, scaleprop
+from scaleprop.errors import ConfigError
+from scaleprop.passes.exponents import carry, has_scale
+
+INNER = ("eager", "inductor")
+
+
+class Language(nn.Module):
+    """Tied embeddings, attention, norms, cross-entropy."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, width)
+        self.layer = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True,
+                                                activation="gelu")
+        self.head = nn.Linear(width, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = self.head(self.layer(self.embed(ids)))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(1, 1).flatten())
+
+
+def step(model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Loss and gradients."""
+    model.zero_grad()
+    result = model(*inputs)
+    result = result if result.ndim == 0 else result.square().mean()
+    result.backward()
+    return [result.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def build(name: str) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    match name:
+        case "linear":
+            return nn.Linear(8, 4).double(), torch.randn(3, 8).double()
+        case "sequential":
+            layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 4))
+            return layers.double(), torch.randn(3, 8).double()
+        case "conv":
+            layers = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+                                   nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(),
+                                   nn.Linear(200, 5))
+            return layers.double(), torch.randn(2, 3, 16, 16).double()
+        case _:
+            return Language().double(), torch.randint(0, 50, (2, 7))
+
+
+def anywhere(joint: torch.fx.GraphModule) -> None:
+    """A random exponent on every value."""
+    draw = random.Random(1)
+    carry(joint, {n: draw.randint(-6, 6) for n in joint.graph.nodes if has_scale(n)})
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("name", ["linear", "sequential", "conv", "language"])
+def test_random_exponents_leave_loss_and_gradients(name: str, inner: Any):
+    model, inputs = build(name)
+    expected = step(model, inputs)
+    compiled = torch.compile(
+        model, backend=lambda graph, given: compile_joint(graph, given, anywhere, inner),
+        fullgraph=True)
+    for got, want in zip(step(compiled, inputs), expected, strict=True):
+        assert torch.equal(got, want) if inner == "eager" else torch.allclose(
+            got, want, rtol=1e-10, atol=1e-14)
+
+
+def test_batch_norm_statistics_are_updated_once():
+    model, inputs = build("conv")
+    reference, _ = build("conv")
+    compiled = torch.compile(model, backend=scaleprop, options={"recipe": "fp8", "inner": "eager"})
+    compiled(inputs)
+    reference(inputs)
+    assert torch.equal(model[1].running_var, reference[1].running_var)
+    assert int(model[1].num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_fp32_is_what_torch_computes(inner: Any):
+    model, inputs = build("language")
+    expected = step(model, inputs)
+    got = step(torch.compile(model, backend=scaleprop, options={"inner": inner}), inputs)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_fp8_gradients_point_where_the_exact_ones_do(inner: Any):
+    torch.manual_seed(0)
+    model, ids = Language(64), torch.randint(0, 50, (4, 16))
+    expected = step(model, ids)
+    compiled = torch.compile(model, backend=scaleprop, options={"recipe": "fp8", "inner": inner})
+    got = step(compiled, ids)
+    assert abs(got[0] - expected[0]) < 5e-3 * expected[0]
+    assert not torch.equal(got[0], expected[0])
+    largest = max(b.norm() for b in expected[1:])
+    for a, b in zip(got[1:], expected[1:], strict=True):
+        if b.norm() < 1e-6 * largest:  # rounding noise
+            continue
+        cosine = torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+        assert cosine > 0.99 and 0.95 < a.norm() / b.norm() < 1.05
+
+
+def test_evaluation_without_gradients():
+    model, ids = build("language")
+    compiled = torch.compile(model, backend=scaleprop, options={"recipe": "fp8"})
+    with torch.no_grad():
+        exact, got = model(ids), compiled(ids)
+    assert 0 < abs(got - exact) < 1e-2 * exact
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"recipe": "fp7"}, "recipe='fp7'"), ({"inner": "onnx"}, "inner='onnx'"),
+     ({"receipt": "fp8"}, "unknown option 'receipt'")],
+)
+def test_wrong_options_are_named(options: dict[str, str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        Options.of(options)
