@@ -93,6 +93,8 @@ class Rule:
         whatever a per-tensor scale is found from, is found from either.
     contraction: what is contracted with what; None where nothing is.
     high: why its operands stay in high precision, for the report; "" where nobody would ask.
+    bounded: the size of what comes out does not follow argument 0's: a sigmoid, a softmax, a norm
+        (whose weight sets it).
     """
 
     op: torch._ops.OpOverload  # pyright: ignore[reportPrivateUsage]
@@ -102,6 +104,7 @@ class Rule:
     moves: bool = False
     contraction: Contraction | None = None
     high: str = ""
+    bounded: bool = False
 
     def law(self, node: torch.fx.Node) -> Homogeneity | None:
         """The homogeneity of one call; None where it needs its inputs unscaled."""

@@ -57,8 +57,6 @@ for _op in (
     aten.log.default,
     aten.log2.default,
     aten.log1p.default,
-    aten.tanh.default,
-    aten.sigmoid.default,
     aten.log_sigmoid_forward.default,
     aten.gelu.default,
     aten.silu.default,
@@ -68,11 +66,6 @@ for _op in (
     aten.softplus.default,
     aten.hardtanh.default,
     aten.hardswish.default,
-    aten.hardsigmoid.default,
-    aten.erf.default,
-    aten.cos.default,
-    aten.sin.default,
-    aten.atan.default,
     aten.sqrt.default,  # the root of a power of two need not be one
     aten.rsqrt.default,
     aten.pow.Tensor_Tensor,
@@ -84,5 +77,16 @@ for _op in (
     aten.glu.default,
 ):
     register(Rule(op=_op, family="elementwise", axes=axes.identity))
+
+for _op in (
+    aten.tanh.default,
+    aten.sigmoid.default,
+    aten.hardsigmoid.default,
+    aten.erf.default,
+    aten.cos.default,
+    aten.sin.default,
+    aten.atan.default,
+):
+    register(Rule(op=_op, family="elementwise", axes=axes.identity, bounded=True))
 
 register(Rule(op=aten._to_copy.default, family="cast", homogeneity=laws.cast, axes=axes.identity))

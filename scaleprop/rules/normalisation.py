@@ -21,12 +21,22 @@ _NORMS = {
     aten.instance_norm.default: Homogeneity({0: 0, 1: 1}, follows=(2,), exact=False),
 }
 for _op, _homogeneity in _NORMS.items():
-    register(Rule(op=_op, family="norm", homogeneity=_homogeneity, axes=axes.identity, high=_NORM))
+    register(
+        Rule(
+            op=_op,
+            family="norm",
+            homogeneity=_homogeneity,
+            axes=axes.identity,
+            high=_NORM,
+            bounded=True,
+        )
+    )
 register(
     Rule(
         op=aten._native_batch_norm_legit_no_training.default,
         family="norm",
         high=_NORM,
+        bounded=True,
     )
 )
 for _op in (
@@ -37,7 +47,7 @@ for _op in (
     aten._safe_softmax.default,
     aten.logsumexp.default,
 ):
-    register(Rule(op=_op, family="softmax", axes=axes.identity, high=_SOFTMAX))
+    register(Rule(op=_op, family="softmax", axes=axes.identity, high=_SOFTMAX, bounded=True))
 
 # mean and reciprocal deviation come out with the norm; they are what the backward reads
 for _op in (
@@ -46,7 +56,7 @@ for _op in (
     aten._native_batch_norm_legit_functional.default,
     aten._fused_rms_norm.default,
 ):
-    register(Rule(op=_op, family="norm", high=_NORM))
+    register(Rule(op=_op, family="norm", high=_NORM, bounded=True))
 
 # the mean of a loss comes with the weights it was divided by, which have no scale
 for _op in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default):
