@@ -1,4 +1,4 @@
-"""The command line: ``scaleprop compile | analyze | export | formats | recipes | passes | …``."""
+"""The command line: ``scaleprop compile | analyze | export | formats | recipes | rules | …``."""
 
 from __future__ import annotations
 

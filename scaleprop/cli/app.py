@@ -83,11 +83,14 @@ def _log_to_stderr(level: int) -> None:
     logger.setLevel(level)
 
 
+_inputs = click.option(
+    "--inputs", metavar="MODULE:FUNCTION", help="Returns example inputs, if MODEL has none.",
+)
+
+
 def _model(command: Command) -> Command:
     """MODEL, and its inputs."""
-    command = click.option(
-        "--inputs", metavar="MODULE:FUNCTION", help="Returns example inputs, if MODEL has none.",
-    )(command)
+    command = _inputs(command)
     command = click.option(
         "--calibration", metavar="MODULE:FUNCTION",
         help="Returns an iterable of example inputs; or takes the model and runs it.",
@@ -325,6 +328,38 @@ def passes_command(emit: Any) -> None:
           "\n".join(f"{name}: {kind} = {usual}" for name, kind, usual in row["options"]),
           "yes" if row["preserves_function"] else "", row["summary"]) for row in rows],
     )
+
+
+@app.command("rules")
+@click.argument("model", metavar="[MODEL]", required=False)
+@_inputs
+@click.option("--missing", is_flag=True, help="Only operators without a rule.")
+@click.option("--markdown", type=click.Path(path_type=Path), help="Also write the table there.")
+@_common
+def rules_command(
+    model: str | None, inputs: str | None, missing: bool, markdown: Path | None, emit: Any
+) -> None:
+    """List what is known of each operator: of core ATen, or of those that MODEL calls."""
+    from scaleprop.cli.listing import rule_table, rules, rules_markdown
+    from scaleprop.cli.models import load_subject
+    from scaleprop.cli.output import print_table
+    from scaleprop.report.files import write_text
+
+    if model is None and inputs is not None:
+        raise ConfigError(f"--inputs {inputs!r}: there is no MODEL that they are for")
+    every = rules(load_subject(model, inputs) if model else None)
+    without = [row for row in every if row["family"] is None]
+    rows = without if missing else every
+    if markdown is not None:
+        write_text(markdown, rules_markdown(rows, model))
+    if emit:
+        emit({"rules": rows})
+        return
+    if rows:
+        print_table(*rule_table(rows), numbers=("calls",))
+    click.echo(f"{len(without)} of {len(every)} operators have no rule: they are left in float")
+    if markdown is not None:
+        click.echo(f"wrote {markdown}")
 
 
 @app.command("doctor")

@@ -1,12 +1,40 @@
-"""``scaleprop formats``, ``recipes`` and ``passes``: the registries, as data."""
+"""``scaleprop formats``, ``recipes``, ``rules`` and ``passes``: the registries, as data."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from scaleprop.formats import ScaledFormat, named_formats, parse
 from scaleprop.recipes import Recipe, named_recipe, named_recipes
+
+if TYPE_CHECKING:
+    from scaleprop.cli.models import Subject
+
+NO_RULE = "no rule"  # in place of the family
+
+_CODE = ("operator", "homogeneity")
+_RULES_HEAD = """\
+# Rules
+
+What is known of the operators of {of}.
+Written by `scaleprop rules --markdown FILE`.
+
+- **homogeneity**: how positive scales of the inputs appear at the output. `x0^1*x1^-1` is
+  f(s₀·x₀, s₁·x₁) = s₀·s₁⁻¹·f(x₀, x₁). An argument that is not named must be unscaled; where nothing
+  is said, all must be. `1`: nothing has a scale. `follows x2`: x2 must carry the scale of the
+  output. `y0: …; y1: …`: outputs that differ. `up to a constant`: but for one that does not scale,
+  such as a norm's ε. `depends on constants`: true for some of the operator's constants, such as a
+  clamp at zero.
+- **axes**: which axes of x0 are axes of the output is known.
+- **moves**: the output holds the elements of x0, each at least once, and no others.
+- **contraction**: a sum of products, and of which kind.
+- **stays high because**: why its operands are not quantized, or not always.
+
+An operator without a rule is left alone, and its tensors stay in float. Those are listed last.
+"""
 
 
 def formats(names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -46,3 +74,62 @@ def passes() -> list[dict[str, Any]]:
     from scaleprop.passes.pipeline import describe_passes
 
     return [dataclasses.asdict(info) for info in describe_passes()]
+
+
+def rules(subject: Subject | None = None) -> list[dict[str, Any]]:
+    """One row per operator, those without a rule last, as ``Coverage`` has it.
+
+    Of ``subject``'s captured graph, where one is given; else of the registry and core ATen.
+    """
+    from scaleprop.rules import core_operators, coverage
+
+    if subject is None:
+        lines = coverage(also=core_operators())
+    else:
+        lines = [line for line in coverage(_operators(subject)) if line.count]
+    return [dataclasses.asdict(line) for line in lines]
+
+
+def _operators(subject: Subject) -> list[Any]:
+    """What the captured graph calls; Python's own functions of sizes and tuples do not count."""
+    from scaleprop._torch_compat import OperatorBase
+    from scaleprop.passes.capture import capture
+    from scaleprop.signature import split_example
+
+    program = capture(subject.model, *split_example(subject.inputs))
+    return [node.target for node in program.module.graph.nodes
+            if isinstance(node.target, OperatorBase)]
+
+
+def rule_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells of ``rules``; a column that would be empty is left out."""
+    table = [
+        {
+            "operator": row["op"],
+            "family": NO_RULE if row["family"] is None else row["family"],
+            "calls": str(row["count"] or ""),
+            "homogeneity": row["homogeneity"],
+            "axes": "yes" if row["axes"] else "",
+            "moves": "yes" if row["moves"] else "",
+            "contraction": row["contraction"] or "",
+            "stays high because": row["high"],
+        }
+        for row in rows
+    ]
+    columns = [name for name in (table[0] if table else ()) if any(row[name] for row in table)]
+    return columns, [[row[name] for name in columns] for row in table]
+
+
+def rules_markdown(rows: Sequence[dict[str, Any]], model: str | None = None) -> str:
+    """``docs/rules.md``: what the columns mean, and a table per family."""
+    import torch
+
+    from scaleprop.cli.output import markdown_table
+
+    version = torch.__version__.partition("+")[0]
+    of = f"`{model}`" if model else f"the registry and of core ATen (torch {version})"
+    sections = [_RULES_HEAD.format(of=of)]
+    for family, group in itertools.groupby(rows, key=lambda row: row["family"] or NO_RULE):
+        columns, table = rule_table([{**row, "family": ""} for row in group])
+        sections += [f"## {family}\n", markdown_table(columns, table, _CODE)]
+    return "\n".join(sections)

@@ -44,6 +44,19 @@ def print_table(
     stdout_console().print(table)
 
 
+def markdown_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], code: Sequence[str] = ()
+) -> str:
+    """``rows`` as Markdown; columns named in ``code`` are set as such."""
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+    body = ([f"`{cell}`" if cell and column in code else cell
+             for column, cell in zip(columns, row, strict=True)] for row in rows)
+    return line(columns) + "|" + "---|" * len(columns) + "\n" + "".join(map(line, body))
+
+
 def print_pairs(pairs: Mapping[str, str]) -> None:
     """Print names and values, aligned."""
     width = max(map(len, pairs), default=0)

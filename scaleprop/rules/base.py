@@ -7,6 +7,7 @@ rule is never touched: its tensors stay in plain high precision, and ``coverage`
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -139,34 +140,80 @@ def contraction_of(node: torch.fx.Node) -> Contraction | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """Which questions have an answer for one operator. ``count``: how often a program uses it."""
+    """What the registry answers for one operator.
+
+    family: None for a gap: an operator without a rule.
+    homogeneity: as ``formula`` writes it; "" where the inputs must be unscaled.
+    axes: whether some axes of argument 0 are known to survive. moves, high: as in ``Rule``.
+    count: how often a program uses it.
+    """
 
     op: str
     family: str | None
-    homogeneity: bool
-    axes: bool
-    contraction: bool
+    homogeneity: str = ""
+    axes: bool = False
+    moves: bool = False
+    contraction: ContractionKind | None = None
+    high: str = ""
     count: int = 0
 
 
-def coverage(program_ops: Iterable[Any] = ()) -> tuple[Coverage, ...]:
+def coverage(program_ops: Iterable[Any] = (), also: Iterable[Any] = ()) -> tuple[Coverage, ...]:
     """One line per operator, gaps included: those in the registry, and those given without a rule.
 
     program_ops: operators of a program, with repetition, e.g. ``(n.target for n in graph.nodes)``.
+    also: operators to list that no program need use.
     """
-    counts: dict[Any, int] = {}
-    for op in program_ops:
-        counts[op] = counts.get(op, 0) + 1
-    rules = {op: _RULES.get(op) for op in [*_RULES, *counts]}
-    lines = [
-        Coverage(
-            op=str(op),
-            family=rule.family if rule else None,
-            homogeneity=rule is not None and rule.homogeneity is not None,
-            axes=rule is not None and rule.axes is not None,
-            contraction=rule is not None and rule.contraction is not None,
-            count=counts.get(op, 0),
-        )
-        for op, rule in rules.items()
-    ]
+    counts = Counter(program_ops)
+    lines = [_line(op, counts[op]) for op in dict.fromkeys([*_RULES, *counts, *also])]
     return tuple(sorted(lines, key=lambda line: (line.family or "~", line.op)))
+
+
+def _line(op: Any, count: int) -> Coverage:
+    rule = rule_for(op)
+    if rule is None:
+        return Coverage(op=str(op), family=None, count=count)
+    return Coverage(
+        op=str(op),
+        family=rule.family,
+        homogeneity=formula(rule.homogeneity),
+        axes=rule.axes is not None,
+        moves=rule.moves,
+        contraction=rule.contraction.kind if rule.contraction else None,
+        high=rule.high,
+        count=count,
+    )
+
+
+def formula(law: Law | None) -> str:
+    """``x0^1*x1^1, follows x2``: the scale that comes out, from those of the arguments.
+
+    ``1`` where nothing may have a scale, and nothing has; "" where there is no equation.
+    """
+    if law is None:
+        return ""
+    if callable(law):
+        return "depends on constants"
+    terms = [
+        "; ".join(f"y{index}: {_product(degrees)}" for index, degrees in enumerate(law.outputs))
+        or _product(law.degrees),
+        "follows " + " and ".join(f"x{place}" for place in law.follows) if law.follows else "",
+        "" if law.exact else "up to a constant",
+    ]
+    return ", ".join(filter(None, terms)) or "1"
+
+
+def _product(degrees: Mapping[int, int]) -> str:
+    return "*".join(f"x{place}^{degree}" for place, degree in degrees.items())
+
+
+def core_operators() -> tuple[Any, ...]:
+    """Core ATen: what every model's graph can be brought to. Those that write are never in one."""
+    names: list[str] = torch._C._dispatch_get_all_op_names()  # pyright: ignore[reportPrivateUsage]
+    found: list[Any] = []
+    for name in names:
+        namespace, _, packet = name.partition("::")
+        if namespace == "aten":
+            packet, _, overload = packet.partition(".")
+            found.append(getattr(getattr(torch.ops.aten, packet), overload or "default"))
+    return tuple(op for op in found if torch.Tag.core in op.tags and not op._schema.is_mutable)

@@ -27,6 +27,17 @@ def small():
     model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.ReLU(), torch.nn.Linear(96, 32))
     return model, torch.randn(4, 64)
 
+class Gap(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        return torch.erfinv(self.linear(self.linear(x))), x.shape[0] * 2
+
+def gap():
+    return Gap(), torch.randn(4, 64)
+
 def bare():
     return torch.nn.Linear(64, 32)
 
@@ -113,6 +124,44 @@ def test_passes_lists_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["summary"] for row in rows)
     shown = Done(["passes"], capsys)
     assert all(name in shown.out for name in names)
+
+
+def test_rules_shows_the_registry_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {row["op"]: row for row in Done(["rules", "--json"], capsys).json["rules"]}
+    assert rows["aten.linear.default"] == {
+        "op": "aten.linear.default", "family": "contraction", "axes": True, "moves": False,
+        "homogeneity": "x0^1*x1^1, follows x2", "contraction": "linear", "high": "", "count": 0}
+    assert rows["aten.layer_norm.default"]["high"] == "norms run in high precision"
+    shown = Done(["rules"], capsys)
+    assert all(op in shown.out for op in rows)
+    without = Done(["rules", "--missing", "--json"], capsys).json["rules"]
+    assert without == [row for row in rows.values() if row["family"] is None]
+    missing = Done(["rules", "--missing"], capsys)
+    assert f"{len(without)} of {len(rows)} operators have no rule" in missing.out
+    assert "calls" not in missing.out and "aten.linear" not in missing.out
+
+
+def test_rules_counts_what_a_model_calls(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = Done(["rules", "cli_models:gap", "--json"], capsys).json["rules"]
+    assert {row["op"]: row["count"] for row in rows} == {  # and no function of Python's
+        "aten.linear.default": 2, "aten.erfinv.default": 1, "aten.sym_size.int": 1}
+    families = {row["op"]: row["family"] for row in rows}
+    assert families["aten.linear.default"] == "contraction"
+    assert families["aten.erfinv.default"] is None
+    shown = Done(["rules", "cli_models:gap"], capsys)
+    assert "calls" in shown.out and "of 3 operators have no rule" in shown.out
+    shown = Done(["rules", "cli_models:small", "--missing"], capsys)
+    assert shown.out == "a model that prints\n" + (
+        "0 of 2 operators have no rule: they are left in float\n")
+
+
+def test_docs_rules_is_what_the_registry_says(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "wrote rules.md" in Done(["rules", "--markdown", "rules.md"], capsys).out
+    committed = Path(__file__).parents[2] / "docs" / "rules.md"
+    assert committed.read_text("utf-8") == (folder / "rules.md").read_text("utf-8"), (
+        "write it again: scaleprop rules --markdown docs/rules.md")
 
 
 # ------------------------------------------------------------------ models
@@ -230,6 +279,9 @@ def test_bench_compares_with_float32(capsys: pytest.CaptureFixture[str]) -> None
         (["compile", "cli_models:small", "--recipe", "int8"], "calibration"),
         (["export", "cli_models:small", "--out", "m.bin"], "an export is a .onnx file"),
         (["formats", "mxfp3"], "unknown format 'mxfp3'"),
+        (["rules", "cli_models:bare"], "pass --inputs"),
+        (["rules", "--inputs", "cli_models:inputs"], "there is no MODEL"),
+        (["rules", "--markdown", "absent/rules.md"], "create the folder 'absent'"),
         (["recipes", "nope.toml"], "cannot read recipe 'nope.toml'"),
     ],
 )
@@ -286,7 +338,8 @@ def test_help_is_light_and_lists_every_command() -> None:
             "sys.exit('onnxruntime' in sys.modules or 'transformers' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("compile", "analyze", "export", "formats", "recipes", "passes", "doctor", "bench"):
+    for name in ("compile", "analyze", "export", "formats", "recipes", "rules", "passes",
+                 "doctor", "bench"):
         assert f"\n  {name} " in done.stdout
 
 
