@@ -96,6 +96,8 @@ class Rule:
     high: why its operands stay in high precision, for the report; "" where nobody would ask.
     bounded: the size of what comes out does not follow argument 0's: a sigmoid, a softmax, a norm
         (whose weight sets it).
+    degree: of argument 0, where it is no whole number: the root of a scale need not be a power of
+        two, so ``homogeneity`` is None.
     """
 
     op: torch._ops.OpOverload  # pyright: ignore[reportPrivateUsage]
@@ -106,6 +108,7 @@ class Rule:
     contraction: Contraction | None = None
     high: str = ""
     bounded: bool = False
+    degree: float | None = None
 
     def law(self, node: torch.fx.Node) -> Homogeneity | None:
         """The homogeneity of one call; None where it needs its inputs unscaled."""

@@ -66,8 +66,6 @@ for _op in (
     aten.softplus.default,
     aten.hardtanh.default,
     aten.hardswish.default,
-    aten.sqrt.default,  # the root of a power of two need not be one
-    aten.rsqrt.default,
     aten.pow.Tensor_Tensor,
     aten.pow.Scalar,
     aten.floor.default,
@@ -77,6 +75,9 @@ for _op in (
     aten.glu.default,
 ):
     register(Rule(op=_op, family="elementwise", axes=axes.identity))
+
+for _op, _degree in ((aten.sqrt.default, 0.5), (aten.rsqrt.default, -0.5)):
+    register(Rule(op=_op, family="elementwise", axes=axes.identity, degree=_degree))
 
 for _op in (
     aten.tanh.default,

@@ -9,6 +9,7 @@ multiplication by a power of two, in the cast's own loop.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from scaleprop import _torch_compat as compat
 from scaleprop import ops
 from scaleprop.ops.products import float_element
 from scaleprop.passes.exponents import carry
+from scaleprop.passes.training.drift import drifts
 from scaleprop.passes.training.roles import Factor, Product, find_products
 from scaleprop.passes.training.statistics import exponent_for, measured_amax
 from scaleprop.rules import rule_for
@@ -28,7 +30,8 @@ aten: Any = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class Formats:
-    """Element formats of the factors, and how many powers of two below their maximum amax lies."""
+    """Element formats of the factors; margin: how many powers of two below a format's maximum amax
+    is put at least. Values that may drift further get as much room, see ``drift``."""
 
     x: str = "e4m3"
     w: str = "e4m3"
@@ -40,7 +43,10 @@ class Formats:
 class Cast:
     """One value in low precision.
 
+    amax: as measured; None where it is not known.
+    drift: how many powers of two it may grow or shrink in training.
     exponent: what it is held at; None where the scale is found at run time.
+    why: for a scale at run time, the reason.
     free: whether the exponent came with the product that made the value.
     """
 
@@ -48,8 +54,10 @@ class Cast:
     kind: str
     element: str
     amax: float | None
+    drift: float
     exponent: int | None
     free: bool
+    why: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +93,10 @@ def lower_products(
             factors.setdefault((factor.root, getattr(formats, factor.kind)), factor)
     roots = {root for root, _ in factors}
     amax = {} if inputs is None else measured_amax(joint, inputs, roots)
+    drift = drifts(joint.graph, parameters)
     work = _Lowering(joint, formats, products.found)
     for (root, element), factor in factors.items():
-        # zeros say nothing: a gradient of unknown size, or a weight that starts at zero
-        work.cast(root, element, factor.kind, amax.get(root) or None)
+        work.cast(root, element, factor.kind, amax.get(root), drift[root])
     for product in products.found:
         work.multiply(product)
     joint.graph.eliminate_dead_code()
@@ -120,39 +128,33 @@ class _Lowering:
         self._data: dict[tuple[torch.fx.Node, str], tuple[torch.fx.Node, Any]] = {}
         self._moved: dict[tuple[torch.fx.Node, torch.fx.Node], torch.fx.Node] = {}
 
-    def cast(self, root: torch.fx.Node, element: str, kind: str, amax: float | None) -> None:
+    def cast(
+        self, root: torch.fx.Node, element: str, kind: str, amax: float | None, drift: float
+    ) -> None:
         """Cast ``root`` right after it is made."""
-        mode = compat.fake_mode_of(self.graph)
-        last = root
-        while last.op == "placeholder" and last.next.op == "placeholder":
-            last = last.next
-        source, scale = root, None
-        exponent, free = None, False
-        with mode, self.graph.inserting_after(last):
-            if amax is None:
-                scale = self._call(ops.power_scale, (root, element, self.formats.margin), root)
-                last = scale
-            else:
-                exponent = exponent_for(amax, float_element(element).max, self.formats.margin)
-        with mode, self.graph.inserting_after(last):
-            if scale is not None:
-                source = self._call(aten.div.Tensor, (root, scale), root)
-                last = source
-        if exponent:
-            free = self._want(root, exponent)
+        why = _why_at_run_time(element, amax, drift)
+        at = _last_input(root)
+        if why:
+            arguments = (root, element, self.formats.margin)
+            scale = at = self._call(ops.power_scale, arguments, root, at)
+            source = at = self._call(aten.div.Tensor, (root, scale), root, at)
+            exponent, free = None, False
+        else:
+            assert amax is not None
+            margin = max(self.formats.margin, math.ceil(drift))
+            exponent = exponent_for(amax, float_element(element).max, margin)
+            source, scale, free = root, None, self._want(root, exponent)
             if not free:  # held so for the cast alone
-                with mode, self.graph.inserting_after(last):
-                    source = last = self._call(aten.alias.default, (root,), root)
+                source = at = self._call(aten.alias.default, (root,), root, at)
                 self.wanted[source] = exponent
-        with mode, self.graph.inserting_after(last):
-            data = self._call(ops.cast, (source, element), root)
+        data = self._call(ops.cast, (source, element), root, at)
         self._data[root, element] = (data, scale)
-        self.casts.append(Cast(root.name, kind, element, amax, exponent, free))
+        self.casts.append(Cast(root.name, kind, element, amax, drift, exponent, free, why))
 
     def _want(self, root: torch.fx.Node, exponent: int) -> bool:
         """Ask for the exponent of the product that ``root`` comes from, if that is for nothing:
         nothing else reads it, and only operators that pass scales lie in between."""
-        if not self._inside.issuperset(root.users):
+        if any(_minds(user, root) for user in root.users if user not in self._inside):
             return False
         node: torch.fx.Node | None = root
         while node is not None and node not in self._products:
@@ -166,15 +168,14 @@ class _Lowering:
         """Replace a product by one of low-precision data."""
         node = product.node
         value = node.meta["val"]
-        with compat.fake_mode_of(self.graph), self.graph.inserting_before(node):
-            data, scales = zip(*map(self._read, (product.left, product.right)), strict=True)
-            result = self._call(ops.gemm, (*data, 1.0, value.dtype), node)
-            self.wanted[result] = self.wanted.pop(node, 0)
-            for scale in scales:
-                if scale is not None:
-                    result = self._call(aten.mul.Tensor, (result, scale), node)
-            if node.target is aten.addmm.default:
-                result = self._call(aten.add.Tensor, (result, node.args[0]), node)
+        data, scales = zip(*map(self._read, (product.left, product.right)), strict=True)
+        result = self._call(ops.gemm, (*data, 1.0, value.dtype), node)
+        self.wanted[result] = self.wanted.pop(node, 0)
+        for scale in scales:
+            if scale is not None:
+                result = self._call(aten.mul.Tensor, (result, scale), node)
+        if node.target is aten.addmm.default:
+            result = self._call(aten.add.Tensor, (result, node.args[0]), node)
         node.replace_all_uses_with(result)
         self.graph.erase_node(node)
 
@@ -185,18 +186,49 @@ class _Lowering:
             key = (data, move)
             if key not in self._moved:
                 self._moved[key] = self._call(move.target, (data, *move.args[1:]), move,
-                                              **move.kwargs)
+                                              kwargs=move.kwargs)
             data = self._moved[key]
         return data, scale
 
     def _call(
-        self, target: Any, args: tuple[Any, ...], at: torch.fx.Node, **kwargs: Any
+        self, target: Any, args: tuple[Any, ...], at: torch.fx.Node,
+        after: torch.fx.Node | None = None, kwargs: Mapping[str, Any] | None = None,
     ) -> torch.fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        given: Any = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])  # type: ignore[arg-type]
-        node.meta = {**at.meta, "val": target(*given[0], **given[1])}
+        """A call that takes its provenance from ``at``, and its place too: before it, or ``after``
+        another node."""
+        place = self.graph.inserting_before(at) if after is None else \
+            self.graph.inserting_after(after)
+        with place:
+            node = self.graph.call_function(target, args, dict(kwargs or {}))
+        given: Any = torch.fx.map_arg((args, kwargs or {}), lambda n: n.meta["val"])  # type: ignore[arg-type]
+        with compat.fake_mode_of(self.graph):
+            node.meta = {**at.meta, "val": target(*given[0], **given[1])}
         node.meta.pop("tensor_meta", None)
         return node
+
+
+def _why_at_run_time(element: str, amax: float | None, drift: float) -> str:
+    """Why an exponent cannot be fixed; "" where it can."""
+    if amax is None:
+        return "no batch was measured"
+    if amax == 0.0:  # a gradient of unknown size, or a weight that starts at zero
+        return "all zeros when measured"
+    if not math.isfinite(amax):
+        return "NaN or Inf when measured"
+    room = headroom(element)
+    return f"may drift by 2^{drift:.0f}, {element} has room for 2^{room}" if drift > room else ""
+
+
+def headroom(element: str) -> int:
+    """How far amax may fall with the eight binades below it still normal numbers."""
+    fmt = float_element(element)
+    return fmt.emax - fmt.emin - 8
+
+
+def _last_input(node: torch.fx.Node) -> torch.fx.Node:
+    while node.op == "placeholder" and node.next.op == "placeholder":
+        node = node.next
+    return node
 
 
 def _only_source(node: torch.fx.Node) -> torch.fx.Node | None:
@@ -210,7 +242,25 @@ def _only_source(node: torch.fx.Node) -> torch.fx.Node | None:
     if len(scaled) != 1 or scaled[0][1] != 1:
         return None
     source: Any = scaled[0][0]
-    return source if len(source.users) == 1 else None
+    others = [user for user in source.users if user is not node]
+    return None if any(_minds(user, source) for user in others) else source
+
+
+def _minds(reader: torch.fx.Node, value: torch.fx.Node) -> bool:
+    """Whether ``reader`` depends on the scale of ``value``; one that looks at signs does not."""
+    rule = rule_for(reader.target) if reader.op == "call_function" else None
+    law = rule.law(reader) if rule is not None else None
+    if law is None or not law.exact or value in reader.kwargs.values():
+        return True
+    if rule is not None and rule.moves:
+        return any(_minds(user, reader) for user in reader.users)
+    for place, given in enumerate(reader.args):
+        found: set[torch.fx.Node] = set()
+        torch.fx.map_arg(given, found.add)
+        degrees = [degrees.get(place) for degrees in law.outputs or (law.degrees,)]
+        if value in found and any(degree != 0 for degree in degrees):
+            return True
+    return False
 
 
 def _fold(joint: torch.fx.GraphModule) -> int:

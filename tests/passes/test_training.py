@@ -1,0 +1,202 @@
+"""Products of a training step are told apart; their factors are held where formats are good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from scaleprop import ops
+from scaleprop.backends.dynamo import compile_joint
+from scaleprop.passes.training import Formats, find_products, lower_products
+from scaleprop.passes.training.drift import GRADIENT, INPUT, PARAMETER, drifts
+from scaleprop.passes.training.lower import Lowered, headroom
+from scaleprop.passes.training.statistics import exponent_for, measured_amax
+
+aten = torch.ops.aten
+ONE = torch.ones(())  # the gradient of a loss
+
+
+class Mlp(nn.Module):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(16, 32, bias=False), act, nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.act(self.up(x))).square().mean()
+
+
+class Attention(nn.Module):
+    """Eager attention: products of activations beside those of linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.q(x) @ self.k(x).mT).softmax(-1).sum()
+
+
+class RmsNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.first, self.last = (nn.Parameter(torch.ones(8)), nn.Linear(8, 8),
+                                            nn.Linear(8, 8))  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.gain
+        return self.last(x).square().mean()
+
+
+def joint_of(
+    model: nn.Module, *inputs: torch.Tensor, use: Callable[[Any, Any, Any], Any]
+) -> list[Any]:
+    """What ``use(joint, parameters, values)`` says of a model's joint graph, run in eager mode."""
+    torch._dynamo.reset()
+    found: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, given: list[Any]) -> Any:
+        def transform(joint: torch.fx.GraphModule) -> None:
+            places = joint.graph.find_nodes(op="placeholder")
+            parameters = [node for node, value in zip(places, given, strict=False)
+                          if isinstance(value, nn.Parameter)]
+            found.append(use(joint, parameters, [*given, ONE]))
+
+        return compile_joint(graph, given, transform, "eager")
+
+    torch.compile(model, backend=backend, fullgraph=True)(*inputs).backward()
+    return found
+
+
+def lowered(model: nn.Module, *inputs: torch.Tensor, formats: Formats | None = None) -> Lowered:
+    return joint_of(model, *inputs, use=lambda joint, parameters, values: lower_products(
+        joint, parameters, formats or Formats(), values))[0]
+
+
+def test_roles_of_linear_layers():
+    (products,) = joint_of(Mlp(nn.ReLU()), torch.randn(4, 16, requires_grad=True),
+                           use=lambda joint, parameters, _: find_products(joint.graph, parameters))
+    assert not products.high
+    kinds = sorted((p.role, *sorted((p.left.kind, p.right.kind))) for p in products.found)
+    assert kinds == sorted([("fprop", "w", "x"), ("dgrad", "dy", "w"), ("wgrad", "dy", "x")] * 2)
+
+
+def test_products_of_activations_stay_high():
+    (result,) = joint_of(Attention(), torch.randn(1, 4, 8, requires_grad=True),
+                         use=lambda joint, parameters, _: find_products(joint.graph, parameters))
+    assert {p.role for p in result.found} == {"fprop", "dgrad", "wgrad"}
+    bmm_free = [node for node in result.high if node.target not in (aten.mm.default,)]
+    assert not bmm_free  # batched products are none of a linear layer's
+
+
+def test_each_value_is_cast_once_in_each_format():
+    result = lowered(Mlp(nn.GELU()), torch.randn(4, 16, requires_grad=True))
+    values = [(cast.value, cast.element) for cast in result.casts]
+    assert len(values) == len(set(values)) == 6  # two inputs, two weights, two gradients
+    assert len(result.products) == 6
+
+
+@pytest.mark.parametrize(("act", "free"), [(nn.ReLU(), True), (nn.GELU(), False)])
+def test_exponents_come_with_the_product_where_scales_pass(act: nn.Module, free: bool):
+    torch.manual_seed(0)
+    result = lowered(Mlp(act), torch.randn(64, 16))
+    (hidden,) = [c for c in result.casts if c.value in ("relu", "gelu")]
+    assert hidden.kind == "x" and hidden.free == free
+    assert hidden.exponent is not None and hidden.exponent < 0
+
+
+def test_amax_lies_as_far_below_the_maximum_as_asked():
+    torch.manual_seed(0)
+    for margin in (2, 5):
+        result = lowered(Mlp(nn.GELU()), torch.randn(64, 16), formats=Formats(margin=margin))
+        for cast in result.casts:
+            assert cast.exponent is not None and cast.amax
+            room = max(margin, cast.drift)
+            top = {"e4m3": 448.0, "e5m2": 57344.0}[cast.element]
+            share = cast.amax * 2.0**-cast.exponent / top
+            assert 2.0 ** -(room + 2) < share <= 2.0**-int(room)
+
+
+def test_alphas_take_the_rescales_of_products():
+    torch.manual_seed(0)
+
+    def use(joint: torch.fx.GraphModule, parameters: Any, values: Any) -> list[Any]:
+        result = lower_products(joint, parameters, Formats(), values)
+        products = joint.graph.find_nodes(op="call_function", target=ops.gemm)
+        assert len(products) == len(result.products)
+        return [node.args[2] for node in products]
+
+    (alphas,) = joint_of(Mlp(nn.ReLU()), torch.randn(4, 16), use=use)
+    assert any(alpha != 1.0 for alpha in alphas)
+
+
+def test_a_weight_of_zeros_gets_its_scale_at_run_time():
+    model = Mlp(nn.ReLU())
+    nn.init.zeros_(model.down.weight)
+    result = lowered(model, torch.randn(4, 16))
+    at_run_time = {cast.why for cast in result.casts if cast.exponent is None}
+    assert at_run_time == {"all zeros when measured"}
+
+
+def test_drift_is_a_product_of_powers():
+    def use(joint: torch.fx.GraphModule, parameters: Any, _: Any) -> dict[str, float]:
+        found = drifts(joint.graph, parameters)
+        return {node.name: drift for node, drift in found.items()}
+
+    (drift,) = joint_of(Mlp(nn.ReLU()), torch.randn(4, 16), use=use)
+    assert drift["mm"] == pytest.approx((PARAMETER**2 + INPUT**2) ** 0.5)
+    assert drift["tangents_1"] == GRADIENT
+    (normed,) = joint_of(RmsNorm(), torch.randn(4, 8), use=use)
+    # x·rsqrt(mean(x²)) is as large as it was, whatever x does: what is left is the gain
+    (last,) = [name for name in normed if name == "mul_1"]
+    assert normed[last] == pytest.approx(PARAMETER)
+
+
+def test_values_that_drift_beyond_the_format_are_scaled_at_run_time():
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(16)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers(x).square().mean()
+
+    result = lowered(Deep(), torch.randn(4, 8))
+    inputs = [cast for cast in result.casts if cast.kind == "x"]
+    assert inputs[0].exponent is not None
+    assert inputs[-1].exponent is None and inputs[-1].why == "may drift by 2^8, e4m3 has room " \
+        f"for 2^{headroom('e4m3')}"
+
+
+@pytest.mark.parametrize(("amax", "margin", "expected"), [
+    (448.0, 0, 0), (449.0, 0, 1), (224.0, 0, -1), (448.0, 2, 2), (0.0, 2, 0),
+    (float("nan"), 0, 0), (float("inf"), 0, 0), (2.0**-140, 0, -148)])  # fmt: skip
+def test_exponent_for(amax: float, margin: int, expected: int):
+    assert exponent_for(amax, 448.0, margin) == expected
+
+
+def test_measuring_reads_real_values_and_leaves_the_generator():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Dropout(0.5))
+    nn.init.constant_(model[0].weight, 0.5)
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x).sum()
+
+    def use(joint: torch.fx.GraphModule, _: Any, values: Any) -> Any:
+        (product,) = [n for n in joint.graph.nodes if n.name == "mm"]
+        before = torch.random.get_rng_state()
+        amax = measured_amax(joint, values, {product})[product]
+        return amax, before, torch.random.get_rng_state()
+
+    ((amax, before, after),) = joint_of(Loss(), torch.ones(3, 4), use=use)
+    assert amax == 2.0
+    assert torch.equal(before, after)
