@@ -138,6 +138,11 @@ def fake_mode_of(graph: torch.fx.Graph) -> FakeTensorMode:
     return symbolic_fake_mode()
 
 
+def operator_names() -> list[str]:
+    """Every operator that the dispatcher knows, as ``namespace::name.overload``."""
+    return torch._C._dispatch_get_all_op_names()  # pyright: ignore[reportPrivateUsage]
+
+
 def is_fake(value: Any) -> bool:
     """Whether a value is a tensor without data."""
     return isinstance(value, FakeTensor)

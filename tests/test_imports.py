@@ -24,7 +24,8 @@ LAYERS = (
     ("report", "calibration.statistics", "recipes"),
     ("passes", "calibration", "signature"),
     ("backends",),
-    ("fidelity", "graph_json", "storage", "analysis", "api", ""),
+    ("fidelity", "graph_json", "storage", "analysis", "api", "optim", "training",
+     ""),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.fx
 
+from scaleprop._torch_compat import operator_names
 from scaleprop.errors import ConfigError
 
 OperandRole = Literal["activation", "weight", "bias"]
@@ -212,9 +213,8 @@ def _product(degrees: Mapping[int, int]) -> str:
 
 def core_operators() -> tuple[Any, ...]:
     """Core ATen: what every model's graph can be brought to. Those that write are never in one."""
-    names: list[str] = torch._C._dispatch_get_all_op_names()  # pyright: ignore[reportPrivateUsage]
     found: list[Any] = []
-    for name in names:
+    for name in operator_names():
         namespace, _, packet = name.partition("::")
         if namespace == "aten":
             packet, _, overload = packet.partition(".")

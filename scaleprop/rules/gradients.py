@@ -19,7 +19,7 @@ _LINEAR = Homogeneity({0: 1})
 
 _ELEMENTWISE: Mapping[Any, Law] = {
     aten.threshold_backward.default: laws.threshold_gradient,
-    aten.leaky_relu_backward.default: laws.leaky_gradient,
+    aten.leaky_relu_backward.default: Homogeneity({0: 1, 1: 0}),  # the sign of x decides
     aten.gelu_backward.default: _LINEAR,
     aten.silu_backward.default: _LINEAR,
     aten.mish_backward.default: _LINEAR,
@@ -64,7 +64,7 @@ _SHAPED: Mapping[Any, Law] = {
     # dx from dy and w, dw from dy and x, db from dy
     aten.convolution_backward.default: Homogeneity(
         outputs=({0: 1, 1: 0, 2: 1}, {0: 1, 1: 1, 2: 0}, {0: 1, 1: 0, 2: 0})),
-    aten.mse_loss_backward.default: Homogeneity({0: 1}, follows=()),
+    aten.mse_loss_backward.default: _LINEAR,
 }  # fmt: skip
 for _op, _homogeneity in _SHAPED.items():
     register(Rule(op=_op, family="gradient", homogeneity=_homogeneity))

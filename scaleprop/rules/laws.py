@@ -50,10 +50,12 @@ def clamp(node: torch.fx.Node) -> Homogeneity | None:
 
 
 def power(node: torch.fx.Node) -> Homogeneity | None:
-    """x^n for an integer n: a power of two stays one."""
+    """x^n for the n that are products: a power of two stays one.
+
+    PyTorch takes the others through logarithms, which round differently at another scale.
+    """
     exponent: Any = node.args[1]
-    whole = isinstance(exponent, (int, float)) and float(exponent).is_integer()
-    return Homogeneity({0: int(exponent)}) if whole else None
+    return Homogeneity({0: int(exponent)}) if exponent in (-2, -1, 0, 1, 2, 3) else None
 
 
 def shifted(node: torch.fx.Node) -> Homogeneity | None:
@@ -73,11 +75,7 @@ def threshold_gradient(node: torch.fx.Node) -> Homogeneity | None:
     return Homogeneity({0: 1, 1: 0}) if scale_free(node.args[2]) else None
 
 
-def leaky_gradient(node: torch.fx.Node) -> Homogeneity:
-    """leaky_relu_backward(dy, x, …): the sign of x decides."""
-    return Homogeneity({0: 1, 1: 0})
-
-
 def counted(node: torch.fx.Node) -> Homogeneity | None:
-    """The p-norm, in units of x for every p but 0, which counts."""
-    return None if constant(node, 1, "ord", 2) == 0 else PASSES
+    """The p-norm, in units of x, but for p = 0, which counts, and the p whose powers and roots are
+    taken through logarithms, which round differently at another scale."""
+    return PASSES if constant(node, 1, "ord", 2) in (1, 2, math.inf, -math.inf) else None

@@ -1,4 +1,4 @@
-"""Comparisons, masks and places: they read scales, and their results have none."""
+"""Comparisons, masks, places and sizes: they read scales, and their results have none."""
 
 from __future__ import annotations
 
@@ -53,4 +53,7 @@ for _op in (
     aten.all.default,
     aten.all.dim,
 ):
+    register(Rule(op=_op, family="logic", homogeneity=Homogeneity({0: 0})))
+for _op in (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default,
+            aten.sym_storage_offset.default):  # fmt: skip
     register(Rule(op=_op, family="logic", homogeneity=Homogeneity({0: 0})))

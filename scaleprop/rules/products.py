@@ -7,9 +7,7 @@ from scaleprop.rules import axes
 from scaleprop.rules.base import Contraction, Homogeneity, Operand, Rule, register
 
 # not homogeneous as numbers: where data is held decides what rounding loses, and that is the point
-register(
-    Rule(op=ops.cast, family="product", homogeneity=Homogeneity({0: 1}), axes=axes.identity)
-)
+register(Rule(op=ops.cast, family="product", homogeneity=Homogeneity({0: 1}), axes=axes.identity))
 register(
     Rule(
         op=ops.gemm,
