@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from scaleprop.backends.dynamo import Options, compile_joint, scaleprop
+from scaleprop.backends.dynamo import Options, scaleprop
 from scaleprop.errors import ConfigError
-from scaleprop.passes.exponents import carry, has_scale
+
+from .joint_graphs import Anywhere, compiled, step
 
 INNER = ("eager", "inductor")
 
@@ -32,15 +32,6 @@ class Language(nn.Module):
         return nn.functional.cross_entropy(logits.flatten(0, 1), ids.roll(1, 1).flatten())
 
 
-def step(model: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
-    """Loss and gradients."""
-    model.zero_grad()
-    result = model(*inputs)
-    result = result if result.ndim == 0 else result.square().mean()
-    result.backward()
-    return [result.detach(), *(p.grad.clone() for p in model.parameters())]
-
-
 def build(name: str) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     match name:
@@ -58,12 +49,6 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
             return Language().double(), torch.randint(0, 50, (2, 7))
 
 
-def anywhere(joint: torch.fx.GraphModule) -> None:
-    """A random exponent on every value."""
-    draw = random.Random(1)
-    carry(joint, {n: draw.randint(-6, 6) for n in joint.graph.nodes if has_scale(n)})
-
-
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     torch._dynamo.reset()
@@ -74,10 +59,8 @@ def fresh() -> None:
 def test_random_exponents_leave_loss_and_gradients(name: str, inner: Any):
     model, inputs = build(name)
     expected = step(model, inputs)
-    compiled = torch.compile(
-        model, backend=lambda graph, given: compile_joint(graph, given, anywhere, inner),
-        fullgraph=True)
-    for got, want in zip(step(compiled, inputs), expected, strict=True):
+    rewritten = compiled(model, Anywhere(), inner, fullgraph=True)
+    for got, want in zip(step(rewritten, inputs), expected, strict=True):
         assert torch.equal(got, want) if inner == "eager" else torch.allclose(
             got, want, rtol=1e-10, atol=1e-14)
 
@@ -85,8 +68,7 @@ def test_random_exponents_leave_loss_and_gradients(name: str, inner: Any):
 def test_batch_norm_statistics_are_updated_once():
     model, inputs = build("conv")
     reference, _ = build("conv")
-    compiled = torch.compile(model, backend=scaleprop, options={"recipe": "fp8", "inner": "eager"})
-    compiled(inputs)
+    torch.compile(model, backend=scaleprop, options={"recipe": "fp8", "inner": "eager"})(inputs)
     reference(inputs)
     assert torch.equal(model[1].running_var, reference[1].running_var)
     assert int(model[1].num_batches_tracked) == 1
@@ -106,8 +88,8 @@ def test_fp8_gradients_point_where_the_exact_ones_do(inner: Any):
     torch.manual_seed(0)
     model, ids = Language(64), torch.randint(0, 50, (4, 16))
     expected = step(model, ids)
-    compiled = torch.compile(model, backend=scaleprop, options={"recipe": "fp8", "inner": inner})
-    got = step(compiled, ids)
+    got = step(torch.compile(model, backend=scaleprop, options={"recipe": "fp8", "inner": inner}),
+               ids)
     assert abs(got[0] - expected[0]) < 5e-3 * expected[0]
     assert not torch.equal(got[0], expected[0])
     largest = max(b.norm() for b in expected[1:])
@@ -120,9 +102,9 @@ def test_fp8_gradients_point_where_the_exact_ones_do(inner: Any):
 
 def test_evaluation_without_gradients():
     model, ids = build("language")
-    compiled = torch.compile(model, backend=scaleprop, options={"recipe": "fp8"})
+    quantized = torch.compile(model, backend=scaleprop, options={"recipe": "fp8"})
     with torch.no_grad():
-        exact, got = model(ids), compiled(ids)
+        exact, got = model(ids), quantized(ids)
     assert 0 < abs(got - exact) < 1e-2 * exact
 
 

@@ -94,10 +94,13 @@ class _Carrier:
             self.unruled[str(node.target)] += 1
         law = law or _UNSCALED
         common = self._common(node, law)
+        if any(abs(self._out(node, law, index, common)) > MOST for index in range(_results(node))):
+            law, common = _UNSCALED, 0  # the exponents of its factors add up to too much
         self._align(node, dict.fromkeys(law.follows, common), _free(law))
-        value = node.meta.get("val")
-        if isinstance(value, (tuple, list)):
-            self.parts[node] = [self._out(node, law, index, common) for index in range(len(value))]
+        if isinstance(node.meta.get("val"), (tuple, list)):
+            self.parts[node] = [
+                self._out(node, law, index, common) for index in range(_results(node))
+            ]
         else:
             self._settle(node, self._out(node, law, 0, common))
 
@@ -155,10 +158,12 @@ class _Carrier:
         held = self.exponents.get(value, 0)
         if held == exponent or not has_scale(value):
             return value
-        if max(abs(held), abs(exponent), abs(held - exponent)) > MOST:
+        if abs(exponent) > MOST:
             raise PassError(
                 f"{describe(value)}: an exponent of {exponent} (held at {held}) is beyond ±{MOST}"
             )
+        if abs(held - exponent) > MOST:  # two factors
+            return self._rescaled(self._rescaled(value, 0), exponent)
         key = (value, exponent)
         if key not in self._made:
             with self.graph.inserting_after(_last_input(value)):
@@ -169,6 +174,11 @@ class _Carrier:
             self._made[key] = made
             self._made[made, held] = value  # the way back costs nothing
         return self._made[key]
+
+
+def _results(node: torch.fx.Node) -> int:
+    value = node.meta.get("val")
+    return len(value) if isinstance(value, (tuple, list)) else 1
 
 
 def _free(law: Homogeneity) -> frozenset[int]:
