@@ -28,6 +28,7 @@ from torch.fx.experimental.symbolic_shapes import (
     GuardOnDataDependentSymNode,
     ShapeEnv,
     StatelessSymbolicContext,
+    optimization_hint,
 )
 from torch.utils import _python_dispatch
 from torch.utils._sympy.functions import FloorDiv
@@ -174,6 +175,11 @@ def fake_size(mode: FakeTensorMode, name: str, size: int) -> torch.SymInt:
     return vector.shape[0]  # pyright: ignore[reportReturnType]
 
 
+def traced_size(size: int | torch.SymInt) -> int:
+    """What a size was when it was traced; no guard is added."""
+    return optimization_hint(size)
+
+
 def traced_guards(exported: ExportedProgram) -> list[tuple[sympy.Basic, bool]]:
     """Conditions that tracing put on symbolic sizes, simplified, and whether an operator's own
     code did; those that always hold are left out."""
@@ -277,3 +283,13 @@ def compile_inductor(
     compiled: Any = compile_fx(module, example_inputs, decompositions=table,
                                config_patches={"joint_custom_pre_pass": Rewrite()})
     return compiled
+
+
+def compile_in_place(model: torch.nn.Module, backend: Callable[..., Any]) -> None:
+    """``model.compile``, also where the module's class is torch's own: Dynamo skips the frames of
+    ``Sequential`` and ``Linear`` when they come first, and would run them as they are."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)  # pyright: ignore[reportPrivateUsage]
+
+    model._compiled_call_impl = torch.compile(call, backend=backend)  # pyright: ignore[reportPrivateUsage]

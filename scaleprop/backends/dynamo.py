@@ -19,7 +19,7 @@ import torch.fx
 from scaleprop import _torch_compat as compat
 from scaleprop.errors import CaptureError, ConfigError, ScalePropError
 from scaleprop.passes.decompose import respell
-from scaleprop.passes.training import Formats, lower_products
+from scaleprop.passes.training import Formats, Lowered, lower_products
 from scaleprop.rules import rule_for
 
 logger = logging.getLogger(__name__)
@@ -75,9 +75,18 @@ def scaleprop(
     Raises:
         ConfigError: on an unknown option.
     """
-    chosen = Options.of(options)
-    if chosen.recipe == "fp32":
-        return compile_joint(module, example_inputs, _nothing, chosen.inner)
+    return compile_with(module, example_inputs, Options.of(options))
+
+
+def compile_with(
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    report: Callable[[Lowered], None] | None = None,
+) -> Callable[..., Any]:
+    """Compile what Dynamo captured; ``report`` hears what was done to each joint graph."""
+    if options.recipe == "fp32":
+        return compile_joint(module, example_inputs, _nothing, options.inner)
 
     def transform(joint: torch.fx.GraphModule) -> None:
         parameters, inputs = _given(joint.graph, example_inputs)
@@ -85,8 +94,10 @@ def scaleprop(
         logger.info("%d products in fp8, %d high; %d values cast, %d exponents for nothing; "
                     "%d rescales", len(lowered.products), len(lowered.high), len(lowered.casts),
                     sum(cast.free for cast in lowered.casts), lowered.rescales)
+        if report is not None:
+            report(lowered)
 
-    return compile_joint(module, example_inputs, transform, chosen.inner)
+    return compile_joint(module, example_inputs, transform, options.inner)
 
 
 def _given(
@@ -113,7 +124,7 @@ def _given(
 
 def _incoming(like: torch.Tensor) -> torch.Tensor:
     """A gradient from outside."""
-    sizes = [int(size) for size in like.shape]
+    sizes = [compat.traced_size(size) for size in like.shape]
     return torch.full(sizes, 0.0 if sizes else 1.0, dtype=like.dtype, device=like.device)
 
 

@@ -1,0 +1,78 @@
+"""``prepare_training``: the same module, trained in low precision."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import scaleprop
+from scaleprop.errors import ConfigError
+
+
+def model_and_inputs() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4)), torch.randn(8, 16)
+
+
+def test_the_backend_has_a_name():
+    model, x = model_and_inputs()
+    options = {"recipe": "fp8", "inner": "eager"}
+    got = torch.compile(model, backend="scaleprop", options=options)(x)
+    assert 0 < (got - model(x)).abs().max() < 0.1
+
+
+def test_the_module_stays_what_it_was():
+    model, x = model_and_inputs()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    exact = model(x).detach()
+    prepared = scaleprop.prepare_training(model, "fp8", inner="eager")
+    assert prepared is model and prepared.state_dict().keys() == before.keys()
+    result = prepared(x)
+    assert 0 < (result - exact).abs().max() < 0.1
+    for copied in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
+        assert torch.equal(copied.state_dict()["0.weight"], before["0.weight"])
+        assert torch.equal(nn.Sequential.forward(copied, x), exact)
+
+
+def test_the_report_says_what_each_graph_became():
+    model, x = model_and_inputs()
+    scaleprop.prepare_training(model, "fp8", inner="eager")
+    assert scaleprop.scale_report(model) == ()
+    model(x).square().mean().backward()
+    (report,) = scaleprop.scale_report(model)
+    assert sorted(report.products.values()) == ["dgrad", "fprop", "fprop", "wgrad", "wgrad"]
+    assert {cast.kind for cast in report.casts} == {"x", "w", "dy"}
+    # the loss is computed outside: nothing is known of the gradient that comes in
+    assert all((cast.exponent is None) == (cast.kind == "dy") for cast in report.casts)
+    assert not report.high and not report.unruled
+
+
+def test_training_follows_float32():
+    losses: dict[str, list[float]] = {}
+    for recipe in ("fp32", "fp8"):
+        model, x = model_and_inputs()
+        scaleprop.prepare_training(model, recipe, inner="eager")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses[recipe] = []
+        for _ in range(30):
+            loss = (model(x) - x[:, :4]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[recipe].append(loss.item())
+    assert losses["fp32"][-1] < 0.2 * losses["fp32"][0]
+    for exact, low in zip(losses["fp32"], losses["fp8"], strict=True):
+        assert abs(low - exact) < 0.05 * exact + 0.01
+
+
+def test_refusals_are_named():
+    model, _ = model_and_inputs()
+    with pytest.raises(ConfigError, match="recipe='fp7'"):
+        scaleprop.prepare_training(model, "fp7")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="Sequential was not given to"):
+        scaleprop.scale_report(model)
