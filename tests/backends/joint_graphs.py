@@ -64,18 +64,19 @@ def step(model: Any, *inputs: Any, seed: int = 0) -> list[torch.Tensor]:
 
 
 def assert_parallel(
-    got: Sequence[torch.Tensor], want: Sequence[torch.Tensor], tolerance: float = 1e-10
+    got: Sequence[torch.Tensor], want: Sequence[torch.Tensor],
+    turned: float = 1e-10, stretched: float = 1e-10,
 ) -> None:
     """Every tensor points where the other does, and is as long."""
     assert len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
-        assert a.shape == b.shape and a.isfinite().all()
+    for place, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.shape == b.shape and a.isfinite().all(), place
         if not b.any():
-            assert not a.any()
+            assert not a.any(), place
             continue
-        a, b = a.double().flatten(), b.double().flatten()
-        assert torch.cosine_similarity(a, b, dim=0) >= 1 - tolerance
-        assert abs(a.norm() / b.norm() - 1) <= tolerance
+        x, y = a.double().flatten(), b.double().flatten()
+        assert 1 - torch.cosine_similarity(x, y, dim=0) <= turned, place
+        assert abs(x.norm() / y.norm() - 1) <= stretched, place
 
 
 def assert_equal(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> None:

@@ -15,10 +15,14 @@ from scaleprop import _torch_compat as compat
 def measured_amax(
     module: torch.fx.GraphModule, inputs: Sequence[Any], chosen: Collection[torch.fx.Node]
 ) -> Mapping[torch.fx.Node, float]:
-    """The largest magnitude of the ``chosen`` values when the graph runs on real ``inputs``."""
+    """The largest magnitude of the ``chosen`` values when the graph runs on real ``inputs``.
+
+    Sizes among them that are symbols are what they were in the traced batch: no guard is added.
+    """
+    sizes = [compat.traced_size(x) if isinstance(x, torch.SymInt) else x for x in inputs]
     with torch.no_grad(), compat.without_modes(), torch.random.fork_rng():
         run = _Watch(module, chosen)
-        run.run(*inputs, enable_io_processing=False)
+        run.run(*sizes, enable_io_processing=False)
     return run.amax
 
 
