@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from scaleprop import optim
     from scaleprop.analysis import analyze
     from scaleprop.api import CompiledModel, compile, load
     from scaleprop.formats import (
@@ -38,6 +39,7 @@ _HOME = {
     **dict.fromkeys(("Recipe", "Role"), "scaleprop.recipes"),
     "Report": "scaleprop.report",
 }
+_MODULES = ("optim",)
 
 __all__ = [
     "CompiledModel",
@@ -52,12 +54,15 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "load",
+    "optim",
     "quantize",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name's module on first use, so that ``import scaleprop`` stays light."""
+    if name in _MODULES:
+        return importlib.import_module(f"scaleprop.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'scaleprop' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
