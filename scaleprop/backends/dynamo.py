@@ -123,9 +123,11 @@ def _given(
 
 
 def _incoming(like: torch.Tensor) -> torch.Tensor:
-    """A gradient from outside."""
-    sizes = [compat.traced_size(size) for size in like.shape]
-    return torch.full(sizes, 0.0 if sizes else 1.0, dtype=like.dtype, device=like.device)
+    """A gradient from outside, laid out as it was traced."""
+    sizes, strides = ([compat.traced_size(size) for size in given]
+                      for given in (like.shape, like.stride()))
+    made = torch.empty_strided(sizes, strides, dtype=like.dtype, device=like.device)
+    return made.fill_(0.0 if sizes else 1.0)
 
 
 def compile_joint(

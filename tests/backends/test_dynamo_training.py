@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from scaleprop.backends.dynamo import scaleprop
 
-from .joint_graphs import assert_parallel, step
+from .joint_graphs import assert_equal, assert_parallel, step
 
 RECIPES = ("fp32", "fp8")
 # 1 − cosine, |ratio of lengths − 1|; gradients of a loss are alike, and E5M2 rounds all one way
@@ -209,6 +210,50 @@ def test_another_batch_size(recipe: str, dynamic: bool | None, graphs: int):
     for size in (4, 6, 3, 4):
         assert_parallel(step(compiled, batch(size)), step(model, batch(size)), *TOLERANCE[recipe])
     assert counters["stats"]["unique_graphs"] == graphs
+
+
+class Attending(nn.Module):
+    """Its output, and so the gradient that comes in, is laid out as another tensor's transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x, x, x, need_weights=False)[0]
+
+
+def test_gradients_that_are_not_contiguous(recipe: str):
+    torch.manual_seed(1)
+    x = torch.randn(8, 16, 32)
+    compare(lambda run, _: step(run, x), recipe, build(Attending))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointed_regions(recipe: str, dropout: float):
+    class Checkpointed(Model):
+        def hidden(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(super().hidden, x, use_reentrant=False)  # type: ignore[return-value]
+
+    want = step(compile_(build(Model, dropout), recipe), batch())
+    got = step(compile_(build(Checkpointed, dropout), recipe), batch())
+    assert_equal(got, want)
+
+
+def test_a_tensor_given_twice_or_in_parts(recipe: str):
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (self.layer(x) * y).sum()
+
+    torch.manual_seed(1)
+    x = torch.randn(8, 32)
+    for given in ((x, x), (x[:4], x[4:]), (x[:5], x[3:])):
+        torch._dynamo.reset()
+        compare(lambda run, _, given=given: step(run, *given), recipe, build(Pair))
 
 
 def test_names_of_parameters_stay(recipe: str):
