@@ -97,6 +97,7 @@ function("attention_gqa", attention(enable_gqa=True), *GROUPED)
 function("attention_gqa_causal_scale",
          attention(enable_gqa=True, is_causal=True, scale=0.2), *GROUPED)
 function("attention_dropout", attention(dropout_p=0.25), *HEADS)
+CASES["attention_layer"] = lambda: (nn.MultiheadAttention(8, 2), (some(5, 2, 8),) * 3)
 function("attention_learned_bias",
          lambda q, k, v, b: F.scaled_dot_product_attention(q, k, v, attn_mask=b), *HEADS,
          (4, 5, 5))
