@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from scaleprop.recipes import Recipe, Role
     from scaleprop.report import Report
+    from scaleprop.training import prepare_training, scale_report
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ _HOME = {
     ),
     **dict.fromkeys(("Recipe", "Role"), "scaleprop.recipes"),
     "Report": "scaleprop.report",
+    **dict.fromkeys(("prepare_training", "scale_report"), "scaleprop.training"),
 }
 _MODULES = ("optim",)
 
@@ -55,7 +57,9 @@ __all__ = [
     "fake_quantize",
     "load",
     "optim",
+    "prepare_training",
     "quantize",
+    "scale_report",
 ]
 
 

@@ -166,3 +166,13 @@ def test_an_exponent_out_of_range_is_an_error():
     relu = module.graph.find_nodes(op="call_function", target=aten.relu.default)[0]
     with pytest.raises(PassError, match=r"relu.*an exponent of 200"):
         carry(module, {relu: 200})
+
+
+def test_integers_that_come_out_have_no_scale():
+    module = chain(lambda x: (x.relu().round().cumsum(0, dtype=torch.int64), x.relu() * 2), 3, 4)
+    x = torch.randn(3, 4).double() * 9
+    want = module(x)
+    carry(module, {n: 3 for n in module.graph.nodes if has_scale(n)})
+    assert want[0].dtype == torch.int64
+    for got, expected in zip(module(x), want, strict=True):
+        assert torch.equal(got, expected)

@@ -92,7 +92,8 @@ class _Carrier:
         law = rule.law(node) if rule is not None else None
         if rule is None and any(map(has_scale, node.all_input_nodes)):
             self.unruled[str(node.target)] += 1
-        law = law or _UNSCALED
+        if law is None or _counts(node, law):
+            law = _UNSCALED
         common = self._common(node, law)
         if any(abs(self._out(node, law, index, common)) > MOST for index in range(_results(node))):
             law, common = _UNSCALED, 0  # the exponents of its factors add up to too much
@@ -179,6 +180,14 @@ class _Carrier:
 def _results(node: torch.fx.Node) -> int:
     value = node.meta.get("val")
     return len(value) if isinstance(value, (tuple, list)) else 1
+
+
+def _counts(node: torch.fx.Node, law: Homogeneity) -> bool:
+    """Whether numbers go in and integers come out, which have no scale to carry: a sum of dtype
+    int64, say. Comparisons carry none on purpose."""
+    value = node.meta.get("val")
+    whole = isinstance(value, torch.Tensor) and not is_float(value)
+    return whole and any(degree for degree in law.degrees.values())
 
 
 def _free(law: Homogeneity) -> frozenset[int]:
