@@ -81,10 +81,10 @@ def produce(tool: str, model: torch.nn.Module, inputs: Inputs, folder: Path) -> 
     return stages
 
 
+@torch.no_grad()
 def worker(name: str, tool: str, threads: int) -> dict[str, Any]:
     """One measurement; runs in a process of its own."""
     torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as folder:
         produce(tool, *load("tiny-mlp"), Path(folder))
     importlib.import_module("transformers")

@@ -160,6 +160,7 @@ def table(results: harness.Results) -> str:
     ])
 
 
+@torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate the rows that the results file lacks."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -170,7 +171,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=harness.RESULTS)
     options = parser.parse_args(arguments)
-    torch.set_grad_enabled(False)
     torch.set_num_threads(options.threads)
     count = 64 if options.quick else 512
     results = harness.Results("minilm_fidelity_quick" if options.quick else "minilm_fidelity",

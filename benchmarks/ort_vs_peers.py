@@ -94,9 +94,9 @@ class Bench:
             torch.equal(a, b) for a, b in zip(inputs, self.workload.inputs, strict=True))
 
 
+@torch.no_grad()
 def worker(name: str, threads: Sequence[int], plan: harness.Plan, torch_rows: bool) -> dict:
     """Measure one workload; runs in a process of its own."""
-    torch.set_grad_enabled(False)
     workload = workloads.ALL[name]()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

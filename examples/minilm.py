@@ -219,6 +219,7 @@ def markdown(rows: Sequence[Row], sentence_count: int) -> str:
     )
 
 
+@torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; exit status 1 where a recipe failed."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -230,7 +231,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = options.recipe or (["int8-dynamic", "mxfp4"] if options.quick else None)
     recipes = [named_recipe(name) for name in names] if names else list(named_recipes())
     count = 32 if options.quick else 512
-    torch.set_grad_enabled(False)
     start = time.perf_counter()
     task = Task.load(count, options.out)
     plan = harness.QUICK if options.quick else harness.Plan(rounds=7, min_seconds=0.02)

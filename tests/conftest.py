@@ -1,0 +1,16 @@
+"""What every test must leave behind as it found it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def gradients_stay_on() -> Iterator[None]:
+    """A switched-off autograd would make another test fail, far away."""
+    assert torch.is_grad_enabled()
+    yield
+    assert torch.is_grad_enabled()
