@@ -9,8 +9,8 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def gradients_stay_on() -> Iterator[None]:
+def same_gradient_mode() -> Iterator[None]:
     """A switched-off autograd would make another test fail, far away."""
-    assert torch.is_grad_enabled()
+    before = torch.is_grad_enabled()
     yield
-    assert torch.is_grad_enabled()
+    assert torch.is_grad_enabled() == before
