@@ -102,7 +102,7 @@ def compile_with(
 
 def _given(
     graph: torch.fx.Graph, example_inputs: Sequence[Any]
-) -> tuple[list[torch.fx.Node], list[Any] | None]:
+) -> tuple[list[torch.fx.Node], list[Any]]:
     """The graph's inputs that are parameters, and one real batch of all its inputs.
 
     Gradients come in as ones where they are a loss's, else as zeros: their size is unknown.

@@ -86,11 +86,20 @@ def test_roles_of_linear_layers():
 
 
 def test_products_of_activations_stay_high():
-    (result,) = joint_of(Attention(), torch.randn(1, 4, 8, requires_grad=True),
+    (result,) = joint_of(Attention(), torch.randn(4, 8, requires_grad=True),
                          use=lambda joint, parameters, _: find_products(joint.graph, parameters))
-    assert {p.role for p in result.found} == {"fprop", "dgrad", "wgrad"}
-    bmm_free = [node for node in result.high if node.target not in (aten.mm.default,)]
-    assert not bmm_free  # batched products are none of a linear layer's
+    roles = sorted(product.role for product in result.found)
+    assert roles == ["dgrad"] * 2 + ["fprop"] * 2 + ["wgrad"] * 2
+    assert sorted(result.high.values()) == [
+        *["a gradient of attention, or of another product of activations"] * 2,
+        "neither factor is a parameter"]
+
+
+def test_without_a_batch_every_scale_is_found_at_run_time():
+    (result,) = joint_of(Mlp(nn.GELU()), torch.randn(4, 16),
+                         use=lambda joint, parameters, _: lower_products(
+                             joint, parameters, Formats(), None))
+    assert {(cast.exponent, cast.why) for cast in result.casts} == {(None, "no batch was measured")}
 
 
 def test_each_value_is_cast_once_in_each_format():

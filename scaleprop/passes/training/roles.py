@@ -71,7 +71,8 @@ def find_products(graph: torch.fx.Graph, parameters: Collection[torch.fx.Node]) 
         role: Role
         if not any(depends):
             if weights[0] == weights[1]:
-                high[node] = "neither factor is a parameter" if not weights[0] else "both are"
+                are = "both factors are" if weights[0] else "neither factor is"
+                high[node] = f"{are} a parameter"
                 continue
             role = "fprop"
             activations.update(root for (root, _), is_weight in zip(sides, weights, strict=True)
