@@ -13,7 +13,7 @@ from torch import Tensor
 import scaleprop
 from scaleprop import optim
 from scaleprop.errors import ConfigError
-from scaleprop.optim import FORMATS, decode_state, encode_state, scaled_state
+from scaleprop.optim import FORMATS, decode_state, encode_state, entries, scaled_state
 
 Make = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
@@ -248,7 +248,7 @@ def test_nbytes() -> None:
 def test_state_is_decoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits as all at once; no more than ``AT_ONCE`` values are decoded at a time."""
     def run(at_once: int, watch: bool) -> tuple[list[Tensor], int]:
-        monkeypatch.setattr(optim, "AT_ONCE", at_once)
+        monkeypatch.setattr(entries, "AT_ONCE", at_once)
         model, loss = problem()
         first, *others = model.parameters()
         optimizer = torch.optim.AdamW([{"params": [first]}, {"params": others, "lr": 1e-2}])
