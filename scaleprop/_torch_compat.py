@@ -287,9 +287,15 @@ def compile_inductor(
 
 def compile_in_place(model: torch.nn.Module, backend: Callable[..., Any]) -> None:
     """``model.compile``, also where the module's class is torch's own: Dynamo skips the frames of
-    ``Sequential`` and ``Linear`` when they come first, and would run them as they are."""
+    ``Sequential`` and ``Linear`` when they come first, and would run them as they are.
+
+    Dynamo stops compiling, without an error, what has been compiled too often. It counts by code
+    object and by region, so every model has its own of both: else the ninth block of a model whose
+    blocks are compiled one by one would run as it is.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model._call_impl(*args, **kwargs)  # pyright: ignore[reportPrivateUsage]
 
-    model._compiled_call_impl = torch.compile(call, backend=backend)  # pyright: ignore[reportPrivateUsage]
+    call.__code__ = call.__code__.replace()
+    model._compiled_call_impl = torch.compile(call, backend=backend, isolate_recompiles=True)  # pyright: ignore[reportPrivateUsage]
