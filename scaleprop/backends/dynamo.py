@@ -102,10 +102,12 @@ def compile_with(
 
 def _given(
     graph: torch.fx.Graph, example_inputs: Sequence[Any]
-) -> tuple[list[torch.fx.Node], list[Any]]:
+) -> tuple[list[torch.fx.Node], list[Any] | None]:
     """The graph's inputs that are parameters, and one real batch of all its inputs.
 
     Gradients come in as ones where they are a loss's, else as zeros: their size is unknown.
+    No batch where inputs have no data: DDP compiles a graph in as many pieces as it has buckets,
+    and none but the first would have real inputs.
     """
     placeholders = graph.find_nodes(op="placeholder")
     primals = [node for node in placeholders if not str(node.target).startswith("tangents")]
@@ -114,6 +116,8 @@ def _given(
                            "two of them share memory. Remedy: pass copies.")
     parameters = [node for node, value in zip(primals, example_inputs, strict=True)
                   if isinstance(value, torch.nn.Parameter)]
+    if any(compat.is_fake(value) for value in example_inputs):
+        return parameters, None
     written = {node.args[0] for node in graph.nodes if node.target is _COPY}
     with compat.without_modes():
         values = [value.detach().clone() if node in written else value
