@@ -30,6 +30,10 @@ Written by `scaleprop rules --markdown FILE`.
   clamp at zero.
 - **axes**: which axes of x0 are axes of the output is known.
 - **moves**: the output holds the elements of x0, each at least once, and no others.
+- **moments**: mean, RMS and share of zeros of the output follow from those of the inputs: pointwise
+  operators are integrated over their inputs' quantiles, others have a formula.
+- **bounded**: the size of what comes out does not follow x0's.
+- **degree**: of x0, where it is no whole number.
 - **contraction**: a sum of products, and of which kind.
 - **stays high because**: why its operands are not quantized, or not always.
 
@@ -111,6 +115,9 @@ def rule_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
             "homogeneity": row["homogeneity"],
             "axes": "yes" if row["axes"] else "",
             "moves": "yes" if row["moves"] else "",
+            "moments": "yes" if row["moments"] else "",
+            "bounded": "yes" if row["bounded"] else "",
+            "degree": "" if row["degree"] is None else f"{row['degree']:g}",
             "contraction": row["contraction"] or "",
             "stays high because": row["high"],
         }

@@ -1,11 +1,16 @@
 """The algebra of operators: one rule per ATen operator, from which the passes are derived."""
 
 from scaleprop.rules import (
+    composites,
     contractions,
     creation,
     elementwise,
     gradients,
     logic,
+    moments_movement,
+    moments_norms,
+    moments_softmax,
+    moments_sums,
     movement,
     normalisation,
     products,
@@ -39,4 +44,6 @@ __all__ = [
 ]
 
 # imported for their registrations
+del composites
 del contractions, creation, elementwise, gradients, logic, movement, normalisation, products
+del moments_movement, moments_norms, moments_softmax, moments_sums

@@ -16,6 +16,8 @@ import torch.fx
 
 from scaleprop._torch_compat import operator_names
 from scaleprop.errors import ConfigError
+from scaleprop.rules.moments import moments_rule_for
+from scaleprop.rules.moments_pointwise import SAME, is_pointwise
 
 OperandRole = Literal["activation", "weight", "bias"]
 ContractionKind = Literal["linear", "conv", "embedding", "matmul", "attention"]
@@ -136,6 +138,13 @@ def rule_for(op: Any) -> Rule | None:
     return _RULES.get(op)
 
 
+def answers_moments(op: Any) -> bool:
+    """Whether mean, RMS and sparsity of what ``op`` makes follow from those of what it reads."""
+    rule = rule_for(op)
+    moves = rule is not None and rule.moves
+    return moves or op in SAME or is_pointwise(op) or moments_rule_for(op) is not None
+
+
 def contraction_of(node: torch.fx.Node) -> Contraction | None:
     """What ``node`` contracts; None for everything that is not a contraction."""
     rule = rule_for(node.target) if node.op == "call_function" else None
@@ -148,7 +157,8 @@ class Coverage:
 
     family: None for a gap: an operator without a rule.
     homogeneity: as ``formula`` writes it; "" where the inputs must be unscaled.
-    axes: whether some axes of argument 0 are known to survive. moves, high: as in ``Rule``.
+    axes: whether some axes of argument 0 are known to survive.
+    moves, bounded, degree, high: as in ``Rule``. moments: see ``answers_moments``.
     count: how often a program uses it.
     """
 
@@ -157,6 +167,9 @@ class Coverage:
     homogeneity: str = ""
     axes: bool = False
     moves: bool = False
+    moments: bool = False
+    bounded: bool = False
+    degree: float | None = None
     contraction: ContractionKind | None = None
     high: str = ""
     count: int = 0
@@ -176,13 +189,16 @@ def coverage(program_ops: Iterable[Any] = (), also: Iterable[Any] = ()) -> tuple
 def _line(op: Any, count: int) -> Coverage:
     rule = rule_for(op)
     if rule is None:
-        return Coverage(op=str(op), family=None, count=count)
+        return Coverage(op=str(op), family=None, moments=answers_moments(op), count=count)
     return Coverage(
         op=str(op),
         family=rule.family,
         homogeneity=formula(rule.homogeneity),
         axes=rule.axes is not None,
         moves=rule.moves,
+        moments=answers_moments(op),
+        bounded=rule.bounded,
+        degree=rule.degree,
         contraction=rule.contraction.kind if rule.contraction else None,
         high=rule.high,
         count=count,

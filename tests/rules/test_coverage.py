@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 
+from scaleprop.cli.listing import rule_table, rules, rules_markdown
 from scaleprop.rules import Homogeneity, core_operators, coverage, rule_for
 from scaleprop.rules.base import formula
 
@@ -36,6 +40,9 @@ def test_a_line_says_what_the_rule_says():
     assert by_op["aten.addmm.default"].contraction == "matmul"
     assert by_op["aten.addmm.default"].high == rule_for(aten.addmm.default).high
     assert all(line.family and not line.count for line in by_op.values())
+    assert by_op["aten.sigmoid.default"].bounded and not by_op["aten.relu.default"].bounded
+    assert by_op["aten.rsqrt.default"].degree == -0.5 and by_op["aten.mm.default"].degree is None
+    assert by_op["aten.mm.default"].moments and not by_op["aten.argmax.default"].moments
 
 
 def test_operators_can_be_listed_without_being_counted():
@@ -51,3 +58,13 @@ def test_core_operators_are_tagged_and_write_nothing():
     assert {aten.convolution.default, aten.avg_pool1d.default, aten.add.Tensor} <= set(core)
     assert not {aten.linear.default, aten.resize_.default, aten.atan2.out} & set(core)
     assert all(torch.Tag.core in op.tags for op in core)
+
+
+def test_the_table_has_every_answer_and_the_document_is_up_to_date():
+    lines = [dataclasses.asdict(line) for line in coverage()]
+    columns, cells = rule_table(lines)
+    assert {"moments", "bounded", "degree", "homogeneity", "axes", "moves"} <= set(columns)
+    (row,) = [dict(zip(columns, row, strict=True)) for row in cells if "aten.rsqrt" in row[0]]
+    assert (row["moments"], row["bounded"], row["degree"]) == ("yes", "", "-0.5")
+    document = (Path(__file__).parents[2] / "docs/rules.md").read_text()
+    assert rules_markdown(rules()) == document, "run `scaleprop rules --markdown docs/rules.md`"
