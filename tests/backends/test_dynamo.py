@@ -100,6 +100,32 @@ def test_fp8_gradients_point_where_the_exact_ones_do(inner: Any):
         assert cosine > 0.99 and 0.95 < a.norm() / b.norm() < 1.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_small_gradients_of_half_precision_models_are_held_where_there_is_room(dtype: torch.dtype):
+    """The cast of a gradient of 1e-5 wants 2^-32, which float16 does not have."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 8)).to(dtype)
+    model, x = Scaled(body, 1e-2), torch.randn(64, 32).to(dtype)
+    expected = step(model, x)
+    got = step(torch.compile(model, backend=scaleprop, options={"recipe": "fp8", "inner": "eager"}),
+               x)
+    assert max(float(b.abs().max()) for b in expected[1:]) < 1e-3
+    for a, b in zip(got, expected, strict=True):
+        assert torch.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0) > 0.98
+        assert 0.9 < a.double().norm() / b.double().norm() < 1.1
+
+
+class Scaled(nn.Module):
+    """A mean square, times a factor."""
+
+    def __init__(self, body: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.body, self.factor = body, factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x).float().square().mean() * self.factor
+
+
 def test_evaluation_without_gradients():
     model, ids = build("language")
     quantized = torch.compile(model, backend=scaleprop, options={"recipe": "fp8"})

@@ -11,7 +11,7 @@ from torch import nn
 from scaleprop.errors import PassError
 from scaleprop.passes.base import Program
 from scaleprop.passes.capture import capture
-from scaleprop.passes.exponents import Carried, carry, has_scale
+from scaleprop.passes.exponents import Carried, carry, has_scale, most
 
 aten = torch.ops.aten
 
@@ -161,11 +161,53 @@ def test_masks_zeros_and_infinities_have_no_scale():
     assert "aten.where.self" in scaled
 
 
-def test_an_exponent_out_of_range_is_an_error():
-    module = chain(lambda x: x.relu() * 2, 3, 4)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_exponent_out_of_range_is_an_error(dtype: torch.dtype):
+    bound = most(dtype)
+    module = capture(Function(lambda x: x.relu() * 2), (torch.randn(3, 4).to(dtype),)).module
     relu = module.graph.find_nodes(op="call_function", target=aten.relu.default)[0]
-    with pytest.raises(PassError, match=r"relu.*an exponent of 200"):
-        carry(module, {relu: 200})
+    with pytest.raises(PassError, match=rf"relu.*an exponent of {bound + 1} .*beyond ±{bound}, "):
+        carry(module, {relu: bound + 1})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_factors_and_data_stay_numbers_of_their_dtype(dtype: torch.dtype):
+    factor = torch.tensor(2.0, dtype=torch.float64) ** most(dtype)
+    for value in (factor, 1 / factor, 4 / factor, factor * 4):
+        kept = value.to(dtype)
+        assert kept == value and kept.abs() >= torch.finfo(dtype).smallest_normal
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exponents_add_up_to_what_the_dtype_has_room_for(dtype: torch.dtype):
+    """Two factors near one, at two thirds of the bound: at the sum of their exponents a half-
+    precision product would lose its last bits."""
+    third = most(dtype) * 2 // 3
+    x = torch.rand(64, dtype=torch.float64).add(0.5).to(dtype)
+    module = capture(Function(lambda x: (x * 2) * (x * 3) + x), (x,)).module
+    want = module(x)
+    first, second, _ = module.graph.find_nodes(op="call_function", target=aten.mul.Tensor)
+    result = carry(module, {first: third, second: third})
+    assert set(result.exponents.values()) == {third}
+    assert torch.equal(module(x), want)
+
+
+@pytest.mark.parametrize(("held", "exponent"), [(-11, 11), (11, -8), (9, -11)])
+def test_far_moves_in_half_precision_take_two_factors(held: int, exponent: int):
+    x = torch.rand(64).add(0.5).half()
+    module = capture(Function(lambda x: (x.relu() * 0.5, x.relu().neg())), (x,)).module
+    want = module(x)
+    nodes = {node.target: node for node in module.graph.nodes}
+    carry(module, {nodes[aten.relu.default]: held, nodes[aten.neg.default]: exponent,
+                   nodes[aten.mul.Tensor]: exponent})
+    factors = [abs(float(node.args[1])) for node in module.graph.find_nodes(
+        op="call_function", target=aten.mul.Tensor) if node is not nodes[aten.mul.Tensor]]
+    assert max(max(factors), 1 / min(factors)) <= 2.0 ** most(torch.float16)
+    for got, expected in zip(module(x), want, strict=True):
+        assert torch.equal(got, expected)
 
 
 def test_integers_that_come_out_have_no_scale():

@@ -4,7 +4,7 @@
 held at wanted exponents and its results stay as they were.
 """
 
-from scaleprop.passes.exponents.carry import Carried, carry
+from scaleprop.passes.exponents.carry import Carried, carry, most
 from scaleprop.passes.exponents.facts import has_scale
 
-__all__ = ["Carried", "carry", "has_scale"]
+__all__ = ["Carried", "carry", "has_scale", "most"]

@@ -9,6 +9,7 @@ data under- or overflows.
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,7 +25,7 @@ from scaleprop.passes.exponents.facts import has_scale, is_float
 from scaleprop.rules import Homogeneity, rule_for
 from scaleprop.rules.laws import scale_free
 
-MOST = 100  # |exponent|: beyond, a float32 factor 2^e stops being one
+_ROOM = 0.8  # of a dtype's exponents: the rest is for data that lie about one, larger or smaller
 _RESCALE: Any = torch.ops.aten.mul.Tensor
 _UNSCALED = Homogeneity()
 
@@ -45,13 +46,22 @@ class Carried:
     unruled: Mapping[str, int]
 
 
+def most(dtype: torch.dtype) -> int:
+    """The largest |exponent| that a value of this float dtype may be held at: 11 in float16, 100 in
+    bfloat16 and float32, 817 in float64. Data of one byte are scaled before they are cast, in
+    float32 mostly."""
+    if dtype.itemsize == 1:
+        dtype = torch.float32
+    return int(_ROOM * -math.log2(torch.finfo(dtype).smallest_normal))
+
+
 def carry(module: torch.fx.GraphModule, wanted: Mapping[torch.fx.Node, int]) -> Carried:
     """Hold the values of ``module``, in place, at the exponents ``wanted`` of some of them.
 
     The graph's inputs and outputs stay unscaled.
 
     Raises:
-        PassError: where an exponent is out of range.
+        PassError: where an exponent is beyond ``most`` of its value's dtype.
     """
     work = _Carrier(module.graph, wanted)
     work.run()
@@ -95,12 +105,13 @@ class _Carrier:
         if law is None or _counts(node, law):
             law = _UNSCALED
         common = self._common(node, law)
-        if any(abs(self._out(node, law, index, common)) > MOST for index in range(_results(node))):
+        if any(abs(self._out(node, law, index, common)) > bound
+               for index, bound in enumerate(_bounds(node))):
             law, common = _UNSCALED, 0  # the exponents of its factors add up to too much
         self._align(node, dict.fromkeys(law.follows, common), _free(law))
         if isinstance(node.meta.get("val"), (tuple, list)):
             self.parts[node] = [
-                self._out(node, law, index, common) for index in range(_results(node))
+                self._out(node, law, index, common) for index in range(len(_bounds(node)))
             ]
         else:
             self._settle(node, self._out(node, law, 0, common))
@@ -159,11 +170,12 @@ class _Carrier:
         held = self.exponents.get(value, 0)
         if held == exponent or not has_scale(value):
             return value
-        if abs(exponent) > MOST:
-            raise PassError(
-                f"{describe(value)}: an exponent of {exponent} (held at {held}) is beyond ±{MOST}"
-            )
-        if abs(held - exponent) > MOST:  # two factors
+        dtype: torch.dtype = value.meta["val"].dtype
+        bound = most(dtype)
+        if abs(exponent) > bound:
+            raise PassError(f"{describe(value)}: an exponent of {exponent} (held at {held}) is "
+                            f"beyond ±{bound}, which {dtype} has room for. Remedy: clamp it.")
+        if abs(held - exponent) > bound:  # two factors
             return self._rescaled(self._rescaled(value, 0), exponent)
         key = (value, exponent)
         if key not in self._made:
@@ -177,9 +189,11 @@ class _Carrier:
         return self._made[key]
 
 
-def _results(node: torch.fx.Node) -> int:
+def _bounds(node: torch.fx.Node) -> list[float]:
+    """What the exponent of each result may be at most; integers have none."""
     value = node.meta.get("val")
-    return len(value) if isinstance(value, (tuple, list)) else 1
+    results: Sequence[Any] = value if isinstance(value, (tuple, list)) else (value,)
+    return [most(result.dtype) if is_float(result) else math.inf for result in results]
 
 
 def _counts(node: torch.fx.Node, law: Homogeneity) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.fx
@@ -22,7 +22,7 @@ _FILLED = {
 _ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 
 
-def is_float(value: Any) -> bool:
+def is_float(value: Any) -> TypeGuard[torch.Tensor]:
     """Whether a node's value is a real floating-point tensor."""
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 

@@ -19,13 +19,15 @@ import torch.fx
 from scaleprop import _torch_compat as compat
 from scaleprop import ops
 from scaleprop.ops.products import float_element
-from scaleprop.passes.exponents import carry
+from scaleprop.passes.exponents import carry, most
 from scaleprop.passes.training.drift import drifts
+from scaleprop.passes.training.reduction import agree
 from scaleprop.passes.training.roles import Factor, Product, find_products
 from scaleprop.passes.training.statistics import exponent_for, measured_amax
 from scaleprop.rules import rule_for
 
 aten: Any = torch.ops.aten
+_CAST: Any = aten._to_copy.default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ def lower_products(
         for factor in (product.left, product.right):
             factors.setdefault((factor.root, getattr(formats, factor.kind)), factor)
     roots = {root for root, _ in factors}
-    amax = {} if inputs is None else measured_amax(joint, inputs, roots)
+    amax = {} if inputs is None else agree(measured_amax(joint, inputs, roots), joint.graph)
     drift = drifts(joint.graph, parameters)
     work = _Lowering(joint, formats, products.found)
     for (root, element), factor in factors.items():
@@ -143,13 +145,19 @@ class _Lowering:
             assert amax is not None
             margin = max(self.formats.margin, math.ceil(drift))
             exponent = exponent_for(amax, float_element(element).max, margin)
-            source, scale, free = root, None, self._want(root, exponent)
+            fits = abs(exponent) <= most(root.meta["val"].dtype)
+            source, scale, free = root, None, fits and self._want(root, exponent)
             if not free:  # held so for the cast alone
-                source = at = self._call(aten.alias.default, (root,), root, at)
+                source = at = self._call(aten.alias.default, (root,), root, at) if fits else (
+                    self._in_float32(root, at))
                 self.wanted[source] = exponent
         data = self._call(ops.cast, (source, element), root, at)
         self._data[root, element] = (data, scale)
         self.casts.append(Cast(root.name, kind, element, amax, drift, exponent, free, why))
+
+    def _in_float32(self, root: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+        """A copy that has room for any exponent."""
+        return self._call(_CAST, (root,), root, at, {"dtype": torch.float32})
 
     def _want(self, root: torch.fx.Node, exponent: int) -> bool:
         """Ask for the exponent of the product that ``root`` comes from, if that is for nothing:
@@ -169,8 +177,12 @@ class _Lowering:
         node = product.node
         value = node.meta["val"]
         data, scales = zip(*map(self._read, (product.left, product.right)), strict=True)
-        result = self._call(ops.gemm, (*data, 1.0, value.dtype), node)
+        half = most(value.dtype) < most(torch.float32)  # no room in float16 for sums of exponents
+        dtype = torch.float32 if half else value.dtype
+        result = self._call(ops.gemm, (*data, 1.0, dtype), node)
         self.wanted[result] = self.wanted.pop(node, 0)
+        if half:
+            result = self._call(_CAST, (result,), node, kwargs={"dtype": value.dtype})
         for scale in scales:
             if scale is not None:
                 result = self._call(aten.mul.Tensor, (result, scale), node)
