@@ -18,6 +18,7 @@ from torch._decomp import core_aten_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.source import ConstantSource
+from torch._guards import CompileContext
 from torch._ops import OperatorBase, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram, default_decompositions
@@ -298,4 +299,25 @@ def compile_in_place(model: torch.nn.Module, backend: Callable[..., Any]) -> Non
         return model._call_impl(*args, **kwargs)  # pyright: ignore[reportPrivateUsage]
 
     call.__code__ = call.__code__.replace()
-    model._compiled_call_impl = torch.compile(call, backend=backend, isolate_recompiles=True)  # pyright: ignore[reportPrivateUsage]
+    compile_: Any = torch.compile  # its overloads lack an argument
+    model._compiled_call_impl = compile_(call, backend=backend, isolate_recompiles=True)  # pyright: ignore[reportPrivateUsage]
+
+
+def is_recompilation() -> bool:
+    """Whether what Dynamo is compiling has been compiled before, for other inputs."""
+    found = CompileContext.current_compile_id()
+    return found is not None and bool(found.frame_compile_id)
+
+
+def rendezvous_store() -> Any:
+    """The key-value store that the ranks of the default process group met in."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+
+
+def collective_device() -> torch.device:
+    """Where tensors must lie for a collective of the default process group."""
+    from torch.distributed import distributed_c10d
+
+    return torch.device(distributed_c10d._get_object_coll_device())  # pyright: ignore[reportPrivateUsage]
