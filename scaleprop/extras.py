@@ -8,7 +8,8 @@ from collections.abc import Mapping
 EXTRAS: Mapping[str, str] = {
     "onnx": "onnx", "onnx_ir": "onnx", "onnxruntime": "onnx", "ml_dtypes": "onnx",
     "click": "cli", "rich": "cli", "matplotlib": "report", "safetensors": "save",
-    "transformers": "examples", "triton": "cuda",
+    "transformers": "adapters", "pytorch_lightning": "adapters", "accelerate": "adapters",
+    "triton": "cuda",
 }  # fmt: skip
 
 
