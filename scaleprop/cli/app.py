@@ -210,19 +210,39 @@ def _check_suffix(report: Path | None) -> None:
 
 @app.command("analyze")
 @_model
+@click.option("--loss", metavar="MODULE:FUNCTION",
+              help="Look at a training step: takes MODEL's output, returns the loss; or `output`, "
+                   "where MODEL returns it.")
+@click.option("--source", is_flag=True,
+              help="With --loss: print the model's source with the scales that its lines make.")
 @_report
 @_common
 def analyze_command(
-    model: str, inputs: str | None, calibration: str | None, report: Path | None, emit: Any
+    model: str, inputs: str | None, calibration: str | None, loss: str | None, source: bool,
+    report: Path | None, emit: Any,
 ) -> None:
     """Say what each format would cost MODEL, tensor by tensor. Nothing is changed."""
     from scaleprop.analysis import analyze
-    from scaleprop.cli.models import load_subject
+    from scaleprop.cli.models import load_subject, resolve
 
     _check_suffix(report)
+    if source and loss is None:
+        raise ConfigError("--source shows a training step: add --loss MODULE:FUNCTION")
     subject = load_subject(model, inputs)
-    found = analyze(subject.model, subject.inputs, calibration=_calibration(calibration))
-    _finish(found, [], report, emit)
+    if loss is None:
+        found = analyze(subject.model, subject.inputs, calibration=_calibration(calibration))
+        _finish(found, [], report, emit)
+        return
+    if calibration is not None:
+        raise ConfigError("--calibration has no use with --loss: one step is measured")
+    loss_fn: Any = loss if loss == "output" else resolve(loss, "loss")
+    scales = analyze(subject.model, subject.inputs, loss_fn=loss_fn)  # type: ignore[arg-type]
+    if source and not emit:
+        if report is not None:
+            scales.save(report)
+        click.echo(scales.annotated_source(), nl=False)
+        return
+    _finish(scales, [], report, emit)
 
 
 @app.command("bench")

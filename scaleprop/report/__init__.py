@@ -2,5 +2,6 @@
 
 from scaleprop.report.records import TensorRecord
 from scaleprop.report.report import SCHEMA_VERSION, Report
+from scaleprop.report.scales import Finding, ScaleReport, TensorScale
 
-__all__ = ["SCHEMA_VERSION", "Report", "TensorRecord"]
+__all__ = ["SCHEMA_VERSION", "Finding", "Report", "ScaleReport", "TensorRecord", "TensorScale"]

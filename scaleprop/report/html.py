@@ -33,9 +33,14 @@ def render(report: Report) -> str:
         _cards(report),
         _charts(report),
         _high(report),
-        _notes(report.notes),
+        notes_section(report.notes),
         _tensors(report.records),
     )
+    return page(title, parts)
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A complete document of sections that are HTML already; style and script inline."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -110,7 +115,8 @@ def _high(report: Report) -> str:
 """
 
 
-def _notes(notes: Sequence[str]) -> str:
+def notes_section(notes: Sequence[str]) -> str:
+    """Sentences as a list; nothing where there are none."""
     if not notes:
         return ""
     return f"<h2>Notes</h2>\n<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>\n"
@@ -132,7 +138,7 @@ def _tensors(records: Sequence[TensorRecord]) -> str:
 <div class="controls">
 <label>Filter (press /)<input type="search" name="text" autocomplete="off"
  placeholder="words in any column"></label>
-{_select("format", formats)}{_select("scale", kinds)}
+{selector("format", formats)}{selector("scale", kinds)}
 <span id="shown" role="status">{len(records)} tensors</span>
 </div>
 <div class="scroll" tabindex="0" role="region" aria-label="Tensors">
@@ -142,7 +148,8 @@ def _tensors(records: Sequence[TensorRecord]) -> str:
 """
 
 
-def _select(name: str, values: Sequence[str]) -> str:
+def selector(name: str, values: Sequence[str]) -> str:
+    """A choice among the values of one column, ``data-<name>`` of its rows."""
     options = "".join(f"<option>{escape(value)}</option>" for value in values)
     return (f'<label>{name}<select name="{name}"><option value="">all</option>'
             f"{options}</select></label>\n")
@@ -153,17 +160,17 @@ def _row(index: int, record: TensorRecord, scale: float) -> str:
     bar = _share(record.sqnr_db, scale)
     nbytes = "" if record.nbytes is None else f"{record.nbytes:,}"
     cells = (
-        _number(str(index), float(index)),
+        number_cell(str(index), float(index)),
         f'<td class="node mono">{escape(record.node)}{source}</td>',
         f'<td class="mono name">{escape(record.op)}</td>',
         f'<td class="name">{escape(record.operand)}</td>',
         f"<td>{escape(text.shape(record))}</td>",
         f'<td class="mono">{escape(record.format or text.HIGH)}</td>',
         f"<td>{record.scale_kind or ''}</td>",
-        _number(text.decibels(record.sqnr_db), record.sqnr_db, f' style="--share:{bar:.0f}%"'),
-        _number(text.percent(record.saturated), record.saturated),
-        _number(text.percent(record.underflowed), record.underflowed),
-        _number(nbytes, record.nbytes),
+        number_cell(text.decibels(record.sqnr_db), record.sqnr_db, f' style="--share:{bar:.0f}%"'),
+        number_cell(text.percent(record.saturated), record.saturated),
+        number_cell(text.percent(record.underflowed), record.underflowed),
+        number_cell(nbytes, record.nbytes),
         f'<td class="outcome">{escape(text.outcome(record))}</td>',
         f"<td>{escape(record.decided_by)}</td>",
     )
@@ -172,7 +179,7 @@ def _row(index: int, record: TensorRecord, scale: float) -> str:
             f'data-scale="{record.scale_kind or ""}">{"".join(cells)}</tr>')
 
 
-def _number(shown: str, value: float | None, bar: str = "") -> str:
+def number_cell(shown: str, value: float | None, bar: str = "") -> str:
     """A right-aligned cell; ``data-value`` is what it sorts by, empty where not measured."""
     if value is None:
         key = ""

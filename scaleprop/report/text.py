@@ -44,7 +44,12 @@ def shape(record: TensorRecord) -> str:
 
 def place(record: TensorRecord) -> str:
     """The user's source line with the last folder only: ``encoder/model.py:99 in forward``."""
-    return "/".join(record.source.split("/")[-2:])
+    return short_place(record.source)
+
+
+def short_place(source: str) -> str:
+    """The same, of a source line."""
+    return "/".join(source.split("/")[-2:])
 
 
 def outcome(record: TensorRecord) -> str:

@@ -1,4 +1,4 @@
-"""``analyze``: what each format would cost, tensor by tensor, without changing the model."""
+"""What each format would cost, tensor by tensor, without changing the model."""
 
 from __future__ import annotations
 
@@ -95,29 +95,13 @@ def _shape(node: torch.fx.Node) -> tuple[int | str, ...]:
     return tuple(size if isinstance(size, int) else str(size) for size in node.meta["val"].shape)
 
 
-def analyze(
+def compare_formats(
     model: torch.nn.Module | ExportedProgram,
     example_inputs: Any,
     calibration: Iterable[Any] | Callable[[Any], Any] | None = None,
-    *,
     dynamic_shapes: Any = None,
 ) -> Report:
-    """What each format would cost on each operand of each contraction. Nothing is changed.
-
-    Args:
-        model, example_inputs, dynamic_shapes: as for ``compile``.
-        calibration: what to measure on instead of ``example_inputs``: an iterable of inputs, or
-            ``f(model)`` that runs the model. Statistics are summed over all of them.
-
-    Returns:
-        A report without recipe: one record per operand and candidate format with its SQNR and
-        underflow, and notes that name outliers and the tensors each format would hurt.
-
-    Raises:
-        CaptureError, ConfigError: as ``compile``.
-        CalibrationError: where ``calibration`` is empty or a single batch, or a tensor is NaN or
-            Inf, naming node and batch.
-    """
+    """``analyze`` without a loss: see there."""
     refuse_bare(calibration)
     args, kwargs = split_example(example_inputs)
     captured = capture(model, args, kwargs, dynamic_shapes)

@@ -1,0 +1,167 @@
+"""How large every value of a training step is: measured, predicted, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal, cast
+
+import torch
+import torch.fx
+
+from scaleprop.backends.joint import TrainingStep, capture_training
+from scaleprop.errors import ConfigError, source_line
+from scaleprop.formats.elements import FloatElement, element
+from scaleprop.passes.statistics import (
+    Measured,
+    Run,
+    attention_entropy,
+    findings,
+    listings,
+    measure,
+    module_of,
+    predict,
+    visits,
+)
+from scaleprop.report.scales import FORMATS, Phase, ScaleReport, TensorScale
+from scaleprop.rules import contraction_of, rule_for
+from scaleprop.signature import split_example
+
+aten: Any = torch.ops.aten
+_SAME = frozenset((aten.detach.default, aten.alias.default))
+# what multiplies and sums besides contractions, and the places of its factors
+_PRODUCTS = {aten.convolution.default: (0, 1), aten.convolution_backward.default: (0, 1, 2)}
+
+
+def look_at_training(
+    model: Any, example_inputs: Any, loss_fn: Any, calibration: Any, dynamic_shapes: Any
+) -> ScaleReport:
+    """``analyze`` with a loss: see there."""
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"loss_fn needs a torch.nn.Module, not {type(model).__name__}: an "
+                          "exported program has no gradients")
+    for name, given in (("calibration", calibration), ("dynamic_shapes", dynamic_shapes)):
+        if given is not None:
+            raise ConfigError(f"{name} has no use with loss_fn: one step on example_inputs is "
+                              "measured")
+    args, kwargs = split_example(example_inputs)
+    step = capture_training(model, args, kwargs, _loss_of(loss_fn))
+    limits = [_float(name).max for name in FORMATS]
+    run = measure(step.joint, step.inputs, step.parameters, attention_entropy, limits)
+    predicted = predict(step.joint.graph, run.given)
+    found = visits(step.torch_level, step.given)
+    rows = _Rows(step, run)
+    return ScaleReport(
+        model=type(model).__name__,
+        tensors=tuple(rows.row(node, predicted.moments) for node in rows.nodes()),
+        visits=tuple(found), listings=tuple(listings(found)),
+        findings=findings(step.joint.graph, run, step.parameters),
+        unknown=dict(predicted.unknown),
+        notes=(f"one step, in {'training' if model.training else 'evaluation'} mode",
+               "given, not predicted: parameters, inputs, and what depends on neither parameters "
+               "nor gradients"))
+
+
+def _loss_of(loss_fn: Any) -> Callable[[Any], Any]:
+    """A function of the model's output; one of another kind is refused."""
+    if loss_fn == "output":
+        return _own_loss
+    if callable(loss_fn):
+        return cast("Callable[[Any], Any]", loss_fn)
+    raise ConfigError(f"loss_fn={loss_fn!r}: a function of the model's output that returns a "
+                      'scalar, or "output" where the model returns its loss')
+
+
+def _own_loss(output: Any) -> Any:
+    """The loss that a model returns: its output, ``.loss``, ``["loss"]``, or the first of a tuple;
+    what is none of them is refused where its size is seen."""
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, Mapping) and "loss" in output:
+        return output["loss"]
+    loss: Any = getattr(output, "loss", None)
+    if loss is not None:
+        return loss
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
+def _float(name: str) -> FloatElement:
+    found = element(name)
+    assert isinstance(found, FloatElement)
+    return found
+
+
+class _Rows:
+    """Nodes of a joint graph as rows of the report."""
+
+    def __init__(self, step: TrainingStep, run: Run) -> None:
+        self._step, self._run = step, run
+        self._read = _operands(step.joint.graph, run.backward)
+        self._gradients: dict[torch.fx.Node, str] = {}
+        for node, name in step.gradients.items():
+            self._gradients.setdefault(_root(node), name)
+
+    def nodes(self) -> list[torch.fx.Node]:
+        """Every float value that does not only move another's elements."""
+        return [node for node in self._run.measured if not _moves(node)]
+
+    def row(self, node: torch.fx.Node, predicted: Mapping[torch.fx.Node, Any]) -> TensorScale:
+        """One row; a parameter's gradient has its name."""
+        seen = self._run.measured[node]
+        moments = predicted.get(node)
+        value = node.meta["val"]
+        made: Any = node.args[0] if getattr(node.target, "__name__", "") == "getitem" else node
+        name = self._step.parameters.get(node) or self._gradients.get(node, "")
+        return TensorScale(
+            node=node.name, op="" if node.op == "placeholder" else str(made.target),
+            phase=self._phase(node), name=name, shape=tuple(int(size) for size in value.shape),
+            dtype=str(value.dtype).removeprefix("torch."),
+            source="" if node.op == "placeholder" else source_line(node),
+            module=module_of(node), read_in=self._read.get(node, ()), count=seen.count,
+            amax=seen.amax, rms=seen.rms, mean=seen.mean, kurtosis=seen.kurtosis, zeros=seen.zeros,
+            masked=seen.masked, exponents=seen.exponents,
+            predicted=None if moments is None or node in self._run.given else moments.rms,
+            underflow={format_: _underflow(seen, format_) for format_ in FORMATS},
+            overflow={format_: seen.above.get(_float(format_).max, 0.0) for format_ in FORMATS})
+
+    def _phase(self, node: torch.fx.Node) -> Phase:
+        if node in self._step.parameters:
+            return "parameter"
+        if node in self._run.backward:
+            return "backward"
+        return "input" if node.op == "placeholder" else "forward"
+
+
+def _underflow(seen: Measured, name: str) -> float:
+    """The share of values other than 0 that are below the format's smallest positive number."""
+    fmt = _float(name)
+    return seen.below(fmt.emin - fmt.fraction_bits)
+
+
+def _moves(node: torch.fx.Node) -> bool:
+    rule = rule_for(node.target) if node.op == "call_function" else None
+    return node.target in _SAME or (rule is not None and rule.moves)
+
+
+def _root(node: torch.fx.Node) -> torch.fx.Node:
+    """The value that ``node`` is moved from."""
+    while _moves(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _operands(
+    graph: torch.fx.Graph, backward: Collection[torch.fx.Node]
+) -> Mapping[torch.fx.Node, tuple[Literal["forward", "backward"], ...]]:
+    """What products read, moves undone → in which passes."""
+    found: dict[torch.fx.Node, set[Literal["forward", "backward"]]] = {}
+    for node in graph.nodes:
+        contraction = contraction_of(node)
+        places = _PRODUCTS.get(node.target, ())
+        if contraction is not None and contraction.kind != "embedding":
+            places = tuple(o.argument for o in contraction.operands if o.role != "bias")
+        for place in places:
+            source: Any = node.args[place] if place < len(node.args) else None
+            if isinstance(source, torch.fx.Node):
+                found.setdefault(_root(source), set()).add(
+                    "backward" if node in backward else "forward")
+    return {node: tuple(sorted(passes)) for node, passes in found.items()}

@@ -1,0 +1,134 @@
+"""Capture of one training step, its loss included, to look at: nothing is compiled or changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+
+from scaleprop import _torch_compat as compat
+from scaleprop.backends.dynamo import compile_joint
+from scaleprop.errors import CaptureError, ConfigError
+
+aten: Any = torch.ops.aten
+_REMEDY = "Remedy: call what breaks the graph outside the model, or analyze a part of it."
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingStep:
+    """A model and its loss as graphs, with real inputs.
+
+    torch_level: what Dynamo captured, in torch functions, forward only; given: its inputs.
+    joint: forward and backward, in ATen; inputs: its inputs, 1 for the loss's gradient.
+    parameters: its inputs that are parameters → their names; gradients: its outputs that are
+    gradients of parameters → their names.
+    """
+
+    torch_level: torch.fx.GraphModule
+    given: Sequence[Any]
+    joint: torch.fx.GraphModule
+    inputs: Sequence[Any]
+    parameters: Mapping[torch.fx.Node, str]
+    gradients: Mapping[torch.fx.Node, str]
+
+
+class _Enough(Exception):
+    """The step was captured; it need not run."""
+
+
+def capture_training(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any],
+    loss_of: Callable[[Any], Any],
+) -> TrainingStep:
+    """The graphs of ``loss_of(model(*args, **kwargs))`` and of its gradients.
+
+    Raises:
+        ConfigError: where the loss is no float scalar, or nothing that it depends on is learned.
+        CaptureError: where Dynamo cannot take the whole step as one graph.
+    """
+    names = {id(value): name for name, value in model.named_parameters()}
+    found: list[TrainingStep | ConfigError] = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return loss_of(model(*args, **kwargs))
+
+    call.__code__ = call.__code__.replace()  # or calls for other models would count as this one's
+
+    def backend(graph: torch.fx.GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
+        problem = _problem(graph)
+        if problem:
+            found.append(ConfigError(problem))
+        else:
+            compile_joint(graph, given, lambda joint: found.append(
+                _step(graph, given, joint, names)), "eager")
+
+        def stop(*_: Any) -> Any:
+            raise _Enough
+
+        return stop
+
+    traced = torch.compile(call, backend=backend, fullgraph=True, dynamic=False)
+    try:
+        with torch.enable_grad():
+            traced(*args, **kwargs)
+    except _Enough:
+        pass
+    except Exception as error:
+        raise CaptureError(f"{type(model).__name__} and its loss are not one graph: "
+                           f"{type(error).__name__}: {error}. {_REMEDY}") from error
+    if not found:
+        raise ConfigError(f"the loss of {type(model).__name__} does not depend on its inputs or "
+                          "parameters")
+    if isinstance(found[0], ConfigError):
+        raise found[0]
+    return found[0]
+
+
+def _problem(graph: torch.fx.GraphModule) -> str:
+    """What is wrong with the loss; "" where nothing is."""
+    (outputs,) = graph.graph.output_node().args
+    first: Any = outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
+    value = first.meta.get("example_value") if isinstance(first, torch.fx.Node) else first
+    if not isinstance(value, torch.Tensor) or value.ndim or not value.is_floating_point():
+        is_ = f"a tensor {tuple(value.shape)} of {value.dtype}" \
+            if isinstance(value, torch.Tensor) else type(value).__name__
+        return (f"the loss is {is_}, not one float number. Remedy: loss_fn takes the model's "
+                'output and returns a scalar; loss_fn="output" takes the loss that a model returns')
+    if not value.requires_grad:
+        return "the loss has no gradient: no parameter that it depends on requires one"
+    return ""
+
+
+def _step(
+    graph: torch.fx.GraphModule, given: Sequence[Any], joint: torch.fx.GraphModule,
+    names: Mapping[int, str],
+) -> TrainingStep:
+    """A copy of the graphs, with inputs to run them on: compiling goes on with the originals."""
+    kept = torch.fx.GraphModule(joint, torch.fx.Graph())
+    copies: dict[torch.fx.Node, torch.fx.Node] = {}
+    output: Any = kept.graph.graph_copy(joint.graph, copies)
+    kept.graph.output(output)
+    kept.recompile()
+    placeholders = kept.graph.find_nodes(op="placeholder")
+    primals = [node for node in placeholders if not str(node.target).startswith("tangents")]
+    if len(primals) != len(given):
+        raise CaptureError(f"AOTAutograd traced {len(primals)} inputs of {len(given)}: "
+                           "two of them share memory. Remedy: pass copies.")
+    written = {node.args[0] for node in kept.graph.nodes if node.target is aten.copy_.default}
+    with compat.without_modes():
+        inputs = [value.detach().clone() if node in written else value
+                  for node, value in zip(primals, given, strict=True)]
+        inputs += [torch.ones((), dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+                   for node in placeholders[len(primals):]]
+    of_parameter = {node: names.get(id(value), node.name)
+                    for node, value in zip(primals, given, strict=True)
+                    if isinstance(value, torch.nn.Parameter)}
+    gradients = {
+        gradient: of_parameter[node]
+        for node, gradient in zip(primals, output[len(output) - len(primals):], strict=True)
+        if node in of_parameter and isinstance(gradient, torch.fx.Node)
+    }
+    return TrainingStep(graph, tuple(given), kept, inputs, of_parameter, gradients)
