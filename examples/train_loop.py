@@ -1,0 +1,85 @@
+"""A training loop of one's own: accumulation, clipping, evaluation, a checkpoint.
+
+    python -m examples.train_loop [--recipe fp8]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils.data import DataLoader
+
+import scaleprop
+from examples.small_task import (
+    ACCUMULATED,
+    BATCH,
+    CLIP,
+    RATE,
+    STEPS,
+    STOP,
+    Classifier,
+    Measured,
+    Options,
+    classifier,
+    held_out,
+    options,
+    training_data,
+)
+
+
+def start(given: Options) -> tuple[Classifier, torch.optim.AdamW]:
+    """A model that trains by the recipe, and its optimizer."""
+    model = classifier()
+    scaleprop.prepare_training(model, given.recipe, inner=given.inner)
+    return model, torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0)
+
+
+def train(model: Classifier, optimizer: torch.optim.AdamW, steps: range) -> list[float]:
+    """Loss of each micro-batch."""
+    batches = list(DataLoader(training_data(), BATCH))  # type: ignore[arg-type]
+    losses: list[float] = []
+    for step in steps:
+        optimizer.zero_grad()
+        for batch in batches[step * ACCUMULATED:(step + 1) * ACCUMULATED]:
+            loss = model(**batch)["loss"]
+            (loss / ACCUMULATED).backward()
+            losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+    return losses
+
+
+def evaluate(model: Classifier) -> float:
+    """Mean loss on held-out data."""
+    model.eval()
+    with torch.no_grad():
+        losses = [model(**batch)["loss"] for batch in DataLoader(held_out(), BATCH)]  # type: ignore[arg-type]
+    model.train()
+    return torch.stack(losses).mean().item()
+
+
+def main(arguments: Sequence[str] | None = None) -> Measured:
+    """Train, evaluate; then resume from the checkpoint that was written on the way."""
+    given = options(__doc__, arguments)
+    given.out.mkdir(parents=True, exist_ok=True)
+    model, optimizer = start(given)
+    losses = train(model, optimizer, range(STOP))
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()},
+               given.out / "loop.pt")
+    losses += train(model, optimizer, range(STOP, STEPS))
+    evaluated = evaluate(model)
+    print(f"{sum(len(report.products) for report in scaleprop.scale_report(model))} products of "
+          "matrices in low precision")
+
+    model, optimizer = start(given)
+    saved = torch.load(given.out / "loop.pt")
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    measured = Measured(losses, train(model, optimizer, range(STOP, STEPS)), evaluated)
+    measured.show(given.recipe)
+    return measured
+
+
+if __name__ == "__main__":
+    main()
