@@ -17,7 +17,9 @@ import torch
 import torch.fx
 
 from scaleprop import _torch_compat as compat
+from scaleprop import ops
 from scaleprop.errors import CaptureError, ConfigError, ScalePropError
+from scaleprop.ops import products
 from scaleprop.passes.decompose import respell
 from scaleprop.passes.training import Formats, Lowered, lower_products
 from scaleprop.rules import rule_for
@@ -25,9 +27,18 @@ from scaleprop.rules import rule_for
 logger = logging.getLogger(__name__)
 
 _COPY: Any = torch.ops.aten.copy_.default
+# what Inductor fuses with its neighbours, spelled in ATen
+_FUSED: dict[Any, Callable[..., Any]] = {
+    ops.cast: products.cast, ops.gemm: products.gemm, ops.power_scale: products.power_scale}
 
 Inner = Literal["inductor", "eager"]
-Recipe = Literal["fp32", "fp8"]
+Recipe = Literal["fp32", "bf16", "fp8", "fp8-unscaled"]
+# what each recipe casts the factors of linear layers' products to
+_FORMATS: Mapping[Recipe, Formats] = {
+    "bf16": Formats(x="bf16", w="bf16", dy="bf16", scaled=False, head=True),
+    "fp8": Formats(),
+    "fp8-unscaled": Formats(scaled=False),
+}
 # rewrites a joint graph (or a forward one, without gradients) in place
 Transform = Callable[[torch.fx.GraphModule], None]
 
@@ -36,7 +47,11 @@ Transform = Callable[[torch.fx.GraphModule], None]
 class Options:
     """What ``torch.compile(…, options={…})`` takes.
 
-    recipe: ``fp32`` changes nothing; ``fp8`` runs linear layers on E4M3 data, gradients in E5M2.
+    recipe: what the products of linear layers are computed on, forward and backward; sums are
+        float32. ``fp32``: nothing is changed. ``bf16``: bfloat16. ``fp8``: E4M3 and, for gradients,
+        E5M2, all held at exponents that suit their formats; the last layer before the loss stays
+        high. ``fp8-unscaled``: the same formats, every value as it is and saturated: for models
+        whose values lie about one already. The report says what over- and underflows.
     inner: what runs the rewritten graph: ``inductor``, or ``eager``, operator by operator.
     """
 
@@ -90,10 +105,13 @@ def compile_with(
 
     def transform(joint: torch.fx.GraphModule) -> None:
         parameters, inputs = _given(joint.graph, example_inputs)
-        lowered = lower_products(joint, parameters, Formats(), inputs)
-        logger.info("%d products in fp8, %d high; %d values cast, %d exponents for nothing; "
-                    "%d rescales", len(lowered.products), len(lowered.high), len(lowered.casts),
-                    sum(cast.free for cast in lowered.casts), lowered.rescales)
+        lowered = lower_products(joint, parameters, _FORMATS[options.recipe], inputs)
+        logger.info("%d products in %s, %d high; %d values cast, %d exponents for nothing; "
+                    "%d rescales", len(lowered.products), options.recipe, len(lowered.high),
+                    len(lowered.casts), sum(cast.free for cast in lowered.casts), lowered.rescales)
+        for cast in lowered.casts:
+            if cast.why:
+                logger.info("%s, %s: %s", cast.value, cast.kind, cast.why)
         if report is not None:
             report(lowered)
 
@@ -155,7 +173,7 @@ def compile_joint(
     def rewrite_for_inductor(joint: torch.fx.GraphModule) -> None:
         rewrite(joint)
         with torch.no_grad(), compat.fake_mode_of(joint.graph):
-            respell(joint, compat.inductor_table(), lambda op, table: op in table)
+            respell(joint, compat.inductor_table() | _FUSED, lambda op, table: op in table)
 
     return compat.compile_inductor(module, example_inputs, rewrite_for_inductor, training_table())
 

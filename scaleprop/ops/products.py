@@ -6,6 +6,9 @@ more; they have no gradient of their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from scaleprop.errors import FormatError
 from scaleprop.formats import elements
 from scaleprop.formats.rounding import nearest, power_of_two_below
 
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 MOST = 2.0**100  # scales beyond would not be float32 numbers together with their reciprocals
 
 
@@ -41,8 +45,45 @@ def cast(x: Tensor, element: str) -> Tensor:
 
 def gemm(a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
     """alpha·(a @ b), [m, k] × [k, n] of low-precision data, summed in float32, in ``dtype``."""
+    if in_hardware(a, b):
+        return scaled_gemm(a, b, alpha, dtype)
     # alpha first: it is a power of two, and here it is part of the conversion
     return torch.mm(a.to(torch.float32) * alpha, b.to(torch.float32)).to(dtype)
+
+
+def in_hardware(a: Tensor, b: Tensor) -> bool:
+    """Whether the device multiplies this data as it is: not two factors of E5M2."""
+    fp8 = all(x.dtype in _FP8 for x in (a, b)) and torch.float8_e4m3fn in (a.dtype, b.dtype)
+    return fp8 and has_fp8(a.device)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device has matrix units for FP8: CUDA of compute capability 8.9 or more."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def scaled_gemm(a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+    """``gemm`` through ``torch._scaled_mm``, for FP8 data of which one at least is E4M3.
+
+    That wants ``a`` in rows, ``b`` in columns, k and n multiples of 16, and gives no float64:
+    what is laid out otherwise is copied, what is missing is zeros.
+    """
+    k, n = b.shape
+    rows = _padded(a, (0, -k % 16))
+    columns = _padded(b.t(), (0, -k % 16, 0, -n % 16))
+    scale = torch.full((), alpha, dtype=torch.float32, device=a.device)
+    out = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+    product: Tensor = torch._scaled_mm(  # pyright: ignore[reportPrivateUsage]
+        rows, columns.t(), scale, torch.ones_like(scale), out_dtype=out)
+    return product[:, :n].to(dtype)
+
+
+def _padded(x: Tensor, widths: Sequence[Any]) -> Tensor:
+    """``x`` with zeros after its end, contiguous; as bytes, which every device pads. Symbolic
+    sizes are padded without a look: no guard is added."""
+    if any(isinstance(width, torch.SymInt) or width for width in widths):
+        x = torch.nn.functional.pad(x.contiguous().view(torch.uint8), widths).view(x.dtype)
+    return x.contiguous()
 
 
 def power_scale(x: Tensor, element: str, margin: int) -> Tensor:

@@ -19,4 +19,5 @@ register(
         ),
     )
 )
-register(Rule(op=ops.power_scale, family="product"))
+# of zeros it is 1, whatever scale they had: their products are zeros too
+register(Rule(op=ops.power_scale, family="product", homogeneity=Homogeneity({0: 1})))

@@ -18,9 +18,9 @@ from scaleprop.backends.dynamo import scaleprop
 
 from .joint_graphs import assert_equal, assert_parallel, step
 
-RECIPES = ("fp32", "fp8")
+RECIPES = ("fp32", "bf16", "fp8")
 # 1 − cosine, |ratio of lengths − 1|; gradients of a loss are alike, and E5M2 rounds all one way
-TOLERANCE = {"fp32": (1e-5, 1e-5), "fp8": (2e-2, 8e-2)}
+TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (1e-3, 1e-2), "fp8": (2e-2, 8e-2)}
 
 
 class Model(nn.Module):
@@ -99,7 +99,7 @@ def compare(
     plain = copy.deepcopy(model)
     want = run(plain, plain)
     got = run(compile_(model, recipe), model)
-    if recipe == "fp8":
+    if recipe != "fp32":
         assert not all(map(torch.equal, got, want))
     assert_parallel(got, want, *TOLERANCE[recipe])
 
@@ -244,10 +244,10 @@ def test_a_tensor_given_twice_or_in_parts(recipe: str):
     class Pair(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(32, 32)
+            self.layers = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
 
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            return (self.layer(x) * y).sum()
+            return (self.layers(x) * y).sum()
 
     torch.manual_seed(1)
     x = torch.randn(8, 32)
@@ -285,7 +285,7 @@ def test_the_module_is_still_copied(recipe: str, copied: Callable[[Any], Any]):
 
 def test_losses_of_fp8_follow():
     losses = {}
-    for recipe in RECIPES:
+    for recipe in ("fp32", "fp8"):
         torch._dynamo.reset()
         model = build()
         compiled = compile_(model, recipe)
@@ -297,7 +297,7 @@ def test_losses_of_fp8_follow():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    exact, low = (torch.tensor(losses[recipe]) for recipe in RECIPES)
+    exact, low = (torch.tensor(losses[recipe]) for recipe in ("fp32", "fp8"))
     assert exact[-1] < 0.8 * exact[0]
     assert not torch.equal(exact, low)
     torch.testing.assert_close(low, exact, rtol=0.02, atol=0)

@@ -11,6 +11,7 @@ from scaleprop import ops
 from scaleprop.errors import FormatError
 from scaleprop.formats.elements import element
 from scaleprop.formats.rounding import nearest
+from scaleprop.ops import products
 
 ELEMENTS = ("e4m3", "e5m2")
 
@@ -49,6 +50,57 @@ def test_gemm_is_alpha_times_the_product():
                                atol=1e-6)
     assert ops.gemm(a, b, 1.0, torch.bfloat16).dtype == torch.bfloat16
     assert ops.gemm(a[:, :0], b[:0], 1.0, torch.float32).abs().sum() == 0
+
+
+SHAPES = [(32, 64, 48), (5, 50, 7), (1, 16, 16), (3, 1, 1)]  # m, k, n
+
+
+@pytest.mark.parametrize("elements", [("e4m3", "e4m3"), ("e5m2", "e4m3"), ("e4m3", "e5m2")])
+@pytest.mark.parametrize("in_columns", [(False, False), (True, False), (False, True), (True, True)])
+def test_scaled_gemm_meets_the_hardware_s_demands(
+    monkeypatch: pytest.MonkeyPatch, elements: tuple[str, str], in_columns: tuple[bool, bool]
+):
+    """Rows, columns, multiples of 16; PyTorch's own kernel for CPUs then gives the product."""
+    calls: list[torch.dtype] = []
+    real = torch._scaled_mm
+
+    def strict(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, *,
+               out_dtype: torch.dtype) -> torch.Tensor:
+        assert a.is_contiguous() and b.t().is_contiguous()
+        assert a.shape[1] % 16 == 0 and b.shape[1] % 16 == 0
+        assert scale_a.dtype == scale_b.dtype == torch.float32
+        calls.append(out_dtype)
+        return real(a, b, scale_a, scale_b, out_dtype=out_dtype)
+
+    monkeypatch.setattr(torch, "_scaled_mm", strict)
+    for m, k, n in SHAPES:
+        x = torch.randn(k, m).t() if in_columns[0] else torch.randn(m, k)
+        y = torch.randn(n, k).t() if in_columns[1] else torch.randn(k, n)
+        a, b = (products.cast(value, name) for value, name in zip((x, y), elements, strict=True))
+        want = 0.25 * a.double() @ b.double()
+        for dtype, close in ((torch.float32, 1e-6), (torch.float64, 1e-6), (torch.bfloat16, 2e-2)):
+            got = products.scaled_gemm(a, b, 0.25, dtype)
+            assert got.dtype == dtype and got.shape == (m, n)
+            torch.testing.assert_close(got.double(), want, rtol=close, atol=close)
+    assert set(calls) == {torch.float32, torch.bfloat16}
+
+
+def test_gemm_goes_to_hardware_that_has_fp8(monkeypatch: pytest.MonkeyPatch):
+    calls: list[float] = []
+    monkeypatch.setattr(products, "has_fp8", lambda device: True)
+    monkeypatch.setattr(products, "scaled_gemm",
+                        lambda a, b, alpha, dtype: calls.append(alpha) or a.new_zeros(2, 2))
+    for name, other, goes in (("e4m3", "e4m3", True), ("e4m3", "e5m2", True),
+                              ("e5m2", "e5m2", False), ("bf16", "e4m3", False)):
+        calls.clear()
+        a, b = (torch.ones(2, 2, dtype=element(kind).storage) for kind in (name, other))
+        assert products.in_hardware(a, b) is goes
+        products.gemm(a, b, 2.0, torch.float32)
+        assert calls == [2.0] * goes
+
+
+def test_no_cpu_has_fp8_units():
+    assert not products.has_fp8(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", ELEMENTS)

@@ -12,12 +12,14 @@ from torch import nn
 from scaleprop import ops
 from scaleprop.backends.dynamo import compile_joint
 from scaleprop.passes.training import Formats, find_products, lower_products
+from scaleprop.passes.training.choice import BINADES, headroom
 from scaleprop.passes.training.drift import GRADIENT, INPUT, PARAMETER, drifts
-from scaleprop.passes.training.lower import Lowered, headroom
+from scaleprop.passes.training.lower import Lowered
 from scaleprop.passes.training.statistics import exponent_for, measured_amax
 
 aten = torch.ops.aten
 ONE = torch.ones(())  # the gradient of a loss
+LOW_HEAD = Formats(head=True)
 
 
 class Mlp(nn.Module):
@@ -103,7 +105,7 @@ def test_without_a_batch_every_scale_is_found_at_run_time():
 
 
 def test_each_value_is_cast_once_in_each_format():
-    result = lowered(Mlp(nn.GELU()), torch.randn(4, 16, requires_grad=True))
+    result = lowered(Mlp(nn.GELU()), torch.randn(4, 16, requires_grad=True), formats=LOW_HEAD)
     values = [(cast.value, cast.element) for cast in result.casts]
     assert len(values) == len(set(values)) == 6  # two inputs, two weights, two gradients
     assert len(result.products) == 6
@@ -112,22 +114,23 @@ def test_each_value_is_cast_once_in_each_format():
 @pytest.mark.parametrize(("act", "free"), [(nn.ReLU(), True), (nn.GELU(), False)])
 def test_exponents_come_with_the_product_where_scales_pass(act: nn.Module, free: bool):
     torch.manual_seed(0)
-    result = lowered(Mlp(act), torch.randn(64, 16))
+    result = lowered(Mlp(act), torch.randn(64, 16), formats=LOW_HEAD)
     (hidden,) = [c for c in result.casts if c.value in ("relu", "gelu")]
     assert hidden.kind == "x" and hidden.free == free
     assert hidden.exponent is not None and hidden.exponent < 0
 
 
-def test_amax_lies_as_far_below_the_maximum_as_asked():
+def test_amax_lies_within_the_format_and_its_drift():
     torch.manual_seed(0)
     for margin in (2, 5):
-        result = lowered(Mlp(nn.GELU()), torch.randn(64, 16), formats=Formats(margin=margin))
+        formats = Formats(margin=margin, head=True)
+        result = lowered(Mlp(nn.GELU()), torch.randn(64, 16), formats=formats)
         for cast in result.casts:
             assert cast.exponent is not None and cast.amax
-            room = max(margin, cast.drift)
-            top = {"e4m3": 448.0, "e5m2": 57344.0}[cast.element]
-            share = cast.amax * 2.0**-cast.exponent / top
-            assert 2.0 ** -(room + 2) < share <= 2.0**-int(room)
+            top, smallest = {"e4m3": (448.0, 2.0**-6), "e5m2": (57344.0, 2.0**-14)}[cast.element]
+            held = cast.amax * 2.0**-cast.exponent
+            assert held * 2.0**max(margin, cast.drift) <= top
+            assert held >= smallest * 2.0**BINADES
 
 
 def test_alphas_take_the_rescales_of_products():

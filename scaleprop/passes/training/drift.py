@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.fx
 
+from scaleprop.passes.exponents.facts import is_float
 from scaleprop.rules import Homogeneity, rule_for
+
+_SUMS: Any = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
 
 # log2 of how much they may grow or shrink
 PARAMETER = 2.0
@@ -26,9 +30,13 @@ _Powers = Mapping[torch.fx.Node, float]
 
 
 def drifts(
-    graph: torch.fx.Graph, parameters: Collection[torch.fx.Node]
+    graph: torch.fx.Graph, parameters: Collection[torch.fx.Node],
+    sizes: Mapping[torch.fx.Node, float] | None = None,
 ) -> Mapping[torch.fx.Node, float]:
-    """log2 of how much larger or smaller each value of a joint graph may become."""
+    """log2 of how much larger or smaller each value of a joint graph may become.
+
+    sizes: of ``addends``, as far as they were measured.
+    """
     powers: dict[torch.fx.Node, _Powers] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -36,8 +44,20 @@ def drifts(
             own = PARAMETER if node in parameters else GRADIENT if gradient else INPUT
             powers[node] = {node: own}
         elif node.op == "call_function":
-            powers[node] = _powers(node, powers)
+            powers[node] = _powers(node, powers, sizes or {})
     return {node: _size(found) for node, found in powers.items()}
+
+
+def addends(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """The terms of all sums."""
+    return {term for node in graph.nodes for term in _terms(node)}
+
+
+def _terms(node: torch.fx.Node) -> list[torch.fx.Node]:
+    if node.target not in _SUMS:
+        return []
+    terms = [given for given in node.args[:2] if isinstance(given, torch.fx.Node)]
+    return terms if all(is_float(term.meta.get("val")) for term in terms) else []
 
 
 def _size(powers: _Powers) -> float:
@@ -45,7 +65,15 @@ def _size(powers: _Powers) -> float:
     return math.sqrt(sum(power * power for power in powers.values()))
 
 
-def _powers(node: torch.fx.Node, known: Mapping[torch.fx.Node, _Powers]) -> _Powers:
+def _powers(
+    node: torch.fx.Node, known: Mapping[torch.fx.Node, _Powers],
+    sizes: Mapping[torch.fx.Node, float],
+) -> _Powers:
+    terms = _terms(node)
+    squares = [sizes.get(term, math.nan) ** 2 for term in terms]
+    if len(terms) == 2 and 0.0 < sum(squares) < math.inf:
+        return _weighted([(square / sum(squares), known.get(term, {}))
+                          for term, square in zip(terms, squares, strict=True)])
     rule = rule_for(node.target)
     law = rule.law(node) if rule is not None else None
     if law is not None and law.scaled:
@@ -73,6 +101,14 @@ def _of_product(
         return total
 
     return _largest([of(degrees) for degrees in law.outputs or (law.degrees,)])
+
+
+def _weighted(parts: Sequence[tuple[float, _Powers]]) -> _Powers:
+    total: dict[torch.fx.Node, float] = {}
+    for share, powers in parts:
+        for source, power in powers.items():
+            total[source] = total.get(source, 0.0) + share * power
+    return total
 
 
 def _largest(found: Sequence[_Powers]) -> _Powers:

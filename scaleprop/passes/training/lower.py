@@ -1,15 +1,15 @@
 """Casts the factors of a training step's products, held at exponents that suit their formats.
 
 Every factor is cast once, where its value is made; what the products read is moved data of one
-byte. An exponent is carried from where it costs nothing: the product that made the value takes it
-into its alpha, if only operators that pass scales lie in between. Elsewhere it is one
-multiplication by a power of two, in the cast's own loop.
+byte. Most values may be held at any of several exponents, see ``choice``: at what they are held at
+anyway, where the format allows. Else the exponent is carried from where it costs nothing: the
+product that made the value takes it into its alpha, if only operators that pass scales lie in
+between. Elsewhere it is one multiplication by a power of two, in the cast's own loop.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +18,20 @@ import torch.fx
 
 from scaleprop import _torch_compat as compat
 from scaleprop import ops
-from scaleprop.ops.products import float_element
 from scaleprop.passes.exponents import carry, most
-from scaleprop.passes.training.drift import drifts
+from scaleprop.passes.exponents.facts import is_float
+from scaleprop.passes.training.choice import (
+    common_exponent,
+    out_of_range,
+    room_for,
+    scaled_with,
+    why_at_run_time,
+)
+from scaleprop.passes.training.drift import addends, drifts
+from scaleprop.passes.training.head import keep_head_high
 from scaleprop.passes.training.reduction import agree
-from scaleprop.passes.training.roles import Factor, Product, find_products
-from scaleprop.passes.training.statistics import exponent_for, measured_amax
+from scaleprop.passes.training.roles import Factor, Product, find_products, source_of
+from scaleprop.passes.training.statistics import measured_amax
 from scaleprop.rules import rule_for
 
 aten: Any = torch.ops.aten
@@ -32,13 +40,20 @@ _CAST: Any = aten._to_copy.default
 
 @dataclasses.dataclass(frozen=True)
 class Formats:
-    """Element formats of the factors; margin: how many powers of two below a format's maximum amax
-    is put at least. Values that may drift further get as much room, see ``drift``."""
+    """Element formats of the factors, and how their exponents are found.
+
+    margin: how many powers of two below a format's maximum amax is put at least. Values that may
+    drift further get as much room, see ``drift``.
+    scaled: False holds every value at exponent 0: for models whose values lie about 1 already.
+    head: whether products next to the loss are low too, see ``keep_head_high``.
+    """
 
     x: str = "e4m3"
     w: str = "e4m3"
     dy: str = "e5m2"
     margin: int = 2
+    scaled: bool = True
+    head: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +63,10 @@ class Cast:
     amax: as measured; None where it is not known.
     drift: how many powers of two it may grow or shrink in training.
     exponent: what it is held at; None where the scale is found at run time.
-    why: for a scale at run time, the reason.
-    free: whether the exponent came with the product that made the value.
+    why: for a scale at run time, the reason; for an exponent that was not to be chosen, what of the
+        value is lost.
+    free: whether no multiplication is spent on it: the value is held at this exponent anyway, or
+        comes so from the product that made it.
     """
 
     value: str
@@ -89,16 +106,18 @@ def lower_products(
     without them every scale is found at run time.
     """
     products = find_products(joint.graph, parameters)
+    if not formats.head:
+        products = keep_head_high(joint.graph, products, parameters)
     factors: dict[tuple[torch.fx.Node, str], Factor] = {}
     for product in products.found:
         for factor in (product.left, product.right):
             factors.setdefault((factor.root, getattr(formats, factor.kind)), factor)
-    roots = {root for root, _ in factors}
-    amax = {} if inputs is None else agree(measured_amax(joint, inputs, roots), joint.graph)
-    drift = drifts(joint.graph, parameters)
+    casts = _planned(joint, parameters, formats, inputs, factors)
     work = _Lowering(joint, formats, products.found)
-    for (root, element), factor in factors.items():
-        work.cast(root, element, factor.kind, amax.get(root), drift[root])
+    if formats.scaled:
+        work.move_gradients(casts)
+    for planned in casts:
+        work.cast(planned)
     for product in products.found:
         work.multiply(product)
     joint.graph.eliminate_dead_code()
@@ -115,45 +134,117 @@ def lower_products(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """A cast to be made; room: the exponents it may be held at, none where ``why`` says so."""
+
+    root: torch.fx.Node
+    element: str
+    kind: str
+    amax: float | None
+    drift: float
+    room: range
+    why: str
+
+
+def _planned(
+    joint: torch.fx.GraphModule, parameters: Collection[torch.fx.Node], formats: Formats,
+    inputs: Sequence[Any] | None, factors: Mapping[tuple[torch.fx.Node, str], Factor],
+) -> list[_Planned]:
+    roots = {root for root, _ in factors}
+    amax: Mapping[torch.fx.Node, float] = {}
+    if inputs is not None:
+        watched = roots | addends(joint.graph)
+        amax = agree(measured_amax(joint, inputs, watched), joint.graph)
+    drift = drifts(joint.graph, parameters, amax)
+    found: list[_Planned] = []
+    for (root, element), factor in factors.items():
+        size = amax.get(root)
+        if not formats.scaled:
+            why, room = out_of_range(element, size), range(1)
+        else:
+            why = why_at_run_time(element, size, drift[root])
+            room = range(0) if why or size is None else (
+                room_for(element, size, drift[root], formats.margin))
+        found.append(_Planned(root, element, factor.kind, size, drift[root], room, why))
+    return found
+
+
 class _Lowering:
     def __init__(
         self, joint: torch.fx.GraphModule, formats: Formats, products: Sequence[Product]
     ) -> None:
         self.graph = joint.graph
+        self._found = products
         self._products = {product.node for product in products}
         moves = (factor.moves for product in products for factor in (product.left, product.right))
         self._inside = self._products.union(*moves)
         self.formats = formats
         self.wanted: dict[torch.fx.Node, int] = {}
         self.casts: list[Cast] = []
+        # what values are held at anyway, where that is not 0
+        self._held: dict[torch.fx.Node, int] = {}
         # (value, element) → its data, and the scale that was found at run time
         self._data: dict[tuple[torch.fx.Node, str], tuple[torch.fx.Node, Any]] = {}
         self._moved: dict[tuple[torch.fx.Node, torch.fx.Node], torch.fx.Node] = {}
 
-    def cast(
-        self, root: torch.fx.Node, element: str, kind: str, amax: float | None, drift: float
-    ) -> None:
-        """Cast ``root`` right after it is made."""
-        why = _why_at_run_time(element, amax, drift)
+    def move_gradients(self, casts: Sequence[_Planned]) -> None:
+        """Hold the incoming gradients, and all that follows them, at the exponent that suits most
+        casts, if it saves more multiplications than bringing the results back costs."""
+        graph = self.graph
+        tangents = [node for node in graph.find_nodes(op="placeholder")
+                    if str(node.target).startswith("tangents") and is_float(node.meta["val"])]
+        moved = scaled_with(graph, tangents)
+        rooms = [cast.room for cast in casts if moved.get(cast.root) and cast.room]
+        exponent = common_exponent(rooms)
+        by_product = {product.node for product in self._found if product.role == "wgrad"}
+        results = [node for node in graph.output_node().all_input_nodes
+                   if moved.get(node) and source_of(node)[0] not in by_product]
+        saved = sum(exponent in room for room in rooms) - sum(0 in room for room in rooms)
+        fits = all(abs(exponent) <= most(value.dtype) for node, passes in moved.items() if passes
+                   for value in _values(node))
+        if saved <= len(tangents) + len(results) or not fits:
+            return
+        for tangent in tangents:
+            start = self._call(aten.alias.default, (tangent,), tangent, _last_input(tangent))
+            tangent.replace_all_uses_with(start, lambda user, start=start: user is not start)
+            self.wanted[start] = exponent
+        self._held = {node: exponent for node, passes in moved.items() if passes}
+        self.wanted.update((product.node, exponent) for product in self._found
+                           if product.role == "dgrad" and moved.get(product.node))
+
+    def cast(self, planned: _Planned) -> None:
+        """Cast a value right after it is made."""
+        root, element = planned.root, planned.element
         at = _last_input(root)
-        if why:
-            arguments = (root, element, self.formats.margin)
-            scale = at = self._call(ops.power_scale, arguments, root, at)
-            source = at = self._call(aten.div.Tensor, (root, scale), root, at)
-            exponent, free = None, False
+        exponent: int | None = None
+        scale, free = None, False
+        if planned.room:
+            source, exponent, free = self._held_in(planned.room, root)
+            at = at if source is root else source
         else:
-            assert amax is not None
-            margin = max(self.formats.margin, math.ceil(drift))
-            exponent = exponent_for(amax, float_element(element).max, margin)
-            fits = abs(exponent) <= most(root.meta["val"].dtype)
-            source, scale, free = root, None, fits and self._want(root, exponent)
-            if not free:  # held so for the cast alone
-                source = at = self._call(aten.alias.default, (root,), root, at) if fits else (
-                    self._in_float32(root, at))
-                self.wanted[source] = exponent
+            scale = self._call(ops.power_scale, (root, element, self.formats.margin), root, at)
+            source = at = self._call(aten.div.Tensor, (root, scale), root, scale)
         data = self._call(ops.cast, (source, element), root, at)
         self._data[root, element] = (data, scale)
-        self.casts.append(Cast(root.name, kind, element, amax, drift, exponent, free, why))
+        self.casts.append(Cast(root.name, planned.kind, element, planned.amax, planned.drift,
+                               exponent, free, planned.why))
+
+    def _held_in(self, room: range, root: torch.fx.Node) -> tuple[torch.fx.Node, int, bool]:
+        """``root`` at an exponent in ``room``, which one, and whether that was for nothing."""
+        held = self._held.get(root, 0)
+        if held in room and self.wanted.setdefault(root, held) == held:
+            return root, held, True
+        exponent = room[0]
+        fits = abs(exponent) <= most(root.meta["val"].dtype)
+        if fits and self._want(root, exponent):
+            return root, exponent, True
+        # held so for the cast alone
+        at = _last_input(root)
+        source = self._call(aten.alias.default, (root,), root, at) if fits else (
+            self._in_float32(root, at))
+        self.wanted[source] = exponent
+        return source, exponent, False
 
     def _in_float32(self, root: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
         """A copy that has room for any exponent."""
@@ -219,22 +310,9 @@ class _Lowering:
         return node
 
 
-def _why_at_run_time(element: str, amax: float | None, drift: float) -> str:
-    """Why an exponent cannot be fixed; "" where it can."""
-    if amax is None:
-        return "no batch was measured"
-    if amax == 0.0:  # a gradient of unknown size, or a weight that starts at zero
-        return "all zeros when measured"
-    if not math.isfinite(amax):
-        return "NaN or Inf when measured"
-    room = headroom(element)
-    return f"may drift by 2^{drift:.0f}, {element} has room for 2^{room}" if drift > room else ""
-
-
-def headroom(element: str) -> int:
-    """How far amax may fall with the eight binades below it still normal numbers."""
-    fmt = float_element(element)
-    return fmt.emax - fmt.emin - 8
+def _values(node: torch.fx.Node) -> list[torch.Tensor]:
+    value = node.meta.get("val")
+    return [v for v in (value if isinstance(value, (tuple, list)) else (value,)) if is_float(v)]
 
 
 def _last_input(node: torch.fx.Node) -> torch.fx.Node:

@@ -19,6 +19,18 @@ aten: Any = torch.ops.aten
 Role = Literal["fprop", "dgrad", "wgrad"]
 # operator → the places of its two factors
 FACTORS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
+# contractions that are no products of two matrices → why they stay high
+_KINDS = {
+    "matmul": "a batch of products: only single matrices run in low precision",
+    "attention": "attention runs in high precision",
+    "linear": "not brought to a product of matrices",
+    "conv": "a convolution: only products of matrices run in low precision",
+}
+_OTHERS: Mapping[Any, str] = {
+    aten.convolution.default: _KINDS["conv"],
+    aten.convolution_backward.default: _KINDS["conv"],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _KINDS["attention"],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +75,15 @@ def find_products(graph: torch.fx.Graph, parameters: Collection[torch.fx.Node]) 
     high: dict[torch.fx.Node, str] = {}
     activations: set[torch.fx.Node] = set()
     for node in graph.nodes:
-        if node.target not in FACTORS or node.op != "call_function":
+        if node.op != "call_function":
             continue
-        sides = [_source(node.args[place]) for place in FACTORS[node.target]]
+        if node.target not in FACTORS:
+            if why := _no_matrix_product(node):
+                high[node] = why
+            continue
+        sides = [source_of(node.args[place]) for place in FACTORS[node.target]]
         depends = [root in gradients for root, _ in sides]
-        weights = [_parameter(root) in parameters for root, _ in sides]
+        weights = [parameter_of(root) in parameters for root, _ in sides]
         role: Role
         if not any(depends):
             if weights[0] == weights[1]:
@@ -92,6 +108,15 @@ def find_products(graph: torch.fx.Graph, parameters: Collection[torch.fx.Node]) 
     return Products(tuple(found), high)
 
 
+def _no_matrix_product(node: torch.fx.Node) -> str:
+    """Why another sum of products stays high; "" where a node is none, or a lookup."""
+    if node.target in _OTHERS:
+        return _OTHERS[node.target]
+    rule = rule_for(node.target)
+    contraction = rule.contraction if rule is not None else None
+    return _KINDS.get(contraction.kind, "") if contraction is not None else ""
+
+
 def gradient_values(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """What depends on the gradients that come in from outside."""
     found: set[torch.fx.Node] = set()
@@ -102,7 +127,7 @@ def gradient_values(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     return found
 
 
-def _source(node: Any) -> tuple[torch.fx.Node, tuple[torch.fx.Node, ...]]:
+def source_of(node: Any) -> tuple[torch.fx.Node, tuple[torch.fx.Node, ...]]:
     """The value that ``node`` is moved from, and the moves."""
     moves: list[torch.fx.Node] = []
     while node.op == "call_function" and (rule := rule_for(node.target)) and rule.moves:
@@ -111,8 +136,8 @@ def _source(node: Any) -> tuple[torch.fx.Node, tuple[torch.fx.Node, ...]]:
     return node, tuple(reversed(moves))
 
 
-def _parameter(node: torch.fx.Node) -> torch.fx.Node:
+def parameter_of(node: torch.fx.Node) -> torch.fx.Node:
     """The input that ``node`` is, moves and casts undone."""
     while node.op == "call_function" and node.target is aten._to_copy.default:
-        node = _source(node.args[0])[0]
+        node = source_of(node.args[0])[0]
     return node
