@@ -1,17 +1,22 @@
 """Train a small Llama on the standard library's source, in float32 and in FP8, side by side.
 
-    python -m examples.train_lm [--steps 300] [--seeds 1] [--recipes fp32,fp8]
+    python -m examples.train_lm [--seeds 3] [--steps 240] [--recipes fp32,fp8]
+                                [--plot docs/training.svg] [--json results.json]
 
-Characters are bytes, so nothing is downloaded and no tokenizer is trained. Both runs see the same
-batches from the same initial weights. No loss scaling anywhere.
+Nothing is downloaded: the text is what Python ships with, its tokens are learned from it in a few
+seconds. The recipes of a seed start from the same weights and see the same batches in the same
+order. No loss scaling anywhere. Validation text is the last tenth, which training never sees.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import statistics
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,86 +24,225 @@ import transformers
 
 import scaleprop
 
-CONTEXT = 128
-BATCH = 16
-HELD_OUT = 40  # batches of validation text
+HELD_OUT = 32  # batches of validation text
+EVERY = 40  # steps between validations
 
 
-def corpus() -> torch.Tensor:
-    """The standard library's modules as one tensor of bytes."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    texts = [path.read_bytes() for path in sorted(folder.glob("*.py"))]
-    return torch.frombuffer(bytearray(b"\n".join(texts)), dtype=torch.uint8)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One model and its training; ``rate``: the largest learning rate, of a one-cycle schedule."""
+
+    vocabulary: int = 2048
+    width: int = 256
+    layers: int = 4
+    context: int = 128
+    batch: int = 8
+    steps: int = 240
+    rate: float = 2e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a run differs: what is made of the model before, and what its graphs become."""
+
+    precision: str
+    change: Callable[[torch.nn.Module, torch.Tensor], torch.nn.Module] = lambda model, ids: model
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "fp32": Recipe("fp32"),
+    "bf16": Recipe("bf16"),
+    "fp8": Recipe("fp8"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one training gave. Losses are nats a token; validation: (step, loss), the last one of
+    all ``HELD_OUT`` batches."""
+
+    recipe: str
+    seed: int
+    training: tuple[float, ...]
+    validation: tuple[tuple[int, float], ...]
+    seconds_per_step: float
 
 
 class Language(torch.nn.Module):
     """A Llama that returns its own loss: the whole step is one graph."""
 
-    def __init__(self, width: int, layers: int) -> None:
+    def __init__(self, settings: Settings) -> None:
         super().__init__()
+        heads = max(settings.width // 64, 1)
         self.model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            vocab_size=256, hidden_size=width, intermediate_size=width * 8 // 3 // 32 * 32,
-            num_hidden_layers=layers, num_attention_heads=width // 64,
-            num_key_value_heads=width // 64, max_position_embeddings=CONTEXT, use_cache=False))
+            vocab_size=settings.vocabulary, hidden_size=settings.width,
+            intermediate_size=settings.width * 8 // 3 // 32 * 32,
+            num_hidden_layers=settings.layers, num_attention_heads=heads,
+            num_key_value_heads=heads, max_position_embeddings=settings.context, use_cache=False))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         logits = self.model(input_ids=ids[:, :-1]).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def batches(text: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
-    """Random windows, [BATCH, CONTEXT + 1]."""
+def tokens(vocabulary: int) -> torch.Tensor:
+    """The standard library's modules, one after another, in tokens learned from their bytes."""
+    import tokenizers
+
+    folder = Path(sysconfig.get_path("stdlib"))
+    texts = [path.read_text("utf-8", "replace") for path in sorted(folder.glob("*.py"))]
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.train_from_iterator(texts[::4], tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    return torch.tensor([token for found in model.encode_batch(texts) for token in found.ids])
+
+
+def batches(text: torch.Tensor, seed: int, settings: Settings) -> Iterator[torch.Tensor]:
+    """Random windows, [batch, context + 1]."""
     draw = torch.Generator().manual_seed(seed)
     while True:
-        starts = torch.randint(len(text) - CONTEXT - 1, (BATCH, 1), generator=draw)
-        yield text[starts + torch.arange(CONTEXT + 1)].long()
+        starts = torch.randint(len(text) - settings.context - 1, (settings.batch, 1),
+                               generator=draw)
+        yield text[starts + torch.arange(settings.context + 1)]
 
 
-def train(recipe: str, seed: int, steps: int, width: int, layers: int) -> tuple[float, float]:
-    """Validation loss after training, and seconds a step."""
-    torch.manual_seed(seed)
-    torch._dynamo.reset()
-    text = corpus()
+def runs(
+    name: str, seeds: int, text: torch.Tensor, settings: Settings
+) -> Iterator[Run]:
+    """Train ``seeds`` models by one recipe. They share compiled code: the exponents that fp8 fixed
+    for the first one's first batch are those of all."""
     split = len(text) * 9 // 10
-    model = Language(width, layers)
-    scaleprop.prepare_training(model, recipe)  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95),
-                                  weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
-    data = batches(text[:split], seed)
-    for step in range(steps):
-        if step == 2:
-            started = time.perf_counter()  # compiled by now
-        loss = model(next(data))
+    recipe = RECIPES[name]
+
+    def made(seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return recipe.change(Language(settings), next(batches(text[:split], seed, settings)))
+
+    torch._dynamo.reset()
+    model = made(0)
+    scaleprop.prepare_training(model, recipe.precision)  # type: ignore[arg-type]
+    for seed in range(seeds):
+        model.load_state_dict(made(seed).state_dict())
+        yield train(model, name, seed, text[:split], text[split:], settings)
+
+
+def train(
+    model: torch.nn.Module, name: str, seed: int, text: torch.Tensor, held_out: torch.Tensor,
+    settings: Settings,
+) -> Run:
+    """Train ``model`` where it is, and validate on the way."""
+    optimizer = torch.optim.AdamW(model.parameters(), settings.rate, (0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, settings.steps,
+                                                   pct_start=0.1)
+    data = batches(text, seed, settings)
+    training: list[torch.Tensor] = []
+    validation: list[tuple[int, float]] = []
+    times: list[float] = []
+    for step in range(1, settings.steps + 1):
+        ids = next(data)
+        started = time.perf_counter()
+        loss = model(ids)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0:
-            print(f"{recipe} seed {seed} step {step}: {loss.item():.4f}", flush=True)
-    seconds = (time.perf_counter() - started) / max(steps - 2, 1)
-    held_out = batches(text[split:], 0)
-    with torch.no_grad():
-        losses = [model(next(held_out)) for _ in range(HELD_OUT)]
-    return float(torch.stack(losses).mean()), seconds
+        times.append(time.perf_counter() - started)
+        training.append(loss.detach())
+        if step % EVERY == 0 or step == settings.steps:
+            count = HELD_OUT if step == settings.steps else HELD_OUT // 4
+            validation.append((step, validate(model, held_out, count, settings)))
+            print(f"{name} seed {seed} step {step}: {validation[-1][1]:.4f}", flush=True)
+    return Run(name, seed, tuple(round(float(loss), 4) for loss in training), tuple(validation),
+               statistics.median(times))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def validate(
+    model: torch.nn.Module, text: torch.Tensor, count: int, settings: Settings
+) -> float:
+    """The mean loss of ``count`` batches, always the same ones."""
+    held_out = batches(text, 0, settings)
+    # gradients stay on: the training graph runs again, and no second one is compiled
+    return sum(float(model(next(held_out)).detach()) for _ in range(count)) / count
+
+
+def table(found: Sequence[Run]) -> str:
+    """Validation losses in Markdown; the last column against the first recipe's mean."""
+    by_recipe: dict[str, list[Run]] = {}
+    for run in found:
+        by_recipe.setdefault(run.recipe, []).append(run)
+    seeds = [run.seed for run in next(iter(by_recipe.values()))]
+    lines = ["| recipe | " + " | ".join(f"seed {seed}" for seed in seeds)
+             + " | mean | against the first | s a step |", "|---" * (len(seeds) + 4) + "|"]
+    first = None
+    for name, of_recipe in by_recipe.items():
+        losses = [run.validation[-1][1] for run in of_recipe]
+        mean = statistics.fmean(losses)
+        first = first or mean
+        seconds = statistics.median(run.seconds_per_step for run in of_recipe)
+        lines.append(f"| {name} | " + " | ".join(f"{loss:.4f}" for loss in losses)
+                     + f" | {mean:.4f} | {mean / first - 1:+.2%} | {seconds:.3f} |")
+    return "\n".join(lines)
+
+
+def plot(found: Sequence[Run], path: Path) -> None:
+    """Training and validation losses over steps, one colour a recipe, one line a seed."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "scaleprop"  # the same picture for the same numbers
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    names = list(dict.fromkeys(run.recipe for run in found))
+    for run in found:
+        place = names.index(run.recipe)
+        look = {"color": f"C{place}", "linewidth": 1, "linestyle": "-" if place % 2 == 0 else ":",
+                "label": run.recipe if run.seed == 0 else None}
+        left.plot(range(1, len(run.training) + 1), run.training, **look)
+        right.plot(*zip(*run.validation, strict=True), marker=".", **look)
+    for axes, title in ((left, "training"), (right, "validation")):
+        axes.set(xlabel="step", ylabel="loss, nats a token", title=title)
+        axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def save(found: Sequence[Run], settings: Settings, path: Path) -> None:
+    """Settings and every run as JSON."""
+    path.write_text(json.dumps({"settings": dataclasses.asdict(settings),
+                                "runs": [dataclasses.asdict(run) for run in found]}) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Run]:
     """Train and compare."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--recipes", default="fp32,fp8")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--recipes", default="fp32,fp8", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--plot", type=Path, help="write a picture of the curves")
+    parser.add_argument("--json", type=Path, help="write every loss")
+    for field in dataclasses.fields(Settings):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     options = parser.parse_args(arguments)
-    for seed in range(options.seeds):
-        for recipe in options.recipes.split(","):
-            loss, seconds = train(recipe, seed, options.steps, options.width, options.layers)
-            print(f"{recipe} seed {seed}: validation loss {loss:.4f}, {seconds:.3f} s a step",
-                  flush=True)
+    unknown = [name for name in options.recipes.split(",") if name not in RECIPES]
+    if unknown:
+        parser.error(f"unknown recipes {unknown}; known: {', '.join(RECIPES)}")
+    settings = Settings(**{field.name: getattr(options, field.name)
+                           for field in dataclasses.fields(Settings)})
+    text = tokens(settings.vocabulary)
+    print(f"{len(text)} tokens; {sum(p.numel() for p in Language(settings).parameters())} "
+          "parameters", flush=True)
+    found = [run for name in options.recipes.split(",")
+             for run in runs(name, options.seeds, text, settings)]
+    print(table(found))
+    if options.plot:
+        plot(found, options.plot)
+    if options.json:
+        save(found, settings, options.json)
+    return found
 
 
 if __name__ == "__main__":
