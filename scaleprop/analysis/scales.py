@@ -102,7 +102,8 @@ class _Rows:
 
     def nodes(self) -> list[torch.fx.Node]:
         """Every float value that does not only move another's elements."""
-        return [node for node in self._run.measured if not _moves(node)]
+        return [node for node in self._run.measured
+                if not _moves(node) and node.target is not aten.copy_.default]
 
     def row(self, node: torch.fx.Node, predicted: Mapping[torch.fx.Node, Any]) -> TensorScale:
         """One row; a parameter's gradient has its name."""

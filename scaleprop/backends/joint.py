@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.fx
+from torch._dynamo import config as dynamo_config
 
 from scaleprop import _torch_compat as compat
 from scaleprop.backends.dynamo import compile_joint
@@ -71,20 +73,27 @@ def capture_training(
         return stop
 
     traced = torch.compile(call, backend=backend, fullgraph=True, dynamic=False)
+    # what a model logs would break its graph in two
+    silenced = {method for method in vars(logging.Logger).values() if callable(method)}
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), dynamo_config.patch(ignore_logging_functions=silenced):
             traced(*args, **kwargs)
     except _Enough:
         pass
     except Exception as error:
         raise CaptureError(f"{type(model).__name__} and its loss are not one graph: "
-                           f"{type(error).__name__}: {error}. {_REMEDY}") from error
+                           f"{type(error).__name__}: {_first(error)}. {_REMEDY}") from error
     if not found:
         raise ConfigError(f"the loss of {type(model).__name__} does not depend on its inputs or "
                           "parameters")
     if isinstance(found[0], ConfigError):
         raise found[0]
     return found[0]
+
+
+def _first(error: Exception) -> str:
+    """The first paragraph of a message; Dynamo's have many."""
+    return str(error).strip().split("\n\n")[0].rstrip(".")
 
 
 def _problem(graph: torch.fx.GraphModule) -> str:

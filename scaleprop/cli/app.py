@@ -236,7 +236,7 @@ def analyze_command(
     if calibration is not None:
         raise ConfigError("--calibration has no use with --loss: one step is measured")
     loss_fn: Any = loss if loss == "output" else resolve(loss, "loss")
-    scales = analyze(subject.model, subject.inputs, loss_fn=loss_fn)  # type: ignore[arg-type]
+    scales: Any = analyze(subject.model, subject.inputs, loss_fn=loss_fn)  # type: ignore[arg-type]
     if source and not emit:
         if report is not None:
             scales.save(report)

@@ -59,7 +59,7 @@ def topmost(call: Call) -> Answer:
     return found, None
 
 
-@moments_rule(aten.copy.default)
+@moments_rule(aten.copy.default, aten.copy_.default)
 def replaced(call: Call) -> Answer:
     """copy(self, src) is src."""
     return call.of("src")

@@ -15,6 +15,7 @@ from scaleprop.passes.statistics.measure import Run
 from scaleprop.passes.statistics.structure import Residual, Structure, stream
 from scaleprop.report.scales import Finding
 from scaleprop.rules import contraction_of
+from scaleprop.rules.moments import limit
 
 # A stream whose variance grows by more than this has late blocks that add little to it: in a
 # pre-norm model of depth L it grows as L at initialisation, so 16 is a depth that trains without
@@ -52,7 +53,7 @@ _PLACED = {
 
 
 def attention_entropy(
-    node: torch.fx.Node, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    node: torch.fx.Node, value: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> tuple[float, ...] | None:
     """Per head, the mean entropy of attention's rows, as a share of a uniform row's.
 
@@ -61,18 +62,25 @@ def attention_entropy(
     """
     contraction = contraction_of(node)
     if contraction is not None and contraction.kind == "attention":
-        return _entropy(_weights(node, args, kwargs))
+        return _entropy(_scores(node, args, kwargs))
     softmax = getattr(node.target, "__name__", "").removeprefix("_").removeprefix("safe_")
     is_weights = softmax.startswith("softmax") and "backward" not in softmax
     if not is_weights or not isinstance(value, torch.Tensor) or value.ndim < 3:
         return None
-    return _entropy(value.double())
+    scores, dim, *_ = args
+    return _entropy(_unmasked(scores)) if dim in (-1, value.ndim - 1) else None
 
 
-def _weights(
-    node: torch.fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+def _unmasked(scores: torch.Tensor) -> torch.Tensor:
+    """The same in float64, −∞ in place of what stands for it."""
+    counted = scores.abs() < limit(scores.dtype)
+    return scores.double().masked_fill(~counted, -math.inf)
+
+
+def _scores(
+    node: torch.fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> torch.Tensor:
-    """softmax(q·kᵀ·scale + mask), float64."""
+    """q·kᵀ·scale + mask, float64."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     q, k = given["query"].double(), given["key"].double()
@@ -81,21 +89,21 @@ def _weights(
     scores = q @ k.mT * (given.get("scale") or q.shape[-1] ** -0.5)
     mask = given.get("attn_mask")
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool \
+            else scores + _unmasked(mask)
     if given.get("is_causal"):
         ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         scores = scores.masked_fill(ones.triu(1), -math.inf)
-    return scores.softmax(-1).nan_to_num(0.0)
+    return scores
 
 
-def _entropy(weights: torch.Tensor) -> tuple[float, ...] | None:
+def _entropy(scores: torch.Tensor) -> tuple[float, ...] | None:
     """[…, heads, rows, keys] → one figure per head."""
-    keys = (weights > 0).sum(-1)
-    entropy = torch.special.entr(weights).sum(-1)
+    keys = (scores > -math.inf).sum(-1)
+    entropy = torch.special.entr(scores.softmax(-1).nan_to_num(0.0)).sum(-1)
     counted = keys > 1
     share = torch.where(counted, entropy / keys.clamp_min(2).double().log(), 0.0)
-    heads = -2 if weights.ndim > 3 else None
-    if heads is None:
+    if scores.ndim < 4:
         return (float(share.sum() / counted.sum()),) if bool(counted.any()) else None
     order = [axis for axis in range(share.ndim) if axis != share.ndim - 2]
     total, number = share.sum(order), counted.sum(order)

@@ -10,6 +10,7 @@ import torch
 import torch.fx
 
 from scaleprop.rules import contraction_of, rule_for
+from scaleprop.rules.moments_pointwise import is_pointwise
 
 aten: Any = torch.ops.aten
 
@@ -54,7 +55,7 @@ class Structure:
                 continue
             left, right = node.args[:2]
             for skip, branch in ((left, right), (right, left)):
-                root = self._passed(skip)
+                root = self.passed(skip)
                 if self._reaches(branch, root):  # type: ignore[arg-type]
                     found.append(Residual(node, skip, branch, self._placement(node, root, branch)))  # type: ignore[arg-type]
                     break
@@ -102,7 +103,7 @@ class Structure:
                 return True
         return False
 
-    def _passed(self, node: Any) -> Any:
+    def passed(self, node: Any) -> Any:
         """What ``node`` is, moves, casts, dropout and multiplications by numbers undone."""
         while isinstance(node, torch.fx.Node) and node.args:
             alone = len(node.all_input_nodes) == 1
@@ -149,7 +150,7 @@ class Structure:
     def _placement(
         self, total: torch.fx.Node, root: torch.fx.Node, branch: torch.fx.Node
     ) -> Placement:
-        ends = self.normed(self._passed(branch)) is not None
+        ends = self.normed(self.passed(branch)) is not None
         begins = self._begins_with_norm(root, branch)
         if begins:
             return "pre and branch" if ends else "pre"
@@ -162,8 +163,13 @@ class Structure:
     def _begins_with_norm(self, root: torch.fx.Node, branch: torch.fx.Node) -> bool:
         """Whether each way from ``root`` into ``branch`` is through a norm."""
         inside = self._between(root, branch)
-        entries = [user for user in root.users if user in inside]
-        return bool(entries) and all(self._leads_to_norm(entry, root) for entry in entries)
+        entries = [(user, root) for user in root.users if user in inside]
+        for user, value in entries:  # grows
+            if _passes(user) or user.target in _THINNED or _dropped(user):
+                entries += [(reader, user) for reader in user.users if reader in inside]
+            elif not self._leads_to_norm(user, value):
+                return False
+        return bool(entries)
 
     def _between(self, root: torch.fx.Node, branch: torch.fx.Node) -> set[torch.fx.Node]:
         """Every node on a way from ``root`` to ``branch``."""
@@ -186,8 +192,8 @@ class Structure:
             ahead = [n for node in ahead for n in node.users
                      if n not in near and n not in self._backward]
             near.update(ahead)
-        return any(self.normed(node) is value for node in near
-                   if node.target is aten.mul.Tensor)
+        found = [self.normed(node) for node in near if node.target is aten.mul.Tensor]
+        return any(n is not None and self._uncast(n) is self._uncast(value) for n in found)
 
     def _is_inverse_deviation(self, factor: torch.fx.Node, value: torch.fx.Node) -> bool:
         """Whether ``factor`` is 1/√(mean of value²): a root of what ``value`` alone makes."""
@@ -214,7 +220,7 @@ def stream(found: Sequence[Residual], structure: Structure) -> list[list[Residua
     chains: list[list[Residual]] = []
     ends: dict[torch.fx.Node, list[Residual]] = {}
     for residual in found:
-        skip = structure._passed(residual.skip)  # pyright: ignore[reportPrivateUsage]
+        skip = _unwound(structure, residual.skip, ends)
         source = structure.normed(skip) if skip not in ends else skip
         chain = ends.pop(source, None) if source is not None else None
         if chain is None:
@@ -223,6 +229,17 @@ def stream(found: Sequence[Residual], structure: Structure) -> list[list[Residua
         chain.append(residual)
         ends[residual.total] = chain
     return chains
+
+
+def _unwound(
+    structure: Structure, skip: torch.fx.Node, ends: Mapping[torch.fx.Node, Any]
+) -> torch.fx.Node:
+    """The value behind ``skip``, functions of it alone undone where they lead to a sum in ``ends``:
+    the activation after a sum."""
+    start = node = structure.passed(skip)
+    while node not in ends and len(node.all_input_nodes) == 1 and is_pointwise(node.target):
+        node = structure.passed(node.all_input_nodes[0])
+    return node if node in ends else start
 
 
 def _same_shapes(node: torch.fx.Node) -> bool:
