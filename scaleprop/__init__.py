@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from scaleprop.recipes import Recipe, Role
     from scaleprop.report import Report
     from scaleprop.training import prepare_training, scale_report
+    from scaleprop.unit_scaling import parameter_groups, unit_scale
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _HOME = {
     **dict.fromkeys(("Recipe", "Role"), "scaleprop.recipes"),
     "Report": "scaleprop.report",
     **dict.fromkeys(("prepare_training", "scale_report"), "scaleprop.training"),
+    **dict.fromkeys(("parameter_groups", "unit_scale"), "scaleprop.unit_scaling"),
 }
 _MODULES = ("optim",)
 
@@ -57,9 +59,11 @@ __all__ = [
     "fake_quantize",
     "load",
     "optim",
+    "parameter_groups",
     "prepare_training",
     "quantize",
     "scale_report",
+    "unit_scale",
 ]
 
 

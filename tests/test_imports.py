@@ -24,7 +24,7 @@ LAYERS = (
     ("report", "calibration.statistics", "recipes"),
     ("passes", "calibration", "signature"),
     ("backends",),
-    ("fidelity", "graph_json", "storage", "analysis", "api", "optim", "training",
+    ("fidelity", "graph_json", "storage", "analysis", "api", "optim", "training", "unit_scaling",
      "adapters", ""),
     ("cli", "__main__"),
 )

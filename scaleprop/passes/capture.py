@@ -66,10 +66,10 @@ def capture(
     register_structures((args, kwargs))
     with _tracing(model):
         if dynamic_shapes is None:
-            exported, notes = _export_as_dynamic_as_possible(model, args, kwargs)
+            exported, notes = export_as_dynamic_as_possible(model, args, kwargs)
             given: list[tuple[torch.Tensor, dict[int, str]]] = []
         else:
-            exported = _export(model, args, kwargs, dynamic_shapes, strict=False)
+            exported = export_exactly(model, args, kwargs, dynamic_shapes, strict=False)
             inputs: Any = dimensions.argument_names(model.forward, args, kwargs)
             if isinstance(dynamic_shapes, (tuple, list)):
                 inputs = tuple(inputs.values())
@@ -105,7 +105,7 @@ def _register(output: Any) -> None:
     register_structures(output)
 
 
-def _export_as_dynamic_as_possible(
+def export_as_dynamic_as_possible(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Batch and sequence dynamic; else batch only; else fixed. Each step back is a note."""
@@ -124,7 +124,7 @@ def _export_as_dynamic_as_possible(
         found: list[tuple[ExportedProgram, list[tuple[str, int, int]]]] = []
         for strict in (False, True):
             try:
-                exported = _export(model, traced_args, traced_kwargs, shapes, strict)
+                exported = export_exactly(model, traced_args, traced_kwargs, shapes, strict)
             except CaptureError as error:
                 if not failures:
                     _refuse_broken(model, args, kwargs)
@@ -163,9 +163,11 @@ def _fixed_note(fixed: tuple[str, int, int]) -> str:
     return f"input {name!r} axis {axis} is fixed at {size}: the model's code depends on it"
 
 
-def _export(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, strict: bool
+def export_exactly(
+    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any,
+    strict: bool = False,
 ) -> ExportedProgram:
+    """``torch.export.export``, whose errors become ``CaptureError`` with a remedy."""
     try:
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
     except Exception as error:
@@ -268,7 +270,7 @@ def _plain(unlifted: torch.fx.GraphModule) -> torch.fx.GraphModule:
     module = torch.fx.GraphModule(unlifted, unlifted.graph)
     for node in module.graph.nodes:
         if node.meta.get("stack_trace") is not None:
-            node.meta["stack_trace"] = _user_frames(node.meta["stack_trace"])
+            node.meta["stack_trace"] = user_frames(node.meta["stack_trace"])
         if isinstance(value := node.meta.get("val"), torch.Tensor):
             node.meta["val"] = dimensions.with_plain_sizes(value)
     return module
@@ -290,7 +292,7 @@ def _arguments(module: torch.fx.GraphModule) -> tuple[str, ...]:
     return tuple(code.pytree_info.orig_args)
 
 
-def _user_frames(trace: str) -> str:
+def user_frames(trace: str) -> str:
     """A stack trace without torch's own frames: its last line is then the user's."""
     frames = re.split(r"(?m)^(?=\s*File \")", trace)
     kept = [frame for frame in frames if _TORCH_HOME not in frame.split(", line", 1)[0]]
