@@ -101,11 +101,11 @@ def test_a_fingerprint_is_that_of_the_operators() -> None:
 
 
 def exponents(loud: bool) -> dict[str, int | None]:
-    """Exponents of the casts of one step, with rank 1 seeing values 64 times as large; or, alone,
+    """Exponents of the casts of one step, with rank 1 seeing values 2^14 times as large; or, alone,
     all of them as large."""
     model = scaleprop.prepare_training(net(), "fp8", inner="eager")
     x = torch.linspace(-1, 1, 8 * WIDTH).view(8, WIDTH)
-    scale = 64.0 if loud or (dist.is_initialized() and dist.get_rank()) else 1.0
+    scale = 2.0**14 if loud or (dist.is_initialized() and dist.get_rank()) else 1.0
     model(x * scale).square().mean().backward()
     (report,) = scaleprop.scale_report(model)
     return {cast.value: cast.exponent for cast in report.casts}
