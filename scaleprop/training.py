@@ -14,6 +14,35 @@ from scaleprop.backends.dynamo import Inner, Options, Recipe, compile_with
 from scaleprop.errors import ConfigError
 from scaleprop.passes.training import Lowered
 
+
+class ScaleReports(tuple[Lowered, ...]):
+    """What was done to each graph of a prepared model."""
+
+    def show(self) -> None:
+        """Print a table of every cast, and why products stayed high.
+
+        Raises:
+            BackendUnavailable: without rich.
+        """
+        from rich.table import Table
+
+        from scaleprop.report.console import stdout_console
+
+        console = stdout_console()
+        for place, graph in enumerate(self):
+            table = Table(title=f"graph {place}: {len(graph.products)} products in low precision")
+            for name in ("value", "is", "element", "amax", "drift", "exponent", "why"):
+                table.add_column(name, overflow="fold")
+            for cast in graph.casts:
+                table.add_row(
+                    cast.value, cast.kind, cast.element,
+                    "?" if cast.amax is None else f"{cast.amax:.3g}", f"2^{cast.drift:.1f}",
+                    "at run time" if cast.exponent is None else f"2^{cast.exponent}", cast.why)
+            for node, why in graph.high.items():
+                table.add_row(node, "product", "high", "", "", "", why)
+            console.print(table)
+
+
 _REPORTS: WeakKeyDictionary[torch.nn.Module, list[Lowered]] = WeakKeyDictionary()
 
 
@@ -24,6 +53,7 @@ def prepare_training(
 
     The model itself is returned: its parameters, ``state_dict`` keys, hooks and optimizers stay
     what they were, as after ``nn.Module.compile``. Call it again to change the recipe.
+    ``model.scale_report()`` says what was done.
 
     Args:
         recipe: ``fp8`` runs linear layers on E4M3 data and gradients in E5M2; ``fp32`` changes
@@ -37,6 +67,9 @@ def prepare_training(
     reports = _REPORTS[model] = []
     backend = functools.partial(_compile, options=options, reports=reports)
     compat.compile_in_place(model, backend)
+    # no parameter and no module, so not in state_dict; a copy's own says that it is not prepared
+    report: Any = functools.partial(scale_report, model)
+    model.scale_report = report
     return model
 
 
@@ -46,7 +79,7 @@ def _compile(
     return compile_with(module, inputs, options, reports.append)
 
 
-def scale_report(model: torch.nn.Module) -> tuple[Lowered, ...]:
+def scale_report(model: torch.nn.Module) -> ScaleReports:
     """What was done to each graph of a prepared model so far: products, casts and their exponents.
 
     Raises:
@@ -54,4 +87,4 @@ def scale_report(model: torch.nn.Module) -> tuple[Lowered, ...]:
     """
     if model not in _REPORTS:
         raise ConfigError(f"{type(model).__name__} was not given to scaleprop.prepare_training")
-    return tuple(_REPORTS[model])
+    return ScaleReports(_REPORTS[model])

