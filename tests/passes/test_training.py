@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,73 +9,15 @@ import torch
 from torch import nn
 
 from scaleprop import ops
-from scaleprop.backends.dynamo import compile_joint
 from scaleprop.passes.training import Formats, find_products, lower_products
 from scaleprop.passes.training.choice import BINADES, headroom
-from scaleprop.passes.training.drift import GRADIENT, INPUT, PARAMETER, drifts
-from scaleprop.passes.training.lower import Lowered
+from scaleprop.passes.training.drift import GRADIENT, INPUT, PARAMETER, addends, drifts
 from scaleprop.passes.training.statistics import exponent_for, measured_amax
 
+from .training_graphs import Attention, Batched, Mlp, RmsNorm, joint_of, lowered
+
 aten = torch.ops.aten
-ONE = torch.ones(())  # the gradient of a loss
 LOW_HEAD = Formats(head=True)
-
-
-class Mlp(nn.Module):
-    def __init__(self, act: nn.Module) -> None:
-        super().__init__()
-        self.up, self.act, self.down = nn.Linear(16, 32, bias=False), act, nn.Linear(32, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.act(self.up(x))).square().mean()
-
-
-class Attention(nn.Module):
-    """Eager attention: products of activations beside those of linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.q(x) @ self.k(x).mT).softmax(-1).sum()
-
-
-class RmsNorm(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain, self.first, self.last = (nn.Parameter(torch.ones(8)), nn.Linear(8, 8),
-                                            nn.Linear(8, 8))  # fmt: skip
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.gain
-        return self.last(x).square().mean()
-
-
-def joint_of(
-    model: nn.Module, *inputs: torch.Tensor, use: Callable[[Any, Any, Any], Any]
-) -> list[Any]:
-    """What ``use(joint, parameters, values)`` says of a model's joint graph, run in eager mode."""
-    torch._dynamo.reset()
-    found: list[Any] = []
-
-    def backend(graph: torch.fx.GraphModule, given: list[Any]) -> Any:
-        def transform(joint: torch.fx.GraphModule) -> None:
-            places = joint.graph.find_nodes(op="placeholder")
-            parameters = [node for node, value in zip(places, given, strict=False)
-                          if isinstance(value, nn.Parameter)]
-            found.append(use(joint, parameters, [*given, ONE]))
-
-        return compile_joint(graph, given, transform, "eager")
-
-    torch.compile(model, backend=backend, fullgraph=True)(*inputs).backward()
-    return found
-
-
-def lowered(model: nn.Module, *inputs: torch.Tensor, formats: Formats | None = None) -> Lowered:
-    return joint_of(model, *inputs, use=lambda joint, parameters, values: lower_products(
-        joint, parameters, formats or Formats(), values))[0]
 
 
 def test_roles_of_linear_layers():
@@ -95,6 +36,19 @@ def test_products_of_activations_stay_high():
     assert sorted(result.high.values()) == [
         *["a gradient of attention, or of another product of activations"] * 2,
         "neither factor is a parameter"]
+
+
+@pytest.mark.parametrize(("layer", "x", "why"), [
+    (nn.Conv1d(3, 3, 1), torch.randn(2, 3, 4), "a convolution: only products of matrices"),
+    (nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True), torch.randn(2, 4, 8),
+     "attention runs in high precision"),
+    (Batched(), torch.randn(2, 3, 4), "a batch of products: only single matrices"),
+])  # fmt: skip
+def test_other_sums_of_products_are_reported(layer: nn.Module, x: torch.Tensor, why: str):
+    (result,) = joint_of(layer, x, use=lambda joint, parameters, _: find_products(
+        joint.graph, parameters))
+    backward = [node for node, reason in result.high.items() if reason.startswith(why)]
+    assert len(backward) >= 2  # forward and backward
 
 
 def test_without_a_batch_every_scale_is_found_at_run_time():
@@ -166,6 +120,29 @@ def test_drift_is_a_product_of_powers():
     # x·rsqrt(mean(x²)) is as large as it was, whatever x does: what is left is the gain
     (last,) = [name for name in normed if name == "mul_1"]
     assert normed[last] == pytest.approx(PARAMETER)
+
+
+def test_a_sum_drifts_as_its_terms_do_by_their_shares():
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + self.layer(x)).square().mean()
+
+    def use(joint: torch.fx.GraphModule, parameters: Any, _: Any) -> tuple[float, ...]:
+        (total,) = [node for node in joint.graph.nodes if node.target is aten.add.Tensor]
+        found = addends(joint.graph)
+        assert found == set(total.args)
+        (x,), (y,) = ([node for node in found if node.op == op]
+                      for op in ("placeholder", "call_function"))
+        unknown = drifts(joint.graph, parameters)[total]
+        return unknown, drifts(joint.graph, parameters, {x: 4.0, y: 3.0})[total]
+
+    ((unknown, known),) = joint_of(Residual(), torch.randn(4, 8), use=use)
+    assert unknown == pytest.approx((INPUT**2 + PARAMETER**2) ** 0.5)  # as the layer's output
+    assert known == pytest.approx((INPUT**2 + (0.36 * PARAMETER) ** 2) ** 0.5)
 
 
 def test_values_that_drift_beyond_the_format_are_scaled_at_run_time():

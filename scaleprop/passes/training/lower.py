@@ -18,6 +18,8 @@ import torch.fx
 
 from scaleprop import _torch_compat as compat
 from scaleprop import ops
+from scaleprop.errors import ConfigError
+from scaleprop.ops.products import float_element
 from scaleprop.passes.exponents import carry, most
 from scaleprop.passes.exponents.facts import is_float
 from scaleprop.passes.training.choice import (
@@ -46,6 +48,9 @@ class Formats:
     drift further get as much room, see ``drift``.
     scaled: False holds every value at exponent 0: for models whose values lie about 1 already.
     head: whether products next to the loss are low too, see ``keep_head_high``.
+
+    Raises ``FormatError`` for an element that torch has no dtype for, ``ConfigError`` for a
+    negative margin.
     """
 
     x: str = "e4m3"
@@ -54,6 +59,12 @@ class Formats:
     margin: int = 2
     scaled: bool = True
     head: bool = False
+
+    def __post_init__(self) -> None:
+        for element in (self.x, self.w, self.dy):
+            float_element(element)
+        if self.margin < 0:
+            raise ConfigError(f"margin={self.margin}: amax would overflow. Remedy: 0 or more.")
 
 
 @dataclasses.dataclass(frozen=True)
