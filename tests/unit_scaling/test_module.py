@@ -1,0 +1,144 @@
+"""What unit_scale returns is an ordinary module, and what it was given stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import scaleprop
+from scaleprop.errors import CalibrationError, CaptureError, ConfigError
+from scaleprop.passes.unit.forward import rms
+
+X = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.3),
+                         nn.Linear(64, 32))
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("model", [nn.Linear(32, 16), mlp()], ids=["linear", "sequential"])
+def test_a_root_layer_is_scaled(model: nn.Module) -> None:
+    scaled = scaleprop.unit_scale(model, (X,))
+    for name, parameter in scaled.named_parameters():
+        if "weight" in name:
+            assert rms(parameter.detach()) == pytest.approx(1, rel=1e-5)
+    factors = [m.factor for m in scaled.meta["unit_scaling"].multipliers]
+    assert 32**-0.5 in [pytest.approx(f) for f in factors]
+
+
+def test_export_holds_the_scaled_graph() -> None:
+    scaled = scaleprop.unit_scale(mlp(), (X,)).eval()
+    torch.testing.assert_close(torch.export.export(scaled, (X,)).module()(X), scaled(X))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_to_the_same(backend: str) -> None:
+    scaled = scaleprop.unit_scale(mlp(), (X,))
+    expected = gradients(scaled, X)
+    compiled: Any = torch.compile(scaled, fullgraph=True, backend=backend)
+    found = gradients(compiled, X)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+                         ids=["deepcopy", "pickle"])
+def test_copies(copied: Any) -> None:
+    scaled = scaleprop.unit_scale(mlp(), (X,))
+    other = copied(scaled)
+    torch.testing.assert_close(other(X), scaled(X), rtol=0, atol=0)
+    for one, two in zip(gradients(other, X), gradients(scaled, X), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert not {id(p) for p in scaled.parameters()} & {id(p) for p in other.parameters()}
+
+
+def test_state_keeps_its_names() -> None:
+    model = network()
+    scaled = scaleprop.unit_scale(model, (X,)).eval()
+    assert list(scaled.state_dict()) == list(model.state_dict())
+    other = copy.deepcopy(scaled)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    other.load_state_dict(scaled.state_dict())
+    torch.testing.assert_close(other(X), scaled(X), rtol=0, atol=0)
+
+
+def test_other_batches() -> None:
+    scaled = scaleprop.unit_scale(mlp(), (X,))
+    torch.testing.assert_close(scaled(X[:7]), scaled(X)[:7], rtol=1e-5, atol=1e-5)
+
+
+def test_train_and_eval_switch() -> None:
+    scaled = scaleprop.unit_scale(network().train(), (X,))
+    before = {name: value.clone() for name, value in scaled.named_buffers()}
+    scaled.eval()
+    torch.testing.assert_close(scaled(X), scaled(X), rtol=0, atol=0)
+    for name, value in scaled.named_buffers():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    scaled.train()
+    assert not torch.equal(scaled(X), scaled(X))  # dropout draws anew
+    assert int(dict(scaled.named_buffers())["1.num_batches_tracked"]) == 2
+
+
+def test_leaves_no_trace() -> None:
+    model = network().train()
+    model[1].eval()
+    model(X).sum().backward()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    held = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    modes = [m.training for m in model.modules()]
+    random = torch.get_rng_state()
+    scaled = scaleprop.unit_scale(model, (X,))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [m.training for m in model.modules()] == modes
+    assert not any(vars(m)["_forward_hooks"] for m in model.modules())
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0)
+    for parameter, gradient in zip(model.parameters(), held, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=0)
+    for name, value in scaled.named_buffers():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0)
+    assert all(p.grad is None for p in scaled.parameters())
+
+
+class Branching(nn.Module):
+    """Its path depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) if float(x.sum()) > 0 else x
+
+
+def test_refuses() -> None:
+    with pytest.raises(ConfigError, match="unknown scheme"):
+        scaleprop.unit_scale(mlp(), (X,), "other")  # type: ignore[arg-type]
+    with pytest.raises(CalibrationError, match="NaN or Inf"):
+        scaleprop.unit_scale(mlp(), (X * torch.nan,))
+    with pytest.raises(CalibrationError, match="gradient"):
+        scaleprop.unit_scale(mlp().requires_grad_(False), (X,))
+    with pytest.raises(ConfigError, match="scalar"):
+        scaleprop.unit_scale(mlp(), (X,), loss_fn=lambda y: y)
+    with pytest.raises(CaptureError):
+        scaleprop.unit_scale(Branching(), (X,))
