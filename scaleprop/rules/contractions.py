@@ -73,6 +73,23 @@ register(
     )
 )
 
+register(  # sums, means or maxima of rows; rows may come with weights
+    Rule(
+        op=aten._embedding_bag.default,
+        family="contraction",
+        homogeneity=Homogeneity({0: 1, 6: 1}),
+        high="sums of rows run in high precision",
+    )
+)
+register(
+    Rule(
+        op=aten._trilinear.default,
+        family="contraction",
+        homogeneity=Homogeneity({0: 1, 1: 1, 2: 1}),
+        high="products of three factors run in high precision",
+    )
+)
+
 _PRODUCT = Contraction("matmul", (Operand(0, "activation", (-1,)), Operand(1, "activation", (-2,))))
 for _op in (aten.mm.default, aten.bmm.default, aten.matmul.default):
     register(

@@ -24,6 +24,8 @@ for _op in (
     aten.randn.default,
     aten.randint.default,
     aten.randint.low,
+    aten.randperm.default,
+    aten.empty_strided.default,
 ):
     register(Rule(op=_op, family="creation", homogeneity=Homogeneity()))
 
@@ -38,5 +40,7 @@ for _op in (
     aten.new_ones.default,
     aten.new_full.default,
     aten.new_empty.default,
+    aten.new_empty_strided.default,
+    aten.bernoulli.p,
 ):
     register(Rule(op=_op, family="creation", homogeneity=Homogeneity({0: 0})))

@@ -63,6 +63,34 @@ def shifted(node: torch.fx.Node) -> Homogeneity | None:
     return PASSES if scale_free(node.args[1]) else None
 
 
+def quotient(node: torch.fx.Node) -> Homogeneity | None:
+    """x / y, where nothing is rounded to whole numbers."""
+    whole = node.kwargs.get("rounding_mode") is not None
+    return None if whole else Homogeneity({0: 1, 1: -1})
+
+
+def multiplied(node: torch.fx.Node) -> Homogeneity | None:
+    """prod(x, dim): as many factors as were multiplied; None where their number is a symbol."""
+    source: Any = node.args[0]
+    shape = source.meta["val"].shape
+    over = shape if len(node.args) < 2 else (shape[node.args[1]],)  # type: ignore[index]
+    if not all(isinstance(size, int) for size in over):
+        return None
+    return Homogeneity({0: math.prod(over)})
+
+
+def gathered_up(node: torch.fx.Node) -> Homogeneity | None:
+    """scatter_reduce(self, dim, index, src, reduce), but for products."""
+    reduce = constant(node, 4, "reduce")
+    return None if reduce == "prod" else Homogeneity(follows=(0, 3))
+
+
+def distance(node: torch.fx.Node) -> Homogeneity | None:
+    """cdist(x, y, p), for the p that ``counted`` passes."""
+    exact = constant(node, 2, "p", 2) in (1, 2, math.inf)
+    return Homogeneity(follows=(0, 1)) if exact else None
+
+
 def cast(node: torch.fx.Node) -> Homogeneity | None:
     """Between float types: rounding is relative, and powers of two move only the exponent."""
     source: Any = node.args[0]

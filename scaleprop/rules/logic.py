@@ -33,15 +33,21 @@ for _op in (
 for _op in (
     aten.isnan.default,
     aten.isinf.default,
+    aten.signbit.default,
     aten.logical_not.default,
     aten.bitwise_not.default,
+    aten.bitwise_and.Scalar,
+    aten.bitwise_or.Scalar,
+    aten.bitwise_xor.Scalar,
 ):
     register(Rule(op=_op, family="logic", homogeneity=Homogeneity({0: 0}), axes=axes.identity))
 for _op in (
     aten.logical_and.default,
     aten.logical_or.default,
+    aten.logical_xor.default,
     aten.bitwise_and.Tensor,
     aten.bitwise_or.Tensor,
+    aten.bitwise_xor.Tensor,
 ):
     register(Rule(op=_op, family="logic", homogeneity=Homogeneity({0: 0, 1: 0}),
                   axes=axes.identity))  # fmt: skip
@@ -50,10 +56,12 @@ for _op in (
     aten.argmin.default,
     aten.any.default,
     aten.any.dim,
+    aten.any.dims,
     aten.all.default,
     aten.all.dim,
+    aten.nonzero.default,
 ):
     register(Rule(op=_op, family="logic", homogeneity=Homogeneity({0: 0})))
 for _op in (aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default,
-            aten.sym_storage_offset.default):  # fmt: skip
+            aten.sym_storage_offset.default, aten.sym_is_contiguous.default):  # fmt: skip
     register(Rule(op=_op, family="logic", homogeneity=Homogeneity({0: 0})))

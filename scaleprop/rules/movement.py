@@ -54,11 +54,16 @@ for _op in (
     aten.diagonal.default,
     aten.unfold.default,
     aten.im2col.default,
+    aten.reflection_pad1d.default,
     aten.reflection_pad2d.default,
+    aten.reflection_pad3d.default,
+    aten.replication_pad1d.default,
     aten.replication_pad2d.default,
+    aten.replication_pad3d.default,
     aten.tril.default,
     aten.triu.default,
     aten.sort.default,
+    aten.sort.stable,
     aten.topk.default,
 ):
     register(Rule(op=_op, family="movement", homogeneity=laws.PASSES))
@@ -78,6 +83,8 @@ _INTO = {
     aten._unsafe_index_put.default: Homogeneity(follows=(0, 2)),
     aten.scatter.src: Homogeneity(follows=(0, 3)),
     aten.scatter.value: laws.passes_with(3, "value"),
+    aten.scatter_reduce.two: laws.gathered_up,
+    aten.masked_scatter.default: Homogeneity(follows=(0, 2)),
     aten.scatter_add.default: Homogeneity(follows=(0, 3)),
     aten.index_add.default: Homogeneity(follows=(0, 3)),
 }

@@ -54,6 +54,7 @@ for _op in (
     aten.native_layer_norm.default,
     aten.native_group_norm.default,
     aten._native_batch_norm_legit_functional.default,
+    aten._native_batch_norm_legit.no_stats,
     aten._fused_rms_norm.default,
 ):
     register(Rule(op=_op, family="norm", high=_NORM, bounded=True))
@@ -62,6 +63,7 @@ for _op in (
 for _op in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default):
     register(Rule(op=_op, family="reduction", homogeneity=Homogeneity(outputs=({0: 1}, {0: 0}))))
 register(Rule(op=aten.var.correction, family="reduction", homogeneity=Homogeneity({0: 2})))
+register(Rule(op=aten.var.dim, family="reduction", homogeneity=Homogeneity({0: 2})))
 register(
     Rule(
         op=aten.var_mean.correction,
@@ -70,6 +72,12 @@ register(
     )
 )
 register(Rule(op=aten.linalg_vector_norm.default, family="reduction", homogeneity=laws.counted))
+for _op in (aten.prod.default, aten.prod.dim_int):
+    register(Rule(op=_op, family="reduction", homogeneity=laws.multiplied))
+register(Rule(op=aten._cdist_forward.default, family="reduction", homogeneity=laws.distance))
+# each element of what comes out is a product of another number of factors, or a logarithm
+for _op in (aten.cumprod.default, aten.logcumsumexp.default):
+    register(Rule(op=_op, family="reduction"))
 
 for _op in (
     aten.mean.dim,
@@ -82,8 +90,19 @@ for _op in (
     aten.cumsum.default,
     aten.max.dim,
     aten.min.dim,
+    aten.max.default,
+    aten.min.default,
+    aten.median.default,
+    aten.median.dim,
+    aten.kthvalue.default,
+    aten.cummax.default,
+    aten.cummin.default,
     aten.max_pool2d_with_indices.default,
+    aten.max_pool3d_with_indices.default,
+    aten.adaptive_max_pool2d.default,
     aten._adaptive_avg_pool2d.default,
+    aten._adaptive_avg_pool3d.default,
+    aten.avg_pool3d.default,
     aten.max_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.avg_pool2d.default,

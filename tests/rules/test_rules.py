@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from scaleprop import ops
+from scaleprop._torch_compat import fake_size, symbolic_fake_mode
 from scaleprop.errors import ConfigError
 from scaleprop.passes.capture import capture
 from scaleprop.rules import Rule, contraction_of, coverage, register, rule_for
@@ -88,6 +89,30 @@ GROUPED = aten.native_group_norm(IMAGE + 1, None, None, 2, 4, 36, 2, 1e-5)[1:]
 POOLED, PLACES = aten.max_pool2d_with_indices(IMAGE, [2, 2])
 OUT, LSE = aten._scaled_dot_product_flash_attention_for_cpu(X[None], Y[None], X[None] + 1)
 BOTH = [True, True, True]
+EXAMPLES |= {  # composites of training graphs
+    aten.flatten.using_ints: (X, 1, 2),
+    aten.unflatten.int: (X, 2, [2, 2]),
+    aten.repeat_interleave.self_int: (X, 2, 1),
+    aten.swapaxes.default: (X, 0, 2),
+    aten.movedim.intlist: (X, [0], [2]),
+    aten.view_as.default: (X, Y.flatten(1).unflatten(1, (3, 4))),
+    aten.reshape_as.default: (X, Y),
+    aten.chunk.default: (X, 2, -1),
+    aten.narrow.default: (X, 1, 0, 2),
+    aten.where.ScalarOther: (X > 0, X, 0.0),
+    aten.pad.default: (X, [1, 1]),
+    aten.to.dtype: (X, torch.float32),
+    aten.to.dtype_layout: (X,),
+    aten.type_as.default: (X, Y.float()),
+    aten.adaptive_avg_pool1d.default: (X, [2]),
+    aten.avg_pool1d.default: (X, [2]),
+    aten.max_pool1d.default: (X, [2]),
+    aten.batch_norm.default: (X, M[:, 0], M[:, 1], None, None, True, 0.1, 1e-5, False),
+    aten.conv1d.padding: (X, Y[:, :, :2], None, [1], "same"),
+    aten.conv2d.padding: (IMAGE, IMAGE[:, :, :3, :3], None, [1, 1], "same"),
+    aten.conv3d.padding: (IMAGE[None], IMAGE[:, None, :2, :2, :2].expand(2, 2, 2, 2, 2), None,
+                          [1, 1, 1], "same"),
+}
 EXAMPLES |= {
     aten.add.Scalar: (X, 0),
     aten.sub.Scalar: (X, 0.0),
@@ -184,6 +209,53 @@ EXAMPLES |= {
     aten.convolution_backward.default: (
         Y[:, :2, :3], X, Y[:, :, :2], [2], [1], [0], [1], False, [0], 1, BOTH),
     aten.mse_loss_backward.default: (X, Y, X + 1, 1),
+    aten.clamp.Tensor: (X, Y, Y + 1),
+    aten.clamp_min.Tensor: (X, Y),
+    aten.clamp_max.Tensor: (X, Y),
+    aten.copysign.Tensor: (X, Y),
+    aten.copysign.Scalar: (X, -1.0),
+    aten.hypot.default: (X, Y),
+    aten.reflection_pad1d.default: (X, [1, 2]),
+    aten.replication_pad1d.default: (X, [1, 2]),
+    aten.reflection_pad3d.default: (IMAGE, [1, 1, 1, 1, 2, 0]),
+    aten.replication_pad3d.default: (IMAGE, [1, 1, 1, 1, 2, 0]),
+    aten.scatter_reduce.two: (X, 0, torch.zeros(2, 3, 4, dtype=torch.int64), Y, "amax"),
+    aten.masked_scatter.default: (X, X > 0, Y),
+    aten.masked_scatter_backward.default: (X, Y > 0, [3, 8]),
+    aten.prod.default: (M,),
+    aten.prod.dim_int: (X, 1),
+    aten._cdist_forward.default: (X, Y, 1.0, None),
+    aten._cdist_backward.default: (X[:, :, :3], X, Y, 2.0, X[:, :, 1:].abs() + 1),
+    aten.kthvalue.default: (X, 2),
+    aten.median.dim: (X, 1),
+    aten.var.dim: (X, [1]),
+    aten.cummax.default: (X, 1),
+    aten.cummin.default: (X, 1),
+    aten.max_pool3d_with_indices.default: (IMAGE, [2, 2, 2]),
+    aten.adaptive_max_pool2d.default: (IMAGE, [2, 2]),
+    aten._adaptive_avg_pool3d.default: (IMAGE, [2, 2, 2]),
+    aten.avg_pool3d.default: (IMAGE, [2, 2, 2]),
+    aten.avg_pool3d_backward.default: (IMAGE[:, ::2, ::2, ::2], IMAGE, [2, 2, 2], [2, 2, 2],
+                                       [0, 0, 0], False, True, None),
+    aten._adaptive_avg_pool3d_backward.default: (IMAGE[:, ::2, ::2, ::2], IMAGE),
+    aten.adaptive_max_pool2d_backward.default: (
+        IMAGE[:, :, :2, :2], IMAGE, aten.adaptive_max_pool2d(IMAGE, [2, 2])[1]),
+    aten.max_pool3d_with_indices_backward.default: (
+        IMAGE[:, ::2, ::2, ::2], IMAGE, [2, 2, 2], [2, 2, 2], [0, 0, 0], [1, 1, 1], False,
+        aten.max_pool3d_with_indices(IMAGE, [2, 2, 2])[1]),
+    aten.reflection_pad1d_backward.default: (X, X[..., 1:-1], [1, 1]),
+    aten.replication_pad1d_backward.default: (X, X[..., 1:-1], [1, 1]),
+    aten.reflection_pad3d_backward.default: (IMAGE, IMAGE[:, 1:-1, 1:-1, 1:-1], [1] * 6),
+    aten.replication_pad3d_backward.default: (IMAGE, IMAGE[:, 1:-1, 1:-1, 1:-1], [1] * 6),
+    aten._embedding_bag.default: (M, LABELS % 3, torch.tensor([0, 2]), False, 0, False, M[0, :3]),
+    aten._embedding_bag_backward.default: (
+        M[:2], LABELS % 3, torch.tensor([0, 2]), torch.tensor([0, 0, 1]), torch.tensor([2, 1]),
+        torch.tensor([0, 0]), 3, False, 0, False, M[0, :3].clone()),
+    aten._embedding_bag_per_sample_weights_backward.default: (
+        M[:2].clone(), M, LABELS % 3, torch.tensor([0, 2]), torch.tensor([0, 0, 1]), 0),
+    aten._trilinear.default: (X, Y, X + Y, [], [], [], [2]),
+    aten.sym_is_contiguous.default: (X,),
+    aten.any.dims: (X > 0, [0, 1]),
     ops.gemm: (M.float(), M.t().float(), 0.5, torch.float32),
     aten.sym_size.int: (X, 1),
     aten.sym_stride.int: (X, 1),
@@ -201,18 +273,26 @@ EXAMPLES |= {
     aten.new_ones.default: (X, [2]),
     aten.new_full.default: (X, [2], 3.0),
 } | {op: (X > 0, Y > 0) for op in (aten.logical_and.default, aten.logical_or.default,
+                                  aten.logical_xor.default, aten.bitwise_xor.Tensor,
                                   aten.bitwise_and.Tensor, aten.bitwise_or.Tensor)} | {
+    op: (X > 0, True) for op in (aten.bitwise_and.Scalar, aten.bitwise_or.Scalar,
+                                 aten.bitwise_xor.Scalar)} | {
     op: (X > 0,) for op in (aten.bitwise_not.default, aten.any.default, aten.all.default)} | {
     op: (X > 0, 1) for op in (aten.any.dim, aten.all.dim)} | {
     op: (X, Y) for op in (aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor,
                           aten.gt.Tensor, aten.ge.Tensor)} | {
     op: (X, 0) for op in (aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar,
                           aten.ge.Scalar)}
+# arguments that have no place
+KEYWORDS = {aten.sort.stable: {"stable": True}, aten.div.Tensor_mode: {"rounding_mode": None}}
+EXAMPLES[aten.div.Tensor_mode] = (X, Y)
+EXAMPLES[ops.power_scale] = (X, "e4m3", 2)
 # what they return is arbitrary, random or rounded, or they do not run on a CPU
 UNDEFINED = {ops.cast, aten._fused_rms_norm_backward.default,
              aten.empty.memory_format, aten.rand.default, aten.randn.default, aten.randint.default,
              aten.randint.low, aten.empty_like.default, aten.rand_like.default,
-             aten.randn_like.default, aten.new_empty.default}
+             aten.randn_like.default, aten.new_empty.default, aten.randperm.default,
+             aten.bernoulli.p, aten.empty_strided.default, aten.new_empty_strided.default}
 HOMOGENEOUS = [line.op for line in coverage() if line.homogeneity]
 
 
@@ -232,8 +312,9 @@ def call_node(op, args):
         node.meta["val"] = value
         return node
 
-    node = graph.call_function(op, torch.utils._pytree.tree_map(placeholder, args))
-    node.meta["val"] = op(*args)
+    node = graph.call_function(op, torch.utils._pytree.tree_map(placeholder, args),
+                               KEYWORDS.get(op, {}))
+    node.meta["val"] = op(*args, **KEYWORDS.get(op, {}))
     return node
 
 
@@ -269,7 +350,8 @@ def test_homogeneity_holds_on_numbers(name):
         if index < len(args):
             changed[index] = scaled(args[index], follower)
     tolerance = 1e-12 if law.exact else 5e-3
-    for output, (got, want) in enumerate(zip(flat(op(*changed)), flat(op(*args)), strict=True)):
+    results = (flat(op(*given, **KEYWORDS.get(op, {}))) for given in (changed, args))
+    for output, (got, want) in enumerate(zip(*results, strict=True)):
         if not isinstance(want, torch.Tensor):
             assert got == want
             continue
@@ -289,12 +371,31 @@ CONDITIONAL = [
     (aten.gt.Scalar, (X, 0.5)),
     (aten.threshold_backward.default, (X, Y, 0.1)),
     (aten.linalg_vector_norm.default, (X, 0, [1])),
+    (aten.scatter_reduce.two, (X, 0, torch.zeros(2, 3, 4, dtype=torch.int64), Y, "prod")),
+    (aten._cdist_forward.default, (X, Y, 0.0, None)),
+    (aten._cdist_forward.default, (X, Y, 3.0, None)),
 ]
 
 
 @pytest.mark.parametrize(("op", "args"), CONDITIONAL, ids=[str(c[0]) for c in CONDITIONAL])
 def test_constants_that_have_a_scale_refuse_one(op, args):
     assert rule_for(op).law(call_node(op, args)) is None
+
+
+def test_a_quotient_that_is_rounded_has_no_scale():
+    node = call_node(aten.div.Tensor_mode, (X, Y))
+    node.kwargs = {"rounding_mode": "floor"}
+    assert rule_for(aten.div.Tensor_mode).law(node) is None
+
+
+def test_a_product_of_a_number_of_factors_that_is_a_symbol_has_no_law():
+    node = call_node(aten.prod.dim_int, (X, 1))
+    assert rule_for(aten.prod.dim_int).law(node).degrees == {0: 3}
+    mode = symbolic_fake_mode()
+    size = fake_size(mode, "n", 3)
+    with mode:
+        node.args[0].meta["val"] = torch.empty(2, size, 4)
+    assert rule_for(aten.prod.dim_int).law(node) is None
 
 
 def test_a_cast_passes_scales_between_float_types_only():
