@@ -84,7 +84,8 @@ def parameter_groups(
         raise ConfigError(f"unknown decay {decay!r}; known: products, all")
     scaling = unit_scaling_of(model)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    plain = getattr(model, "_orig_mod", model)  # behind torch.compile's wrapper
+    for name, parameter in plain.named_parameters():
         use = scaling.parameters[name]
         factor = lr_factor(use, scaling.scheme, optimizer, base_width)
         if factor is None or not parameter.requires_grad:

@@ -130,7 +130,8 @@ def test_rules_shows_the_registry_and_what_is_missing(capsys: pytest.CaptureFixt
     rows = {row["op"]: row for row in Done(["rules", "--json"], capsys).json["rules"]}
     assert rows["aten.linear.default"] == {
         "op": "aten.linear.default", "family": "contraction", "axes": True, "moves": False,
-        "homogeneity": "x0^1*x1^1, follows x2", "contraction": "linear", "high": "", "count": 0}
+        "homogeneity": "x0^1*x1^1, follows x2", "contraction": "linear", "high": "", "count": 0,
+        "bounded": False, "degree": None, "moments": True}
     assert rows["aten.layer_norm.default"]["high"] == "norms run in high precision"
     shown = Done(["rules"], capsys)
     assert all(op in shown.out for op in rows)

@@ -120,6 +120,20 @@ def test_leaves_no_trace() -> None:
     assert all(p.grad is None for p in scaled.parameters())
 
 
+class Written(nn.Module):
+    """Reads a view of a value after the value was written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x)
+        view = y[:, :16]
+        y.add_(1)
+        return y[:, 16:] * 2 + view
+
+
 class Branching(nn.Module):
     """Its path depends on values."""
 
@@ -128,7 +142,7 @@ class Branching(nn.Module):
         self.a = nn.Linear(32, 32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.a(x) if float(x.sum()) > 0 else x
+        return self.a(x) if x.sum() > 0 else x
 
 
 def test_refuses() -> None:
@@ -142,3 +156,5 @@ def test_refuses() -> None:
         scaleprop.unit_scale(mlp(), (X,), loss_fn=lambda y: y)
     with pytest.raises(CaptureError):
         scaleprop.unit_scale(Branching(), (X,))
+    with pytest.raises(CaptureError, match=r"read again.*Remedy: write x = x \+ y"):
+        scaleprop.unit_scale(Written(), (X,))

@@ -209,7 +209,7 @@ def _is_read_after(value: torch.fx.Node, write: torch.fx.Node) -> bool:
 
 def _may_view(node: torch.fx.Node) -> bool:
     rule = rule_for(node.target) if node.op == "call_function" else None
-    return rule is None or rule.moves
+    return rule is None or rule.family in ("movement", "cast")
 
 
 def _is_state(node: torch.fx.Node) -> bool:
