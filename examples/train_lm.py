@@ -1,6 +1,7 @@
 """Train a small Llama on the standard library's source, in float32 and in FP8, side by side.
 
-    python -m examples.train_lm [--seeds 3] [--steps 240] [--recipes fp32,fp8]
+    python -m examples.train_lm [--seeds 3] [--steps 240]
+                                [--recipes fp32,fp8,unit-fp32,unit-fp8]
                                 [--plot docs/training.svg] [--json results.json]
 
 Nothing is downloaded: the text is what Python ships with, its tokens are learned from it in a few
@@ -16,8 +17,9 @@ import json
 import statistics
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -26,6 +28,8 @@ import scaleprop
 
 HELD_OUT = 32  # batches of validation text
 EVERY = 40  # steps between validations
+DECAY = 0.1
+CLIP = 1.0  # of gradients' norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,16 +47,30 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a run differs: what is made of the model before, and what its graphs become."""
+    """How a run differs: what its graphs become, and whether the model is unit-scaled before; then
+    gradients' sizes are no measure of anything, and are not clipped."""
 
     precision: str
-    change: Callable[[torch.nn.Module, torch.Tensor], torch.nn.Module] = lambda model, ids: model
+    unit: bool = False
+
+    def change(self, model: torch.nn.Module, ids: torch.Tensor) -> torch.nn.Module:
+        """The model to train."""
+        return scaleprop.unit_scale(model, (ids,)) if self.unit else model
+
+    def groups(self, model: torch.nn.Module, rate: float) -> list[dict[str, Any]]:
+        """What the optimizer is given."""
+        if self.unit:
+            return scaleprop.parameter_groups(model, "adam", lr=rate, weight_decay=DECAY,
+                                              decay="all")
+        return [{"params": list(model.parameters()), "lr": rate, "weight_decay": DECAY}]
 
 
 RECIPES: Mapping[str, Recipe] = {
     "fp32": Recipe("fp32"),
     "bf16": Recipe("bf16"),
     "fp8": Recipe("fp8"),
+    "unit-fp32": Recipe("fp32", unit=True),
+    "unit-fp8": Recipe("fp8-unscaled", unit=True),  # every cast as it is
 }
 
 
@@ -133,9 +151,11 @@ def train(
     settings: Settings,
 ) -> Run:
     """Train ``model`` where it is, and validate on the way."""
-    optimizer = torch.optim.AdamW(model.parameters(), settings.rate, (0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate, settings.steps,
-                                                   pct_start=0.1)
+    recipe = RECIPES[name]
+    groups = recipe.groups(model, settings.rate)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in groups], settings.steps, pct_start=0.1)
     data = batches(text, seed, settings)
     training: list[torch.Tensor] = []
     validation: list[tuple[int, float]] = []
@@ -146,7 +166,8 @@ def train(
         loss = model(ids)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not recipe.unit:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         schedule.step()
         times.append(time.perf_counter() - started)
@@ -169,18 +190,18 @@ def validate(
 
 
 def table(found: Sequence[Run]) -> str:
-    """Validation losses in Markdown; the last column against the first recipe's mean."""
+    """Validation losses in Markdown, each recipe's mean against float32's of the same model."""
     by_recipe: dict[str, list[Run]] = {}
     for run in found:
         by_recipe.setdefault(run.recipe, []).append(run)
     seeds = [run.seed for run in next(iter(by_recipe.values()))]
     lines = ["| recipe | " + " | ".join(f"seed {seed}" for seed in seeds)
-             + " | mean | against the first | s a step |", "|---" * (len(seeds) + 4) + "|"]
-    first = None
+             + " | mean | against float32 | s a step |", "|---" * (len(seeds) + 4) + "|"]
+    exact: dict[bool, float] = {}
     for name, of_recipe in by_recipe.items():
         losses = [run.validation[-1][1] for run in of_recipe]
         mean = statistics.fmean(losses)
-        first = first or mean
+        first = exact.setdefault(RECIPES[name].unit, mean)
         seconds = statistics.median(run.seconds_per_step for run in of_recipe)
         lines.append(f"| {name} | " + " | ".join(f"{loss:.4f}" for loss in losses)
                      + f" | {mean:.4f} | {mean / first - 1:+.2%} | {seconds:.3f} |")
@@ -221,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Run]:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--recipes", default="fp32,fp8", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--recipes", default="fp32,fp8,unit-fp32,unit-fp8",
+                        help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--plot", type=Path, help="write a picture of the curves")
     parser.add_argument("--json", type=Path, help="write every loss")
     for field in dataclasses.fields(Settings):
