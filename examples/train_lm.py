@@ -12,6 +12,7 @@ order. No loss scaling anywhere. Validation text is the last tenth, which traini
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import statistics
@@ -19,7 +20,7 @@ import sysconfig
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -47,19 +48,19 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a run differs: what its graphs become, and whether the model is unit-scaled before; then
-    gradients' sizes are no measure of anything, and are not clipped."""
+    """How a run differs: what its graphs become, and by which scheme the model is unit-scaled
+    before; then gradients' sizes are no measure of anything, and are not clipped."""
 
     precision: str
-    unit: bool = False
+    scheme: Literal["unit", "u-mup", "mus"] | None = None
 
     def change(self, model: torch.nn.Module, ids: torch.Tensor) -> torch.nn.Module:
         """The model to train."""
-        return scaleprop.unit_scale(model, (ids,)) if self.unit else model
+        return scaleprop.unit_scale(model, (ids,), self.scheme) if self.scheme else model
 
     def groups(self, model: torch.nn.Module, rate: float) -> list[dict[str, Any]]:
         """What the optimizer is given."""
-        if self.unit:
+        if self.scheme:
             return scaleprop.parameter_groups(model, "adam", lr=rate, weight_decay=DECAY,
                                               decay="all")
         return [{"params": list(model.parameters()), "lr": rate, "weight_decay": DECAY}]
@@ -69,8 +70,10 @@ RECIPES: Mapping[str, Recipe] = {
     "fp32": Recipe("fp32"),
     "bf16": Recipe("bf16"),
     "fp8": Recipe("fp8"),
-    "unit-fp32": Recipe("fp32", unit=True),
-    "unit-fp8": Recipe("fp8-unscaled", unit=True),  # every cast as it is
+    "unit-fp32": Recipe("fp32", "unit"),
+    "unit-fp8": Recipe("fp8-unscaled", "unit"),  # every cast as it is
+    "u-mup-fp32": Recipe("fp32", "u-mup"),  # --rate 1 is a good one at every width
+    "u-mup-fp8": Recipe("fp8-unscaled", "u-mup"),
 }
 
 
@@ -126,24 +129,35 @@ def batches(text: torch.Tensor, seed: int, settings: Settings) -> Iterator[torch
         yield text[starts + torch.arange(settings.context + 1)]
 
 
+def prepared(
+    name: str, seeds: int, text: torch.Tensor, settings: Settings
+) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
+    """A model to train by one recipe, and the weights that each seed starts from. They share
+    compiled code: the exponents that fp8 fixes for the first one's first batch are those of all."""
+    recipe = RECIPES[name]
+    torch._dynamo.reset()
+    models: list[torch.nn.Module] = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        models.append(recipe.change(Language(settings), next(batches(text, seed, settings))))
+    starts = [copy.deepcopy(model.state_dict()) for model in models]
+    return scaleprop.prepare_training(models[0], recipe.precision), starts
+
+
+def split(text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What training sees, and the last tenth."""
+    return text.tensor_split([len(text) * 9 // 10])  # type: ignore[return-value]
+
+
 def runs(
     name: str, seeds: int, text: torch.Tensor, settings: Settings
 ) -> Iterator[Run]:
-    """Train ``seeds`` models by one recipe. They share compiled code: the exponents that fp8 fixed
-    for the first one's first batch are those of all."""
-    split = len(text) * 9 // 10
-    recipe = RECIPES[name]
-
-    def made(seed: int) -> torch.nn.Module:
-        torch.manual_seed(seed)
-        return recipe.change(Language(settings), next(batches(text[:split], seed, settings)))
-
-    torch._dynamo.reset()
-    model = made(0)
-    scaleprop.prepare_training(model, recipe.precision)  # type: ignore[arg-type]
-    for seed in range(seeds):
-        model.load_state_dict(made(seed).state_dict())
-        yield train(model, name, seed, text[:split], text[split:], settings)
+    """Train ``seeds`` models by one recipe."""
+    seen, held_out = split(text)
+    model, starts = prepared(name, seeds, seen, settings)
+    for seed, start in enumerate(starts):
+        model.load_state_dict(start)
+        yield train(model, name, seed, seen, held_out, settings)
 
 
 def train(
@@ -166,7 +180,7 @@ def train(
         loss = model(ids)
         optimizer.zero_grad()
         loss.backward()
-        if not recipe.unit:
+        if recipe.scheme is None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         schedule.step()
@@ -197,11 +211,11 @@ def table(found: Sequence[Run]) -> str:
     seeds = [run.seed for run in next(iter(by_recipe.values()))]
     lines = ["| recipe | " + " | ".join(f"seed {seed}" for seed in seeds)
              + " | mean | against float32 | s a step |", "|---" * (len(seeds) + 4) + "|"]
-    exact: dict[bool, float] = {}
+    exact: dict[str | None, float] = {}
     for name, of_recipe in by_recipe.items():
         losses = [run.validation[-1][1] for run in of_recipe]
         mean = statistics.fmean(losses)
-        first = exact.setdefault(RECIPES[name].unit, mean)
+        first = exact.setdefault(RECIPES[name].scheme, mean)
         seconds = statistics.median(run.seconds_per_step for run in of_recipe)
         lines.append(f"| {name} | " + " | ".join(f"{loss:.4f}" for loss in losses)
                      + f" | {mean:.4f} | {mean / first - 1:+.2%} | {seconds:.3f} |")
