@@ -191,3 +191,21 @@ def test_formats_refuse_what_they_cannot_do():
         Formats(x="e2m1")
     with pytest.raises(ConfigError, match="margin=-1"):
         Formats(margin=-1)
+
+
+def test_sizes_of_which_squares_overflow():
+    """The lowest number of a dtype, added as a mask; and a sum of the smallest."""
+
+    class Masked(nn.Module):
+        def __init__(self, number: float) -> None:
+            super().__init__()
+            self.layer, self.number = nn.Linear(16, 16, bias=False).double(), number
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mask = torch.eye(16, dtype=torch.float64) * self.number
+            return (self.layer(x) + mask).softmax(-1).square().mean()
+
+    for number in (torch.finfo(torch.float64).min, -1e-200, 0.0):
+        result = lowered(Masked(number), torch.randn(16, 16).double(), formats=Formats(head=True))
+        (weight,) = [cast for cast in result.casts if cast.kind == "w"]
+        assert weight.exponent is not None

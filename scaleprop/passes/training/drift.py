@@ -70,8 +70,10 @@ def _powers(
     sizes: Mapping[torch.fx.Node, float],
 ) -> _Powers:
     terms = _terms(node)
-    squares = [sizes.get(term, math.nan) ** 2 for term in terms]
-    if len(terms) == 2 and 0.0 < sum(squares) < math.inf:
+    known_sizes = [sizes.get(term, math.nan) for term in terms]
+    largest_size = max(known_sizes, default=0.0)
+    if len(terms) == 2 and largest_size > 0.0 and all(map(math.isfinite, known_sizes)):
+        squares = [(size / largest_size) ** 2 for size in known_sizes]  # sizes' own may overflow
         return _weighted([(square / sum(squares), known.get(term, {}))
                           for term, square in zip(terms, squares, strict=True)])
     rule = rule_for(node.target)
