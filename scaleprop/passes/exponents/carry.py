@@ -106,8 +106,10 @@ class _Carrier:
             law = _UNSCALED
         common = self._common(node, law)
         if any(abs(self._out(node, law, index, common)) > bound
-               for index, bound in enumerate(_bounds(node))):
-            law, common = _UNSCALED, 0  # the exponents of its factors add up to too much
+               for index, bound in enumerate(_bounds(node))) or not _reach(node, law, common):
+            # the exponents of its factors add up to too much, or a term cannot be held where
+            # another is
+            law, common = _UNSCALED, 0
         self._align(node, dict.fromkeys(law.follows, common), _free(law))
         if isinstance(node.meta.get("val"), (tuple, list)):
             self.parts[node] = [
@@ -194,6 +196,13 @@ def _bounds(node: torch.fx.Node) -> list[float]:
     value = node.meta.get("val")
     results: Sequence[Any] = value if isinstance(value, (tuple, list)) else (value,)
     return [most(result.dtype) if is_float(result) else math.inf for result in results]
+
+
+def _reach(node: torch.fx.Node, law: Homogeneity, exponent: int) -> bool:
+    """Whether the dtypes of all arguments in ``follows`` have room for an exponent."""
+    terms = [leaf for place in law.follows for leaf in pytree.tree_leaves(_at(node, place))
+             if isinstance(leaf, torch.fx.Node) and has_scale(leaf)]
+    return all(abs(exponent) <= most(term.meta["val"].dtype) for term in terms)
 
 
 def _counts(node: torch.fx.Node, law: Homogeneity) -> bool:

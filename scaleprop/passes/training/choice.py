@@ -22,6 +22,7 @@ from scaleprop.passes.training.statistics import exponent_for
 from scaleprop.rules import rule_for
 
 BINADES = 5  # below amax, of normal numbers: Gaussian data then round 0.4 % worse than with all
+MOST = 50  # of an exponent that the graph carries: float32 has room for the sum of two factors'
 
 
 def why_at_run_time(element: str, amax: float | None, drift: float) -> str:
@@ -62,6 +63,21 @@ def room_for(element: str, amax: float, drift: float, margin: int) -> range:
     least = exponent_for(amax, fmt.max, max(margin, moves))
     most = math.frexp(amax)[1] - 1 - fmt.emin - BINADES - moves
     return range(least, max(least, most) + 1)
+
+
+def within(room: range, most: int) -> range:
+    """The exponents of ``room`` that lie in ±``most``; the nearest to them where none does."""
+    low, high = (max(-most, min(exponent, most)) for exponent in (room[0], room[-1]))
+    return range(low, high + 1)
+
+
+def lost_within(element: str, amax: float, exponent: int, room: range, dtype: str) -> str:
+    """What is lost of a value whose ``room`` holds no power of two that ``dtype`` has; "" where
+    ``exponent`` lies in it."""
+    if exponent in room:
+        return ""
+    lost = out_of_range(element, math.ldexp(amax, -exponent)) or "loses precision"
+    return f"2^{room[0]} is no number of {dtype}: held at 2^{exponent} instead; {lost}"
 
 
 def common_exponent(rooms: Sequence[range]) -> int:

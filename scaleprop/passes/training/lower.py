@@ -5,11 +5,17 @@ byte. Most values may be held at any of several exponents, see ``choice``: at wh
 anyway, where the format allows. Else the exponent is carried from where it costs nothing: the
 product that made the value takes it into its alpha, if only operators that pass scales lie in
 between. Elsewhere it is one multiplication by a power of two, in the cast's own loop.
+
+Exponents of two factors add up in their product. Those beyond ``MOST`` are not carried: the value
+is divided by its power of two before the cast, the product multiplied by it, as by a scale that is
+found at run time. Beyond what the dtype has powers for, the exponent is the last that it has; the
+report says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,11 +29,14 @@ from scaleprop.ops.products import float_element
 from scaleprop.passes.exponents import carry, most
 from scaleprop.passes.exponents.facts import is_float
 from scaleprop.passes.training.choice import (
+    MOST,
     common_exponent,
+    lost_within,
     out_of_range,
     room_for,
     scaled_with,
     why_at_run_time,
+    within,
 )
 from scaleprop.passes.training.drift import addends, drifts
 from scaleprop.passes.training.head import keep_head_high
@@ -74,8 +83,8 @@ class Cast:
     amax: as measured; None where it is not known.
     drift: how many powers of two it may grow or shrink in training.
     exponent: what it is held at; None where the scale is found at run time.
-    why: for a scale at run time, the reason; for an exponent that was not to be chosen, what of the
-        value is lost.
+    why: for a scale at run time, the reason; for an exponent that was not to be chosen, or not as
+        far as it should be, what of the value is lost.
     free: whether no multiplication is spent on it: the value is held at this exponent anyway, or
         comes so from the product that made it.
     """
@@ -175,10 +184,26 @@ def _planned(
             why, room = out_of_range(element, size), range(1)
         else:
             why = why_at_run_time(element, size, drift[root])
-            room = range(0) if why or size is None else (
-                room_for(element, size, drift[root], formats.margin))
+            room = range(0)
+            if not why and size is not None:
+                best = room_for(element, size, drift[root], formats.margin)
+                room, why = _possible(best, element, size, root.meta["val"].dtype)
         found.append(_Planned(root, element, factor.kind, size, drift[root], room, why))
     return found
+
+
+def _possible(
+    best: range, element: str, amax: float, dtype: torch.dtype
+) -> tuple[range, str]:
+    """The exponents of ``best`` that the graph can carry; else one alone, that ``dtype`` has powers
+    of two for, and what is lost if that is not of ``best``."""
+    carried = within(best, MOST)
+    if carried[0] in best:
+        return carried, ""
+    wide = dtype if dtype.itemsize > 2 else torch.float32
+    last = int(-math.log2(torch.finfo(wide).smallest_normal))
+    chosen = within(best, last)[:1]
+    return chosen, lost_within(element, amax, chosen[0], best, str(wide).removeprefix("torch."))
 
 
 class _Lowering:
@@ -206,14 +231,14 @@ class _Lowering:
         tangents = [node for node in graph.find_nodes(op="placeholder")
                     if str(node.target).startswith("tangents") and is_float(node.meta["val"])]
         moved = scaled_with(graph, tangents)
-        rooms = [cast.room for cast in casts if moved.get(cast.root) and cast.room]
+        rooms = [cast.room for cast in casts
+                 if moved.get(cast.root) and cast.room and abs(cast.room[0]) <= MOST]
         exponent = common_exponent(rooms)
         by_product = {product.node for product in self._found if product.role == "wgrad"}
         results = [node for node in graph.output_node().all_input_nodes
                    if moved.get(node) and source_of(node)[0] not in by_product]
         saved = sum(exponent in room for room in rooms) - sum(0 in room for room in rooms)
-        fits = all(abs(exponent) <= most(value.dtype) for node, passes in moved.items() if passes
-                   for value in _values(node))
+        fits = all(_fits(node, exponent) for node, passes in moved.items() if passes)
         if saved <= len(tangents) + len(results) or not fits:
             return
         for tangent in tangents:
@@ -230,7 +255,11 @@ class _Lowering:
         at = _last_input(root)
         exponent: int | None = None
         scale, free = None, False
-        if planned.room:
+        if planned.room and abs(planned.room[0]) > MOST:
+            exponent = planned.room[0]
+            scale = 2.0**exponent
+            source = at = self._divided(root, exponent, at)
+        elif planned.room:
             source, exponent, free = self._held_in(planned.room, root)
             at = at if source is root else source
         else:
@@ -247,7 +276,7 @@ class _Lowering:
         if held in room and self.wanted.setdefault(root, held) == held:
             return root, held, True
         exponent = room[0]
-        fits = abs(exponent) <= most(root.meta["val"].dtype)
+        fits = _fits(root, exponent)
         if fits and self._want(root, exponent):
             return root, exponent, True
         # held so for the cast alone
@@ -256,6 +285,12 @@ class _Lowering:
             self._in_float32(root, at))
         self.wanted[source] = exponent
         return source, exponent, False
+
+    def _divided(self, root: torch.fx.Node, exponent: int, at: torch.fx.Node) -> torch.fx.Node:
+        """``root``·2^-exponent, an exponent that no value is held at."""
+        if root.meta["val"].dtype.itemsize < 4:
+            root = at = self._in_float32(root, at)
+        return self._call(aten.mul.Tensor, (root, 2.0**-exponent), root, at)
 
     def _in_float32(self, root: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
         """A copy that has room for any exponent."""
@@ -267,9 +302,9 @@ class _Lowering:
         if any(_minds(user, root) for user in root.users if user not in self._inside):
             return False
         node: torch.fx.Node | None = root
-        while node is not None and node not in self._products:
+        while node is not None and node not in self._products and _fits(node, exponent):
             node = _only_source(node)
-        if node is None or node.target is aten.addmm.default:
+        if node is None or node.target is aten.addmm.default or not _fits(node, exponent):
             return False
         self.wanted[node] = exponent
         return True
@@ -283,15 +318,28 @@ class _Lowering:
         dtype = torch.float32 if half else value.dtype
         result = self._call(ops.gemm, (*data, 1.0, dtype), node)
         self.wanted[result] = self.wanted.pop(node, 0)
+        # before float16, which may have no room for the product of the data
+        for scale in self._together([scale for scale in scales if scale is not None], node):
+            result = self._call(aten.mul.Tensor, (result, scale), node)
         if half:
             result = self._call(_CAST, (result,), node, kwargs={"dtype": value.dtype})
-        for scale in scales:
-            if scale is not None:
-                result = self._call(aten.mul.Tensor, (result, scale), node)
         if node.target is aten.addmm.default:
             result = self._call(aten.add.Tensor, (result, node.args[0]), node)
         node.replace_all_uses_with(result)
         self.graph.erase_node(node)
+
+    def _together(self, scales: list[Any], at: torch.fx.Node) -> list[Any]:
+        """A fixed scale and another as one, so that a large one does not overflow where a small one
+        follows; two fixed ones as they are where both together are no number of float32."""
+        first, second = [*scales, None, None][:2]
+        if isinstance(first, float) and isinstance(second, float):
+            one = first * second
+            return [one] if 2.0**-126 <= one < 2.0**128 else scales
+        if isinstance(first, float) and second is not None:
+            first, second = second, first
+        if isinstance(second, float):
+            return [self._call(aten.mul.Tensor, (first, second), at)]
+        return scales  # found at run time, both have room with the data
 
     def _read(self, factor: Factor) -> tuple[torch.fx.Node, Any]:
         """The factor's data as the product reads it, and its run-time scale."""
@@ -324,6 +372,11 @@ class _Lowering:
 def _values(node: torch.fx.Node) -> list[torch.Tensor]:
     value = node.meta.get("val")
     return [v for v in (value if isinstance(value, (tuple, list)) else (value,)) if is_float(v)]
+
+
+def _fits(node: torch.fx.Node, exponent: int) -> bool:
+    """Whether the dtypes of a node's values have room for an exponent."""
+    return all(abs(exponent) <= most(value.dtype) for value in _values(node))
 
 
 def _last_input(node: torch.fx.Node) -> torch.fx.Node:
@@ -373,7 +426,11 @@ def _fold(joint: torch.fx.GraphModule) -> int:
         if more or user.target is not aten.mul.Tensor or not isinstance(arguments[1], float):
             continue
         alpha: Any = node.args[2]
-        node.update_arg(2, alpha * arguments[1])
+        alpha *= arguments[1]
+        bound = 2.0 ** most(torch.float32)
+        if not 1.0 / bound <= abs(alpha) <= bound:
+            continue  # the data of one factor are multiplied with it
+        node.update_arg(2, alpha)
         user.replace_all_uses_with(node)
         joint.graph.erase_node(user)
         count += 1
