@@ -211,14 +211,17 @@ def table(found: Sequence[Run]) -> str:
     seeds = [run.seed for run in next(iter(by_recipe.values()))]
     lines = ["| recipe | " + " | ".join(f"seed {seed}" for seed in seeds)
              + " | mean | against float32 | s a step |", "|---" * (len(seeds) + 4) + "|"]
-    exact: dict[str | None, float] = {}
+    means = {name: statistics.fmean(run.validation[-1][1] for run in of_recipe)
+             for name, of_recipe in by_recipe.items()}
+    exact = {RECIPES[name].scheme: mean for name, mean in means.items()
+             if RECIPES[name].precision == "fp32"}
     for name, of_recipe in by_recipe.items():
         losses = [run.validation[-1][1] for run in of_recipe]
-        mean = statistics.fmean(losses)
-        first = exact.setdefault(RECIPES[name].scheme, mean)
+        mean, other = means[name], exact.get(RECIPES[name].scheme)
+        against = "–" if other is None else f"{mean / other - 1:+.2%}"
         seconds = statistics.median(run.seconds_per_step for run in of_recipe)
         lines.append(f"| {name} | " + " | ".join(f"{loss:.4f}" for loss in losses)
-                     + f" | {mean:.4f} | {mean / first - 1:+.2%} | {seconds:.3f} |")
+                     + f" | {mean:.4f} | {against} | {seconds:.3f} |")
     return "\n".join(lines)
 
 

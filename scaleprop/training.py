@@ -56,14 +56,16 @@ def prepare_training(
     ``model.scale_report()`` says what was done.
 
     Args:
-        recipe: ``fp8`` runs linear layers on E4M3 data and gradients in E5M2; ``fp32`` changes
-            nothing.
+        recipe: ``fp8`` runs linear layers on E4M3 data and gradients in E5M2; ``fp8-unscaled``
+            the same without exponents, for unit-scaled models; ``bf16`` in bfloat16; ``fp32``
+            changes nothing. See ``scaleprop.backends.dynamo.Options``.
         inner: what runs the rewritten graphs: ``inductor``, or ``eager``, to debug.
 
     Raises:
-        ConfigError: on an unknown recipe or inner compiler.
+        ConfigError: on an unknown recipe or inner compiler, or a model that Dynamo cannot trace.
     """
     options = Options(recipe=recipe, inner=inner)
+    _check(model)
     reports = _REPORTS[model] = []
     backend = functools.partial(_compile, options=options, reports=reports)
     compat.compile_in_place(model, backend)
@@ -71,6 +73,16 @@ def prepare_training(
     report: Any = functools.partial(scale_report, model)
     model.scale_report = report
     return model
+
+
+def _check(model: Any) -> None:
+    """Raise ``ConfigError`` for what would run as it is, or not at all."""
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"prepare_training takes a torch.nn.Module, not {type(model).__name__}. "
+                          'Remedy: torch.compile(function, backend="scaleprop") for functions.')
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(f"{type(model).__name__} is TorchScript, which runs past torch.compile. "
+                          "Remedy: prepare the module that was scripted.")
 
 
 def _compile(

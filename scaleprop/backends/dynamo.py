@@ -15,10 +15,11 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scaleprop import _torch_compat as compat
 from scaleprop import ops
-from scaleprop.errors import CaptureError, ConfigError, ScalePropError
+from scaleprop.errors import CaptureError, ConfigError
 from scaleprop.ops import products
 from scaleprop.passes.decompose import respell
 from scaleprop.passes.training import Formats, Lowered, lower_products
@@ -125,16 +126,15 @@ def _given(
 
     Gradients come in as ones where they are a loss's, else as zeros: their size is unknown.
     No batch where inputs have no data: DDP compiles a graph in as many pieces as it has buckets,
-    and none but the first would have real inputs.
+    and none but the first would have real inputs; nor has the device "meta" any.
     """
     placeholders = graph.find_nodes(op="placeholder")
     primals = [node for node in placeholders if not str(node.target).startswith("tangents")]
     if len(primals) != len(example_inputs):
-        raise CaptureError(f"AOTAutograd traced {len(primals)} inputs of {len(example_inputs)}: "
-                           "two of them share memory. Remedy: pass copies.")
+        raise CaptureError(_mismatch(len(primals), example_inputs))
     parameters = [node for node, value in zip(primals, example_inputs, strict=True)
                   if isinstance(value, torch.nn.Parameter)]
-    if any(compat.is_fake(value) for value in example_inputs):
+    if any(compat.is_fake(value) or getattr(value, "is_meta", False) for value in example_inputs):
         return parameters, None
     written = {node.args[0] for node in graph.nodes if node.target is _COPY}
     with compat.without_modes():
@@ -142,6 +142,15 @@ def _given(
                   for node, value in zip(primals, example_inputs, strict=True)]
         values.extend(_incoming(node.meta["val"]) for node in placeholders[len(primals):])
     return parameters, values
+
+
+def _mismatch(traced: int, given: Sequence[Any]) -> str:
+    """Why AOTAutograd's graph has other inputs than Dynamo's, and what to do."""
+    parts = sorted({type(value).__name__ for value in given
+                    if is_traceable_wrapper_subclass(value)})
+    return f"AOTAutograd traced {traced} inputs of {len(given)}: " + (
+        f"{', '.join(parts)} is made of several tensors. Remedy: pass them as plain tensors."
+        if parts else "two of them share memory. Remedy: pass copies.")
 
 
 def _incoming(like: torch.Tensor) -> torch.Tensor:
@@ -160,22 +169,27 @@ def compile_joint(
 ) -> Callable[..., Any]:
     """Compile what Dynamo captured, with ``transform`` applied to its joint graph."""
 
-    def rewrite(joint: torch.fx.GraphModule) -> None:
-        try:
-            transform(joint)
-        except ScalePropError as error:
-            # Dynamo takes some exceptions for a graph break, and would run the model untransformed
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
-
-    if inner == "eager":
-        return compat.compile_eager(module, example_inputs, rewrite, training_table())
-
-    def rewrite_for_inductor(joint: torch.fx.GraphModule) -> None:
-        rewrite(joint)
+    def respelled(joint: torch.fx.GraphModule) -> None:
+        transform(joint)
         with torch.no_grad(), compat.fake_mode_of(joint.graph):
             respell(joint, compat.inductor_table() | _FUSED, lambda op, table: op in table)
 
-    return compat.compile_inductor(module, example_inputs, rewrite_for_inductor, training_table())
+    if inner == "eager":
+        return compat.compile_eager(module, example_inputs, _loud(transform), training_table())
+    return compat.compile_inductor(module, example_inputs, _loud(respelled), training_table())
+
+
+def _loud(rewrite: Transform) -> Transform:
+    """``rewrite``, none of whose errors Dynamo takes for a graph break: those that fake tensors
+    raise it does, and would run the model untransformed."""
+
+    def run(joint: torch.fx.GraphModule) -> None:
+        try:
+            rewrite(joint)
+        except Exception as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+    return run
 
 
 def training_table() -> dict[Any, Callable[..., Any]]:

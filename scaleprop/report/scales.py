@@ -4,7 +4,7 @@ JSON schema, version 1 (``ScaleReport.save("x.json")``, ``to_dict``)::
 
     schema          "scaleprop.scales"
     schema_version  1
-    model, loss     what was looked at
+    model           what was looked at
     tensors         list of objects with the fields of ``TensorScale``; exponents as [[e, count], …]
     visits          list of objects with the fields of ``Visit``
     listings        list of objects with the fields of ``Listing``
@@ -162,7 +162,7 @@ class ScaleReport:
         return len(good) / len(ratios) if ratios else None
 
     def lost(self) -> dict[str, tuple[int, int]]:
-        """Format → how many values of the two passes would underflow in it, and overflow."""
+        """Format → how many tensors of the two passes would underflow in it, and overflow."""
         seen = [t for t in self.tensors if t.phase in ("forward", "backward")]
         return {name: (sum(t.underflow.get(name, 0) > LOST for t in seen),
                        sum(t.overflow.get(name, 0) > LOST for t in seen)) for name in FORMATS}

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
-from scaleprop.backends.dynamo import Options, scaleprop
-from scaleprop.errors import ConfigError
+from scaleprop.backends.dynamo import Options, compile_joint, scaleprop
+from scaleprop.errors import ConfigError, PassError
 
 from .joint_graphs import Anywhere, compiled, step
 
@@ -142,3 +143,18 @@ def test_evaluation_without_gradients():
 def test_wrong_options_are_named(options: dict[str, str], message: str):
     with pytest.raises(ConfigError, match=message):
         Options.of(options)
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("error", [UnsupportedOperatorException(torch.ops.aten.mm.default), PassError("wrong")],
+                         ids=["torch's", "ours"])
+def test_a_transform_that_fails_is_no_graph_break(error: Exception, inner: Any):
+    """Dynamo would go on without it, and run the model as it is."""
+    def fail(_: Any) -> None:
+        raise error
+
+    model, inputs = build("sequential")
+    run = torch.compile(
+        model, backend=lambda graph, given: compile_joint(graph, given, fail, inner))
+    with pytest.raises(Exception, match=f"{type(error).__name__}: {error}"):
+        run(inputs)
