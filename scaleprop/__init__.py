@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scaleprop import optim
+    from scaleprop import adapters, optim
     from scaleprop.analysis import analyze
     from scaleprop.api import CompiledModel, compile, load
     from scaleprop.formats import (
@@ -43,7 +43,7 @@ _HOME = {
     **dict.fromkeys(("prepare_training", "scale_report"), "scaleprop.training"),
     **dict.fromkeys(("parameter_groups", "unit_scale"), "scaleprop.unit_scaling"),
 }
-_MODULES = ("optim",)
+_MODULES = ("adapters", "optim")
 
 __all__ = [
     "CompiledModel",
@@ -53,6 +53,7 @@ __all__ = [
     "Role",
     "ScaledFormat",
     "ScaledTensor",
+    "adapters",
     "analyze",
     "compile",
     "dequantize",

@@ -146,8 +146,9 @@ def test_wrong_options_are_named(options: dict[str, str], message: str):
 
 
 @pytest.mark.parametrize("inner", INNER)
-@pytest.mark.parametrize("error", [UnsupportedOperatorException(torch.ops.aten.mm.default), PassError("wrong")],
-                         ids=["torch's", "ours"])
+@pytest.mark.parametrize("error", [
+    UnsupportedOperatorException(torch.ops.aten.mm.default), PassError("wrong"),
+], ids=["torch's", "ours"])
 def test_a_transform_that_fails_is_no_graph_break(error: Exception, inner: Any):
     """Dynamo would go on without it, and run the model as it is."""
     def fail(_: Any) -> None:
