@@ -110,7 +110,6 @@ def export_as_dynamic_as_possible(
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """Batch and sequence dynamic; else batch only; else fixed. Each step back is a note."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    names = list(dimensions.argument_names(model.forward, args, {}))
     failures: list[CaptureError] = []
     notes: list[str] = []
     for wish in dimensions.LADDER:
@@ -120,7 +119,12 @@ def export_as_dynamic_as_possible(
         traced_args, traced_kwargs = pytree.tree_unflatten(
             dimensions.without_ones(leaves, axes), spec
         )
-        shapes = dimensions.as_dynamic_shapes(axes, spec, names)
+        try:
+            # {} fixes every size, also of what goes into **kwargs, which torch.export cannot name
+            shapes = dimensions.as_dynamic_shapes(axes, spec, model.forward) if any(axes) else {}
+        except TypeError:
+            _refuse_broken(model, args, kwargs)
+            raise
         found: list[tuple[ExportedProgram, list[tuple[str, int, int]]]] = []
         for strict in (False, True):
             try:

@@ -70,11 +70,11 @@ def without_ones(leaves: Sequence[Any], axes: Sequence[tuple[int, ...]]) -> list
 
 
 def as_dynamic_shapes(
-    axes: Sequence[tuple[int, ...]], spec: pytree.TreeSpec, signature_names: Sequence[str]
+    axes: Sequence[tuple[int, ...]], spec: pytree.TreeSpec, forward: Callable[..., Any]
 ) -> dict[str, Any]:
     """``torch.export``'s ``dynamic_shapes`` with ``Dim.AUTO`` on the given axes.
 
-    spec: the pytree of ``(args, kwargs)``; signature_names: what the positional ones are called.
+    spec: the pytree of ``(args, kwargs)``; forward: what they are given to, and named by.
     """
     shapes = iter([{axis: Dim.AUTO for axis in wanted} or None for wanted in axes])
 
@@ -89,7 +89,8 @@ def as_dynamic_shapes(
         return children  # lists, and what torch.export writes for every other class
 
     args, kwargs = mirror(spec)
-    return {**dict(zip(signature_names, args, strict=True)), **kwargs}
+    # as torch.export binds them: *args is one tuple, **kwargs one dict
+    return dict(inspect.signature(forward).bind_partial(*args, **kwargs).arguments)
 
 
 def argument_names(
