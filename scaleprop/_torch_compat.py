@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,7 +22,7 @@ from torch._guards import CompileContext
 from torch._ops import OperatorBase, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram, default_decompositions
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import (
     ConstraintViolationError,
     DimDynamic,
@@ -31,10 +31,11 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
     optimization_hint,
 )
-from torch.utils import _python_dispatch
+from torch.utils import _python_dispatch, checkpoint
 from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.solve import try_solve
+from torch.utils.checkpoint import noop_context_fn
 
 __all__ = [
     "ConstraintViolationError",
@@ -48,6 +49,7 @@ __all__ = [
     "fake_mode_of",
     "fake_size",
     "in_python",
+    "inlined_checkpoints",
     "is_decomposed",
     "loaded_guards",
     "size_symbol",
@@ -55,6 +57,7 @@ __all__ = [
     "symbolic_fake_mode",
     "trace",
     "traced_guards",
+    "traced_nodes",
 ]
 
 _CAPTURED: WeakKeyDictionary[ShapeEnv, tuple[Any, ...]] = WeakKeyDictionary()
@@ -307,6 +310,56 @@ def is_recompilation() -> bool:
     """Whether what Dynamo is compiling has been compiled before, for other inputs."""
     found = CompileContext.current_compile_id()
     return found is not None and bool(found.frame_compile_id)
+
+
+@contextmanager
+def inlined_checkpoints(
+    region: Callable[[Mapping[str, Any]], AbstractContextManager[None]]
+) -> Generator[None]:
+    """Within, ``torch.utils.checkpoint.checkpoint`` runs functions as they are, under ``region``
+    of its options that are not the default ones; in both of its kinds."""
+    defaults = {"preserve_rng_state": True, "context_fn": noop_context_fn,
+                "determinism_check": "default", "debug": False, "early_stop": True}
+
+    def without_reentrant(_function: Any, *given: Any, **_kwargs: Any) -> Generator[None]:
+        chosen = dict(zip(defaults, given, strict=False))  # then come the function's own
+        with region({key: value for key, value in chosen.items() if value != defaults[key]}):
+            yield
+
+    class Reentrant:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            with region({} if preserve else {"preserve_rng_state": False}):
+                return function(*args)
+
+    replaced = {"_checkpoint_without_reentrant_generator": without_reentrant,
+                "CheckpointFunction": Reentrant}
+    kept = {name: getattr(checkpoint, name) for name in replaced}
+    try:
+        for name, value in replaced.items():
+            setattr(checkpoint, name, value)
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(checkpoint, name, value)
+
+
+@contextmanager
+def traced_nodes() -> Generator[list[torch.fx.Node]]:
+    """Filled, at the end, with the nodes that tracing made within; none where nothing traces."""
+    found: list[torch.fx.Node] = []
+    mode = get_proxy_mode()
+    if mode is None:
+        yield found
+        return
+    graph = mode.tracer.graph
+    end: Any = graph._root  # pyright: ignore[reportPrivateUsage]
+    last = end.prev
+    yield found
+    node = last.next
+    while node is not end:
+        found.append(node)
+        node = node.next
 
 
 def rendezvous_store() -> Any:

@@ -24,10 +24,12 @@ Case = tuple[nn.Module, tuple[Any, ...]]
 def plain(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """The same function, differentiated by plain autograd."""
     module = copy.deepcopy(module)
-    for node in module.graph.find_nodes(op="call_function", target=scale_fwd_bwd):
-        node.target = operator.mul
-        node.args = node.args[:2]
-    module.recompile()
+    for part in module.modules():  # and what is checkpointed
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.find_nodes(op="call_function", target=scale_fwd_bwd):
+                node.target = operator.mul
+                node.args = node.args[:2]
+            part.recompile()
     return module
 
 
@@ -220,7 +222,7 @@ def test_exact(case: str, scheme: Any) -> None:
     assert_exact(scaleprop.unit_scale(model, args, scheme, loss_fn=loss_of), *args)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "bert", "mixtral"])
 def test_transformers(name: str) -> None:
     hf = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -232,6 +234,10 @@ def test_transformers(name: str) -> None:
     elif name == "gpt2":
         model = hf.GPT2LMHeadModel(hf.GPT2Config(
             vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, use_cache=False))
+    elif name == "mixtral":  # experts' weights in stacks
+        model = hf.MixtralForCausalLM(hf.MixtralConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, use_cache=False))
     else:
         model = hf.BertForMaskedLM(hf.BertConfig(
             vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
@@ -240,3 +246,6 @@ def test_transformers(name: str) -> None:
     kwargs = {"input_ids": ids, "labels": ids.clone()}
     scaled = scaleprop.unit_scale(model.double(), kwargs)
     assert_exact(scaled, **kwargs)
+    for weight, use in scaled.scaling.parameters.items():
+        matrix = scaled.get_parameter(weight).dim() > 1
+        assert bool(use.roles) == matrix or "position" in weight or "token_type" in weight, weight

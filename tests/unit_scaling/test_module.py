@@ -12,6 +12,7 @@ from torch import nn
 
 import scaleprop
 from scaleprop.errors import CalibrationError, CaptureError, ConfigError
+from scaleprop.ops.scaling import scale_fwd_bwd
 from scaleprop.passes.unit.forward import rms
 
 X = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
@@ -68,6 +69,72 @@ def test_copies(copied: Any) -> None:
     for one, two in zip(gradients(other, X), gradients(scaled, X), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
     assert not {id(p) for p in scaled.parameters()} & {id(p) for p in other.parameters()}
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy,
+                                    lambda m: pickle.loads(pickle.dumps(m))],
+                         ids=["itself", "deepcopy", "pickle"])
+def test_scaling_lists_the_constants(copied: Any) -> None:
+    scaled = copied(scaleprop.unit_scale(mlp(), (X,)))
+    scaling = scaled.scaling
+    assert scaling is scaled.meta["unit_scaling"] and scaling.scheme == "unit"
+    constants = [node.args[1] for node in scaled.graph.find_nodes(
+        op="call_function", target=scale_fwd_bwd) if node.args[1] != 1]
+    assert sorted(m.factor for m in scaling.multipliers) == sorted(constants)
+    assert set(scaling.parameters) == {name for name, _ in scaled.named_parameters()}
+    with pytest.raises(AttributeError):
+        scaled.scaling = None
+
+
+class Scaling(nn.Module):
+    """Has something of that name itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(32, 32)
+        self.scaling = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) * self.scaling
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy,
+                                    lambda m: pickle.loads(pickle.dumps(m))],
+                         ids=["itself", "deepcopy", "pickle"])
+def test_a_model_may_have_a_parameter_called_scaling(copied: Any) -> None:
+    scaled = copied(scaleprop.unit_scale(Scaling(), (X,)))
+    assert scaled.scaling is scaled.get_parameter("scaling")
+    assert set(scaled.meta["unit_scaling"].parameters) == {"a.weight", "a.bias", "scaling"}
+    assert gradients(scaled, X)
+
+
+class Variadic(nn.Module):
+    """Any number of inputs, by position and by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, *inputs: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
+        return self.a(sum(inputs)) + self.b(more["shift"] if more else inputs[0])
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [
+    ((X,), {}), ((X, X.flip(0)), {}), ((X, X, X), {"shift": X.flip(0)})])
+def test_variadic_models(args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+    scaled = scaleprop.unit_scale(Variadic(), (args, kwargs))
+    expected = scaled(*args, **kwargs)
+    # torch.export cannot be told of sizes in **kwargs: they are fixed, and a note says so
+    assert bool(kwargs) == any("not traced with" in note for note in scaled.scaling.notes)
+    count = len(X) if kwargs else 7
+    found = scaled(*(x[:count] for x in args), **kwargs)
+    torch.testing.assert_close(found, expected[:count], rtol=1e-5, atol=1e-5)
+
+
+def test_arguments_that_do_not_fit() -> None:
+    for given in ((X, X), {"other": X}):
+        with pytest.raises(CaptureError, match="fails on the example inputs"):
+            scaleprop.unit_scale(mlp(), given)
 
 
 def test_state_keeps_its_names() -> None:

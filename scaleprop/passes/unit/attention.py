@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.fx
 
+from scaleprop.passes.unit.writer import Writer
+
 aten: Any = torch.ops.aten
 
 _ATTENTION: Any = aten.scaled_dot_product_attention.default
@@ -27,28 +29,9 @@ def spell_attention(graph: torch.fx.Graph) -> int:
     return len(found)
 
 
-class _Writer:
-    """Writes calls before a node, with traced values."""
-
-    def __init__(self, graph: torch.fx.Graph, at: torch.fx.Node) -> None:
-        self._graph, self._at = graph, at
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> torch.fx.Node:
-        with self._graph.inserting_before(self._at):
-            node = self._graph.call_function(target, args, kwargs)
-        given: Any = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])  # type: ignore[arg-type]
-        fake: Any = self._at.meta["val"]
-        with fake.fake_mode, torch.no_grad():
-            value = target(*given[0], **given[1])
-        node.meta = {key: self._at.meta[key] for key in ("stack_trace", "nn_module_stack")
-                     if key in self._at.meta}
-        node.meta["val"] = value
-        return node
-
-
 def _spell(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     """softmax(q·kᵀ·scale + mask)·v, dropout on the probabilities."""
-    write = _Writer(graph, node)
+    write = Writer(graph, node)
     query, key, value, *rest = node.args
     mask, p, causal = (*rest, *_DEFAULTS[len(rest):])
     q, k = query.meta["val"], key.meta["val"]  # type: ignore[union-attr]
@@ -78,9 +61,8 @@ def _spell(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _future(write: _Writer, query: Any, key: Any, like: torch.Tensor) -> torch.fx.Node:
+def _future(write: Writer, query: Any, key: Any, like: torch.Tensor) -> torch.fx.Node:
     """True where a key lies after the query."""
-    sizes = [write(aten.sym_size.int, each, -2) if not isinstance(each.meta["val"].shape[-2], int)
-             else each.meta["val"].shape[-2] for each in (query, key)]
+    sizes = [write.size(each, -2) for each in (query, key)]
     ones = write(aten.ones.default, sizes, dtype=torch.bool, device=like.device)
     return write(aten.triu.default, ones, 1)

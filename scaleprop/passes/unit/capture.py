@@ -20,10 +20,13 @@ from scaleprop._torch_compat import OpOverload
 from scaleprop.errors import CaptureError
 from scaleprop.passes.capture import export_as_dynamic_as_possible, export_exactly, user_frames
 from scaleprop.passes.structures import register_structures
+from scaleprop.passes.unit.checkpoints import REGION, Options, Recorder, note_regions
 from scaleprop.passes.unit.module import UnitScaled, assemble
 from scaleprop.rules import rule_for
 
 aten: Any = torch.ops.aten
+
+REGIONS = "checkpointed"
 
 _NO_GRAD: Any = torch.ops.higher_order.wrap_with_set_grad_enabled
 _METADATA: Any = aten._assert_tensor_metadata.default
@@ -34,8 +37,10 @@ def capture_training(
 ) -> tuple[UnitScaled, tuple[str, ...]]:
     """A copy of ``model`` as a graph in training mode, and notes on what tracing fixed.
 
-    A model whose code differs between training and eval by more than dropout and batch norms is
-    traced in eval mode, with a note on what is left out.
+    What the model runs under activation checkpointing is marked in the graph; ``meta[REGIONS]``
+    holds the options of each region, for ``outline_checkpoints``. A model whose code differs
+    between training and eval by more than dropout and batch norms is traced in eval mode, with a
+    note on what is left out.
 
     Raises:
         CaptureError: where the model cannot be traced.
@@ -48,31 +53,44 @@ def capture_training(
             f"{type(given).__name__} cannot be copied: {error}\nRemedy: call unit_scale before the "
             "model is run, or detach what it keeps.") from error
     register_structures((args, kwargs))
-    traced, notes = _trace(model, args, kwargs, dynamic_shapes)
+    traced, regions, notes = _trace(model, args, kwargs, dynamic_shapes)
     module = _with_all_state(traced, model)
+    module.meta[REGIONS] = regions
     module.train(given.training)
     for other, mine in zip(_ordered(given), _ordered(module), strict=True):
         mine.training = other.training
     return module, notes
 
 
+Traced = tuple[torch.fx.GraphModule, list[Options], tuple[str, ...]]
+
+
 def _trace(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> tuple[torch.fx.GraphModule, tuple[str, ...]]:
-    evaluated, found = _traced(model, args, kwargs, dynamic_shapes, training=False)
+) -> Traced:
+    """The graph, the options of checkpointed regions, and notes."""
+    evaluated, inner, found = _traced(model, args, kwargs, dynamic_shapes, training=False)
     try:
-        trained, notes = _traced(model, args, kwargs, dynamic_shapes, training=True)
+        trained, regions, notes = _traced(model, args, kwargs, dynamic_shapes, training=True)
     except CaptureError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        return evaluated, (*found, "traced in eval mode, without dropout of attention; in training "
-                                   f"mode: {reason}")
+        return evaluated, inner, (*found, "traced in eval mode, without dropout of attention; in "
+                                          f"training mode: {reason}")
     more, less = _operators(trained) - _operators(evaluated), \
         _operators(evaluated) - _operators(trained)
     if not more and not less:
-        return trained, notes
+        return trained, regions, notes
     names = ", ".join(sorted(str(target) for target in more | less))
-    return evaluated, (*found, "traced in eval mode, without dropout of attention; code that only "
-                               f"runs in training is left out: {names}")
+    found = (*found, "traced in eval mode, without dropout of attention; code that only runs in "
+                     f"training is left out: {names}")
+    if (lost := _checkpointed(trained) - _checkpointed(evaluated)) > 0:
+        found = (*found, f"{lost} checkpointed regions, which only run in training, keep what "
+                         "their backward reads")
+    return evaluated, inner, found
+
+
+def _checkpointed(traced: torch.fx.GraphModule) -> int:
+    return len({node.meta[REGION] for node in traced.graph.nodes if REGION in node.meta})
 
 
 def _operators(traced: torch.fx.GraphModule) -> Counter[Any]:
@@ -86,16 +104,19 @@ def _operators(traced: torch.fx.GraphModule) -> Counter[Any]:
 def _traced(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any,
     training: bool,
-) -> tuple[torch.fx.GraphModule, tuple[str, ...]]:
-    exported, notes = _export(model, args, kwargs, dynamic_shapes, training)
+) -> Traced:
+    recorder = Recorder()
+    with recorder.marking():
+        exported, notes = _export(model, args, kwargs, dynamic_shapes, training)
     traced = exported.module(check_guards=False)
     for node in traced.graph.nodes:
         if node.meta.get("stack_trace") is not None:
             node.meta["stack_trace"] = user_frames(node.meta["stack_trace"])
     _inline(traced)
+    note_regions(traced.graph)
     _drop_checks(traced.graph)
     _write_nothing(traced.graph)
-    return traced, notes
+    return traced, recorder.options, notes
 
 
 def _export(
@@ -236,7 +257,7 @@ def _with_all_state(traced: torch.fx.GraphModule, model: torch.nn.Module) -> Uni
             tree.register_buffer(node.target, value.detach(), persistent=False)
     specs = {key: traced.__dict__[key] for key in ("_in_spec", "_out_spec")
              if key in traced.__dict__}
-    return assemble(tree, traced.graph, {}, specs)
+    return assemble(UnitScaled, tree, traced.graph, {}, specs)
 
 
 def _state(module: torch.nn.Module) -> list[tuple[str, Any]]:

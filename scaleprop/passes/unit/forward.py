@@ -26,6 +26,7 @@ from scaleprop.ops.scaling import scale_fwd_bwd
 from scaleprop.passes.unit.module import UnitScaled
 from scaleprop.passes.unit.schemes import Scheme
 from scaleprop.passes.unit.structure import Structure, is_float
+from scaleprop.passes.unit.writer import INHERITED
 from scaleprop.rules import rule_for
 
 aten: Any = torch.ops.aten
@@ -220,8 +221,7 @@ class _Forward:
     def _call(self, target: Any, args: tuple[Any, ...], at: torch.fx.Node) -> torch.fx.Node:
         with self.graph.inserting_after(at if at.op != "placeholder" else _last_input(at)):
             made = self.graph.call_function(target, args)
-        made.meta = {key: at.meta[key] for key in ("val", "stack_trace", "nn_module_stack")
-                     if key in at.meta}
+        made.meta = {key: at.meta[key] for key in ("val", *INHERITED) if key in at.meta}
         return made
 
     def _absorbs(self, node: torch.fx.Node, seen: set[torch.fx.Node]) -> bool:

@@ -16,13 +16,20 @@ from typing import Any
 import torch
 import torch.fx
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from scaleprop.errors import CalibrationError, ConfigError
 from scaleprop.ops.scaling import scale_fwd_bwd
 from scaleprop.passes.unit.forward import repeatable, rms
 from scaleprop.passes.unit.module import UnitScaled
-from scaleprop.passes.unit.structure import Structure, attribute, find_signals, is_float
-from scaleprop.rules import contraction_of
+from scaleprop.passes.unit.structure import (
+    Structure,
+    attribute,
+    find_signals,
+    is_float,
+    product_contraction,
+)
+from scaleprop.passes.unit.writer import INHERITED
 
 LossFunction = Callable[[Any], torch.Tensor]
 
@@ -53,11 +60,12 @@ class _Recorder(torch.fx.Interpreter):
     def __init__(self, module: UnitScaled) -> None:
         super().__init__(module)
         self.sizes: dict[torch.fx.Node, float] = {}
+        self.hooks: list[RemovableHandle] = []
 
     def run_node(self, n: torch.fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, torch.Tensor) and result.requires_grad and n.op != "output":
-            result.register_hook(lambda gradient: self._note(n, gradient))
+            self.hooks.append(result.register_hook(lambda gradient: self._note(n, gradient)))
         return result
 
     def _note(self, node: torch.fx.Node, gradient: torch.Tensor) -> None:
@@ -77,6 +85,8 @@ def _measured(
         leaves = pytree.tree_leaves(flat)
         loss = _loss(leaves, out_spec, loss_fn)
         loss.backward()
+    for hook in recorder.hooks:  # parameters would keep theirs
+        hook.remove()
     for parameter in module.parameters():
         parameter.grad = None
     if not any(node.op == "get_attr" and size > 0 for node, size in recorder.sizes.items()):
@@ -134,7 +144,7 @@ class _Potentials:
 
     def _is_read_by_product(self, node: torch.fx.Node) -> bool:
         """Whether backward multiplies the gradient of ``node``, or of what it is scaled to."""
-        return contraction_of(node) is not None and (
+        return product_contraction(node) is not None and (
             node not in self._structure.products
             or self._structure.products[node].activation is not None)
 
@@ -206,5 +216,5 @@ def _between(
         at = at.next
     with graph.inserting_after(at):
         made = graph.call_function(scale_fwd_bwd, (node, 1.0, factor))
-    made.meta = {key: node.meta[key] for key in ("val", "stack_trace") if key in node.meta}
+    made.meta = {key: node.meta[key] for key in ("val", *INHERITED) if key in node.meta}
     node.replace_all_uses_with(made, lambda user: user in users)

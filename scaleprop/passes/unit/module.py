@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.fx
 
 from scaleprop._torch_compat import OpOverload
+
+if TYPE_CHECKING:
+    from scaleprop.passes.unit.scale import UnitScaling
 
 aten: Any = torch.ops.aten
 
@@ -26,15 +29,13 @@ _DROPOUT_P = 4  # of attention
 _COUNT: Any = aten.add_.Tensor  # batches seen, by a batch norm
 
 
-class UnitScaled(torch.fx.GraphModule):
-    """A model's forward as a graph of ATen operators with constant multipliers.
+class StagedGraph(torch.fx.GraphModule):
+    """A graph of ATen operators whose dropout and batch norms ``train()`` and ``eval()`` switch.
 
-    Same parameters, buffers and ``state_dict`` keys as the model; called with the arguments that
-    it was captured with. ``train()`` and ``eval()`` switch dropout and batch norms. It compiles,
-    exports, is copied and pickled as any module; pickles hold the graph, not generated code.
+    Pickles hold the graph, not generated code.
     """
 
-    def train(self, mode: bool = True) -> UnitScaled:
+    def train(self, mode: bool = True) -> Self:
         """Switch dropout and batch norms on, or off."""
         changed = [_switch(node, mode) for node in self.graph.nodes if node.op == "call_function"]
         for child in self.children():
@@ -50,7 +51,25 @@ class UnitScaled(torch.fx.GraphModule):
                               if key in _STATE})
         codegen: Any = self.graph._codegen  # pyright: ignore[reportPrivateUsage]
         attributes = {key: value for key, value in self.__dict__.items() if key in _SPECS}
-        return _restore, (tree, _listed(self.graph), codegen, self.meta, attributes)
+        kind = UnitScaled if isinstance(self, UnitScaled) else StagedGraph
+        return _restore, (kind, tree, _listed(self.graph), codegen, self.meta, attributes)
+
+
+class UnitScaled(StagedGraph):
+    """A model's forward as a graph of ATen operators with constant multipliers.
+
+    Same parameters, buffers and ``state_dict`` keys as the model; called with the arguments that
+    it was captured with. ``train()`` and ``eval()`` switch dropout and batch norms; what the model
+    checkpoints, this does too. It compiles, exports, is copied and pickled as any module.
+    """
+
+    @property
+    def scaling(self) -> UnitScaling:
+        """Every constant, and what was done to each parameter."""
+        is_own = any("scaling" in held for held in (self._parameters, self._buffers, self._modules))
+        if is_own or "unit_scaling" not in self.meta:
+            raise AttributeError("scaling")  # the model's own of that name, if any, is found then
+        return self.meta["unit_scaling"]
 
 
 _STATE = ("training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -74,6 +93,9 @@ def _set(node: torch.fx.Node, place: int, value: Any) -> bool:
         return False
     node.update_arg(place, value)
     return True
+
+
+Kind = TypeVar("Kind", bound=StagedGraph)
 
 
 class _Name(str):
@@ -106,9 +128,9 @@ class _Operator(str):
 
 
 def _restore(
-    tree: torch.nn.Module, listed: list[tuple[Any, ...]], codegen: Any, meta: Mapping[str, Any],
-    attributes: Mapping[str, Any],
-) -> UnitScaled:
+    kind: type[Kind], tree: torch.nn.Module, listed: list[tuple[Any, ...]], codegen: Any,
+    meta: Mapping[str, Any], attributes: Mapping[str, Any],
+) -> Kind:
     importlib.import_module("scaleprop.ops")  # graphs may hold our own operators
     graph = torch.fx.Graph()
     nodes: dict[str, torch.fx.Node] = {}
@@ -119,15 +141,15 @@ def _restore(
         nodes[name] = graph.create_node(op, target, args, dict(kwargs), name)
         nodes[name].meta = dict(kept)
     graph.set_codegen(codegen)
-    return assemble(tree, graph, meta, attributes)
+    return assemble(kind, tree, graph, meta, attributes)
 
 
 def assemble(
-    tree: torch.nn.Module, graph: torch.fx.Graph, meta: Mapping[str, Any],
+    kind: type[Kind], tree: torch.nn.Module, graph: torch.fx.Graph, meta: Mapping[str, Any],
     attributes: Mapping[str, Any],
-) -> UnitScaled:
+) -> Kind:
     """A module of ``graph`` with everything that ``tree`` holds, used or not."""
-    module = UnitScaled(tree, graph)
+    module = kind(tree, graph)
     for key, value in tree.__dict__.items():
         if key in _STATE:
             module.__dict__[key] = value

@@ -7,19 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 import torch.fx
 
-from scaleprop.rules import contraction_of, rule_for
+from scaleprop._torch_compat import OpOverload
+from scaleprop.rules import Contraction, Operand, contraction_of, rule_for
 
 aten: Any = torch.ops.aten
 
 Branch = Literal["attention", "mlp"]
 
 _ADDS = (aten.add.Tensor,)
+_PARTS = (aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default,
+          aten.chunk.default, aten.unbind.int, operator.getitem)
+_PICKS = (aten.index.Tensor, aten.index_select.default)
+_GROUPED = "grouped_mm"  # aten::_grouped_mm, and what libraries put in its place
+_GROUPED_PRODUCT = Contraction(
+    "matmul", (Operand(0, "activation", (-1,)), Operand(1, "activation", (-2,))))
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.native_dropout.default)
 
 
@@ -145,25 +153,47 @@ class _Reach:
         return isinstance(node, torch.fx.Node) and bool(self._before[node] & self._bit[source])
 
 
-def moved_from(node: Any) -> Any:
-    """The value that ``node`` is a view, copy or cast of."""
+def taken_from(node: Any) -> Any:
+    """The value that ``node`` is a view, copy or cast of, of all or of a part: one of the matrices
+    of a stack, one of the projections that are held as one."""
     while isinstance(node, torch.fx.Node) and node.op == "call_function" and node.args:
         rule = rule_for(node.target)
-        if rule is None or not (rule.moves or rule.family == "cast"):
+        passes = rule is not None and (rule.moves or rule.family == "cast")
+        if not passes and node.target not in _PARTS and not _picks_matrices(node):
             break
         node = node.args[0]
     return node
 
 
+def _picks_matrices(node: torch.fx.Node) -> bool:
+    """Whether ``node`` picks matrices from a stack by number, not rows from a table."""
+    stack: Any = node.args[0]
+    return node.target in _PICKS and stack.meta["val"].dim() > 2
+
+
+def product_contraction(node: torch.fx.Node) -> Contraction | None:
+    """What ``node`` contracts, also where it is an operator of grouped products that some library
+    defines: rows x[t, k], each times the matrix of its group, of w[group, k, n]."""
+    found = contraction_of(node)
+    name = node.target.name() if isinstance(node.target, OpOverload) else ""
+    if found is None and _GROUPED in name and "backward" not in name and len(node.args) > 1:
+        values = [arg.meta.get("val") for arg in node.args[:2] if isinstance(arg, torch.fx.Node)]
+        if [value.dim() for value in values if isinstance(value, torch.Tensor)] == [2, 3]:
+            return _GROUPED_PRODUCT
+    return found
+
+
 def _product(node: torch.fx.Node, parameters: set[torch.fx.Node]) -> Product | None:
-    contraction = contraction_of(node)
+    contraction = product_contraction(node)
     if contraction is None or contraction.kind == "attention":
         return None
     operands = [operand for operand in contraction.operands if operand.role != "bias"]
     bias = contraction.operand("bias")
-    weights = [operand for operand in operands if moved_from(node.args[operand.argument])
+    weights = [operand for operand in operands if taken_from(node.args[operand.argument])
                in parameters]
-    if len(weights) != 1 or len(operands) - len(weights) > 1:
+    if len(weights) > 1:  # a learned value times a weight
+        weights = [operand for operand in weights if operand.role == "weight"]
+    if len(weights) != 1 or len(operands) > 2:
         return None
     weight: Any = node.args[weights[0].argument]
     if contraction.kind != "embedding" and weight.meta["val"].dim() < 2:
@@ -176,9 +206,19 @@ def _product(node: torch.fx.Node, parameters: set[torch.fx.Node]) -> Product | N
     return Product(
         node, activation=others[0] if others else None, weight=weights[0].argument,
         bias=bias.argument if has_bias and bias is not None else None,
-        parameter=moved_from(weight), fan_in=fan_in,
-        fan_out=int(shape[-1]) if not others else math.prod(shape) // fan_in,
+        parameter=taken_from(weight), fan_in=fan_in,
+        fan_out=int(shape[-1]) if not others else _matrix_size(node, contraction, weight) // fan_in,
     )
+
+
+def _matrix_size(node: torch.fx.Node, contraction: Contraction, weight: torch.fx.Node) -> int:
+    """How many elements of a weight one position is multiplied with: a matrix of a stack where
+    positions are stacked as well, or grouped."""
+    shape = weight.meta["val"].shape
+    ranks = [node.args[operand.argument].meta["val"].dim()  # type: ignore[union-attr]
+             for operand in contraction.operands if operand.role != "bias"]
+    is_stack = contraction.kind == "matmul" and (min(ranks) > 2 or contraction is _GROUPED_PRODUCT)
+    return math.prod(shape[-2:] if is_stack else shape)
 
 
 def _identity(node: torch.fx.Node) -> list[torch.fx.Node]:
@@ -207,7 +247,7 @@ def _residuals(
                 or terms[0].meta["val"].shape != terms[1].meta["val"].shape:
             continue
         for skip in (0, 1):
-            source, inner = _split(terms[skip], terms[1 - skip], products, reach)
+            source, inner = _split(_stream(terms[skip], found), terms[1 - skip], products, reach)
             if source is None:
                 continue
             before = found.get(_identity(terms[skip])[-1])
@@ -222,12 +262,20 @@ def _residuals(
     return found, {node: lengths[stream] for node, stream in members.items()}
 
 
+def _stream(skip: torch.fx.Node, found: Mapping[torch.fx.Node, Residual]) -> list[torch.fx.Node]:
+    """What a stream was, backwards: branches in parallel read what it was before either."""
+    chain = _identity(skip)
+    while (before := found.get(chain[-1])) is not None:
+        chain += _identity(before.node.args[before.skip])  # type: ignore[arg-type]
+    return chain
+
+
 def _split(
-    skip: torch.fx.Node, branch: torch.fx.Node, products: Mapping[torch.fx.Node, Product],
+    stream: list[torch.fx.Node], branch: torch.fx.Node, products: Mapping[torch.fx.Node, Product],
     reach: _Reach,
 ) -> tuple[torch.fx.Node | None, list[torch.fx.Node]]:
     """Where a stream and its branch part, and the products in the branch."""
-    for source in _identity(skip):
+    for source in stream:
         inner = [node for node, product in products.items() if product.activation is not None
                  and (node is branch or reach.follows(branch, node))
                  and (node.args[product.activation] is source

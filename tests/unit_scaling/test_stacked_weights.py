@@ -1,0 +1,150 @@
+"""Weights that lie in stacks, in fused tensors, in einsums and in grouped products are weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import scaleprop
+from scaleprop.passes.unit.capture import capture_training
+from scaleprop.passes.unit.forward import rms
+from scaleprop.passes.unit.synonyms import spell_synonyms
+from scaleprop.rules import rule_for
+
+E, T, K, N, H = 4, 64, 32, 48, 8
+
+
+class Of(nn.Module):
+    """``run(x, *weights)``."""
+
+    def __init__(self, run: Callable[..., torch.Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(0.02 * torch.randn(shape) for shape in shapes)
+        self.run = run
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x, *self.weights)
+
+
+ENDS = torch.tensor([10, 10, 40, T], dtype=torch.int32)  # one expert gets nothing
+ROUTED = torch.arange(T) % E
+
+
+@torch.library.custom_op("scaleprop_tests::grouped_mm", mutates_args=())
+def grouped_mm(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """A library's own grouped product."""
+    group = torch.bucketize(torch.arange(len(x)), ends, right=True)
+    return torch.bmm(x[:, None], w[group])[:, 0]
+
+
+@grouped_mm.register_fake
+def _(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], w.shape[2])
+
+
+def keep(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    x, w, ends = ctx.saved_tensors
+    group = torch.bucketize(torch.arange(len(x)), ends, right=True)
+    of_w = torch.zeros_like(w).index_add(0, group, x[:, :, None] * gradient[:, None])
+    return torch.bmm(gradient[:, None], w.mT[group])[:, 0], of_w, None
+
+
+grouped_mm.register_autograd(backward, setup_context=keep)
+
+
+def grouped(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return grouped_mm(x, w, ENDS)
+
+
+def looped(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.cat([F.linear(part, w[e]) for e, part in enumerate(x.chunk(E))])
+
+
+def picked(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(w[ROUTED], x[..., None]).squeeze(-1)
+
+
+def fused(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    one, two = w.chunk(2)
+    return F.linear(x, one) + F.linear(x.flip(-1), two)
+
+
+# what is computed, of which weight, from what; fan-in, fan-out
+CASES: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], int, int]] = {
+    "bmm": (torch.bmm, (E, K, N), (E, T, K), K, N),
+    "matmul": (torch.matmul, (E, K, N), (2, E, T, K), K, N),
+    "weight first": (lambda x, w: w @ x, (E, N, K), (E, K, T), K, N),
+    "one position, all experts": (lambda x, w: torch.matmul(x, w), (E, K, N), (T, K), K, E * N),
+    "baddbmm": (lambda x, w: torch.baddbmm(torch.zeros(()), x, w), (E, K, N), (E, T, K), K, N),
+    "grouped": (grouped, (E, K, N), (T, K), K, N),
+    "grouped, transposed": (lambda x, w: grouped(x, w.mT), (E, N, K), (T, K), K, N),
+    "looped": (looped, (E, N, K), (T, K), K, N),
+    "picked": (picked, (E, N, K), (T, K), K, N),
+    "fused": (fused, (2 * N, K), (T, K), K, N),
+    "einsum": (lambda x, w: torch.einsum("tk,kn->tn", x, w), (K, N), (T, K), K, N),
+    "einsum transposed": (lambda x, w: torch.einsum("nk,kt->tn", w, x), (N, K), (K, T), K, N),
+    "einsum, implicit": (lambda x, w: torch.einsum("tk,kn", x, w), (K, N), (T, K), K, N),
+    "einsum of heads": (lambda x, w: torch.einsum("btk,khd->bhtd", x, w), (K, H, 6), (2, T, K), K,
+                        H * 6),
+    "einsum over heads": (lambda x, w: torch.einsum("bhtd,hdk->btk", x, w), (H, 6, N),
+                          (2, H, T, 6), H * 6, N),
+    "einsum of experts": (lambda x, w: torch.einsum("etk,enk->ten", x, w), (E, N, K), (E, T, K),
+                          K, N),
+    "einsum, ellipsis": (lambda x, w: torch.einsum("...k, k n -> ...n", x, w), (K, N), (2, T, K),
+                         K, N),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_are_products(case: str) -> None:
+    run, shape, given, fan_in, fan_out = CASES[case]
+    torch.manual_seed(0)
+    model = Of(run, shape)
+    x = torch.randn(given)
+    unit = scaleprop.unit_scale(model, (x,), powers_of_two=False)
+    use = unit.scaling.parameters["weights.0"]
+    assert (use.fan_in, use.fan_out, use.roles) == (fan_in, fan_out, ("output",))
+    assert not unit.scaling.unruled
+    weight = unit.get_parameter("weights.0")
+    assert rms(weight.detach()) == pytest.approx(1, rel=1e-5)
+    y = unit(x)
+    assert rms(y.detach()) == pytest.approx(1, abs=0.1) or case in ("fused", "grouped")
+    # the same function of the weight, but for constants
+    torch.testing.assert_close(y / rms(y.detach()), (r := run(x, weight)) / rms(r.detach()),
+                               rtol=1e-4, atol=1e-4)
+    torch.manual_seed(1)
+    (y * torch.randn_like(y)).sum().backward()
+    assert weight.grad is not None
+    assert rms(weight.grad) == pytest.approx(1, abs=0.1)
+
+
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mT": lambda w: w.mT, "mH": lambda w: w.mH, "adjoint": lambda w: w.adjoint(),
+    "T": lambda w: w[0].T, "movedim": lambda w: w.movedim(0, -1),
+    "movedim of several": lambda w: w.movedim((0, 2), (1, 0)),
+    "moveaxis": lambda w: torch.moveaxis(w, 2, 0), "swapdims": lambda w: w.swapdims(0, 2),
+    "expand_as": lambda w: w[:1].expand_as(w), "ravel": lambda w: w.ravel(),
+    "broadcast_to": lambda w: w.broadcast_to(2, *w.shape),
+    "linalg.matmul": lambda w: torch.linalg.matmul(w, w.transpose(1, 2)),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_synonyms_are_what_they_were(view: str) -> None:
+    function = VIEWS[view]
+    module, _ = capture_training(Of(lambda x, w: function(w) * x, (E, K, N)),
+                                 (torch.ones(()),), {}, None)
+    expected = module(torch.ones(()))
+    assert spell_synonyms(module.graph) == 1
+    module.recompile()
+    assert torch.equal(module(torch.ones(())), expected)
+    assert all(rule_for(node.target) for node in module.graph.nodes if node.op == "call_function")
