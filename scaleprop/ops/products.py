@@ -35,12 +35,14 @@ def float_element(name: str) -> elements.FloatElement:
 def cast(x: Tensor, element: str) -> Tensor:
     """``x`` rounded to nearest even in ``element``'s own dtype; beyond its range saturated.
 
-    NaN stays NaN. Raises ``FormatError`` for an element that torch has no dtype for.
+    NaN stays NaN, and Inf becomes it: loss scaling, and whoever skips a bad step, must see an
+    overflow. Raises ``FormatError`` for an element that torch has no dtype for.
     """
     fmt = float_element(element)
-    if x.dtype == torch.float64:  # torch rounds to float32 on the way
-        x = nearest(x, fmt)
-    return x.clamp(-fmt.max, fmt.max).to(fmt.storage)
+    # torch rounds float64 to float32 on the way
+    rounded = nearest(x, fmt) if x.dtype == torch.float64 else x
+    top = min(fmt.max, torch.finfo(x.dtype).max)  # float16 has no room for bfloat16's largest
+    return (rounded.clamp(-top, top) + x * 0.0).to(fmt.storage)  # 0·Inf is NaN
 
 
 def gemm(a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:

@@ -30,12 +30,20 @@ def test_cast_rounds_as_the_format_says(name: str, dtype: torch.dtype):
     assert torch.equal(got.to(torch.float64), nearest(x.to(torch.float64), fmt))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ELEMENTS)
-def test_cast_saturates_and_keeps_nan(name: str):
-    x = torch.tensor([math.inf, -math.inf, math.nan, 3e38])
+def test_cast_saturates_what_is_finite_alone(name: str, dtype: torch.dtype):
+    x = torch.tensor([math.inf, -math.inf, math.nan, 6e4, -6e4, -0.0], dtype=dtype)
     top = element(name).max
-    got = ops.cast(x, name).float().tolist()
-    assert got[:2] == [top, -top] and math.isnan(got[2]) and got[3] == top
+    got = ops.cast(x, name).double()
+    assert got[:3].isnan().all() and got[3:5].tolist() == [top, -top]
+    assert got[5] == 0.0 and got[5].signbit()
+
+
+def test_cast_takes_dtypes_of_a_smaller_range():
+    x = torch.tensor([65504.0, -65504.0, math.inf], dtype=torch.float16)
+    got = ops.cast(x, "bf16").float()
+    assert got[:2].tolist() == [65536.0, -65536.0] and got[2].isnan()
 
 
 def test_cast_refuses_elements_without_a_dtype():
