@@ -11,11 +11,7 @@ import torch.fx
 
 from scaleprop import _torch_compat as compat
 from scaleprop import ops
-from scaleprop.backends.dynamo import (
-    Inner,
-    _given,  # pyright: ignore[reportPrivateUsage]
-    compile_joint,
-)
+from scaleprop.backends.dynamo import Inner, compile_joint, given_inputs
 from scaleprop.passes.training import Formats, Lowered, lower_products
 
 aten: Any = torch.ops.aten
@@ -36,7 +32,7 @@ class Exact:
         self, module: torch.fx.GraphModule, example_inputs: Sequence[Any]
     ) -> Callable[..., Any]:
         def transform(joint: torch.fx.GraphModule) -> None:
-            parameters, inputs = _given(joint.graph, example_inputs)
+            parameters, inputs = given_inputs(joint.graph, example_inputs)
             self.done.append(lower_products(joint, parameters, Formats(), inputs))
             without_casts(joint)
 

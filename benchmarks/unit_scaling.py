@@ -22,8 +22,7 @@ import transformers as hf
 from benchmarks import harness
 from scaleprop import _torch_compat as compat
 from scaleprop import unit_scale
-from scaleprop.backends.dynamo import _given as given
-from scaleprop.backends.dynamo import compile_joint
+from scaleprop.backends.dynamo import compile_joint, given_inputs
 from scaleprop.passes.training.roles import gradient_values
 from scaleprop.passes.unit.forward import rms
 
@@ -110,7 +109,7 @@ def factor_sizes(model: torch.nn.Module, kwargs: Mapping[str, Any]) -> dict[str,
     def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         def look(joint: torch.fx.GraphModule) -> None:
             factors = _Factors(joint)
-            values = given(joint.graph, inputs)[1]
+            values = given_inputs(joint.graph, inputs)[1]
             with torch.no_grad(), compat.without_modes():
                 factors.run(*values, enable_io_processing=False)
             for phase, found in factors.sizes.items():

@@ -105,7 +105,7 @@ def compile_with(
         return compile_joint(module, example_inputs, _nothing, options.inner)
 
     def transform(joint: torch.fx.GraphModule) -> None:
-        parameters, inputs = _given(joint.graph, example_inputs)
+        parameters, inputs = given_inputs(joint.graph, example_inputs)
         lowered = lower_products(joint, parameters, _FORMATS[options.recipe], inputs)
         logger.info("%d products in %s, %d high; %d values cast, %d exponents for nothing; "
                     "%d rescales", len(lowered.products), options.recipe, len(lowered.high),
@@ -119,14 +119,18 @@ def compile_with(
     return compile_joint(module, example_inputs, transform, options.inner)
 
 
-def _given(
+def given_inputs(
     graph: torch.fx.Graph, example_inputs: Sequence[Any]
 ) -> tuple[list[torch.fx.Node], list[Any] | None]:
     """The graph's inputs that are parameters, and one real batch of all its inputs.
 
-    Gradients come in as ones where they are a loss's, else as zeros: their size is unknown.
-    No batch where inputs have no data: DDP compiles a graph in as many pieces as it has buckets,
-    and none but the first would have real inputs; nor has the device "meta" any.
+    Gradients come in as ones where they are a loss's, else as zeros: their size is unknown. What
+    the graph writes to is copied. No batch where inputs have no data: DDP compiles a graph in as
+    many pieces as it has buckets, and none but the first would have real inputs; nor has the device
+    "meta" any.
+
+    Raises:
+        CaptureError: where the graph has more or fewer inputs than Dynamo's, naming why.
     """
     placeholders = graph.find_nodes(op="placeholder")
     primals = [node for node in placeholders if not str(node.target).startswith("tangents")]

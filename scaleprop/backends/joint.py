@@ -11,11 +11,9 @@ import torch
 import torch.fx
 from torch._dynamo import config as dynamo_config
 
-from scaleprop import _torch_compat as compat
-from scaleprop.backends.dynamo import compile_joint
-from scaleprop.errors import CaptureError, ConfigError
+from scaleprop.backends.dynamo import compile_joint, given_inputs
+from scaleprop.errors import CaptureError, ConfigError, ScalePropError
 
-aten: Any = torch.ops.aten
 _REMEDY = "Remedy: call what breaks the graph outside the model, or analyze a part of it."
 
 
@@ -49,10 +47,10 @@ def capture_training(
 
     Raises:
         ConfigError: where the loss is no float scalar, or nothing that it depends on is learned.
-        CaptureError: where Dynamo cannot take the whole step as one graph.
+        CaptureError: where Dynamo cannot take the whole step as one graph, or inputs have no data.
     """
     names = {id(value): name for name, value in model.named_parameters()}
-    found: list[TrainingStep | ConfigError] = []
+    found: list[TrainingStep | ScalePropError] = []
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return loss_of(model(*args, **kwargs))
@@ -65,7 +63,7 @@ def capture_training(
             found.append(ConfigError(problem))
         else:
             compile_joint(graph, given, lambda joint: found.append(
-                _step(graph, given, joint, names)), "eager")
+                _attempt(graph, given, joint, names)), "eager")
 
         def stop(*_: Any) -> Any:
             raise _Enough
@@ -86,7 +84,7 @@ def capture_training(
     if not found:
         raise ConfigError(f"the loss of {type(model).__name__} does not depend on its inputs or "
                           "parameters")
-    if isinstance(found[0], ConfigError):
+    if isinstance(found[0], ScalePropError):
         raise found[0]
     return found[0]
 
@@ -111,6 +109,17 @@ def _problem(graph: torch.fx.GraphModule) -> str:
     return ""
 
 
+def _attempt(
+    graph: torch.fx.GraphModule, given: Sequence[Any], joint: torch.fx.GraphModule,
+    names: Mapping[int, str],
+) -> TrainingStep | CaptureError:
+    """``_step``, or why there is none: an error raised inside Dynamo would come out as another."""
+    try:
+        return _step(graph, given, joint, names)
+    except CaptureError as error:
+        return error
+
+
 def _step(
     graph: torch.fx.GraphModule, given: Sequence[Any], joint: torch.fx.GraphModule,
     names: Mapping[int, str],
@@ -121,17 +130,11 @@ def _step(
     output: Any = kept.graph.graph_copy(joint.graph, copies)
     kept.graph.output(output)
     kept.recompile()
-    placeholders = kept.graph.find_nodes(op="placeholder")
-    primals = [node for node in placeholders if not str(node.target).startswith("tangents")]
-    if len(primals) != len(given):
-        raise CaptureError(f"AOTAutograd traced {len(primals)} inputs of {len(given)}: "
-                           "two of them share memory. Remedy: pass copies.")
-    written = {node.args[0] for node in kept.graph.nodes if node.target is aten.copy_.default}
-    with compat.without_modes():
-        inputs = [value.detach().clone() if node in written else value
-                  for node, value in zip(primals, given, strict=True)]
-        inputs += [torch.ones((), dtype=node.meta["val"].dtype, device=node.meta["val"].device)
-                   for node in placeholders[len(primals):]]
+    _, inputs = given_inputs(kept.graph, given)
+    if inputs is None:
+        raise CaptureError("parameters or inputs have no data: they are on the device 'meta', or "
+                           "fake. Remedy: load the weights, and pass real inputs.")
+    primals = kept.graph.find_nodes(op="placeholder")[:len(given)]
     of_parameter = {node: names.get(id(value), node.name)
                     for node, value in zip(primals, given, strict=True)
                     if isinstance(value, torch.nn.Parameter)}

@@ -33,7 +33,7 @@ class Exact:
 
     def __call__(self, module: torch.fx.GraphModule, given: Any) -> Any:
         def transform(joint: torch.fx.GraphModule) -> None:
-            parameters, inputs = dynamo._given(joint.graph, given)
+            parameters, inputs = dynamo.given_inputs(joint.graph, given)
             self.done.append(lower_products(joint, parameters, self.formats, inputs))
             without_casts(joint)
 

@@ -238,6 +238,24 @@ def test_refusals_are_named():
         scaleprop.analyze(nn.Sequential(model, Branching()), x, loss_fn=torch.sum)
 
 
+def test_inputs_without_data_and_those_that_share_memory_are_refused():
+    with pytest.raises(CaptureError, match=r"no data: .*'meta'.*Remedy: load the weights"):
+        scaleprop.analyze(nn.Linear(4, 4, device="meta"), torch.ones(2, 4, device="meta"),
+                          loss_fn=torch.sum)
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x, y):
+            return self.layer(x.mul_(2)) + y
+
+    x = torch.ones(2, 4)
+    with pytest.raises(CaptureError, match=r"share memory. Remedy: pass copies"):
+        scaleprop.analyze(Shared(), (x, x.view(2, 4)), loss_fn=torch.sum)
+
+
 def test_json_html_and_table(step, tmp_path):
     from rich.console import Console
 
