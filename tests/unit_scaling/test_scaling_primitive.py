@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from scaleprop.errors import UnsupportedOpError
 from scaleprop.ops.scaling import scale_fwd_bwd
 
 
@@ -43,3 +44,25 @@ def test_exports() -> None:
 
     x = torch.randn(4)
     torch.testing.assert_close(torch.export.export(Module(), (x,)).module()(x), x * 3)
+
+
+def test_derivatives_forward_and_batched_are_those_of_the_value() -> None:
+    x, tangent = torch.randn(2, 3, 4)
+    y, moved = torch.func.jvp(lambda v: scale_fwd_bwd(v, 3.0, 0.5), (x,), (tangent,))[:2]
+    assert torch.equal(y, x * 3) and torch.equal(moved, tangent * 3)
+    one = torch.func.grad(lambda v: scale_fwd_bwd(v, 3.0, 0.5).square().sum())
+    assert torch.equal(torch.vmap(one)(x), 2 * 3 * 0.5 * x)
+
+
+def test_second_derivatives_are_refused_where_they_would_be_wrong() -> None:
+    for backward in (0.5, 2.0):
+        x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+        y = scale_fwd_bwd(x, 2.0, backward)
+        (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        assert torch.equal(first, 3 * y.square() * backward)
+        if backward == 2.0:
+            (second,) = torch.autograd.grad(first.sum(), x)
+            torch.testing.assert_close(second, 6 * 8 * x)
+        else:
+            with pytest.raises(UnsupportedOpError, match="gradient of a gradient"):
+                first.sum().backward()
