@@ -44,7 +44,8 @@ def unit_scale(
 
     Returns:
         An ordinary module with ``model``'s parameter names, called as ``example_inputs`` are
-        written; ``.scaling`` lists every constant.
+        written; it checkpoints the activations that ``model`` does. ``.scaling`` lists every
+        constant, what was done to each parameter, and what was left as it was.
 
     Raises:
         CaptureError: where the model cannot be traced.

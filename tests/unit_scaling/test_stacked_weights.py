@@ -13,6 +13,7 @@ from torch import nn
 import scaleprop
 from scaleprop.passes.unit.capture import capture_training
 from scaleprop.passes.unit.forward import rms
+from scaleprop.passes.unit.structure import product_contraction
 from scaleprop.passes.unit.synonyms import spell_synonyms
 from scaleprop.rules import rule_for
 
@@ -148,3 +149,56 @@ def test_synonyms_are_what_they_were(view: str) -> None:
     module.recompile()
     assert torch.equal(module(torch.ones(())), expected)
     assert all(rule_for(node.target) for node in module.graph.nodes if node.op == "call_function")
+
+
+@pytest.mark.parametrize("equation", ["tk,kn->tn", "btk,khd->bhtd", "bhtd,hdk->btk", "...k,kn"])
+def test_einsums_take_other_sizes(equation: str) -> None:
+    rank, shape = {"tk,kn->tn": (2, (K, N)), "btk,khd->bhtd": (3, (K, H, 6)),
+                   "bhtd,hdk->btk": (4, (H, K, N)), "...k,kn": (4, (K, N))}[equation]
+    x = torch.randn(*(5, H, 7)[:rank - 1], K)
+    unit = scaleprop.unit_scale(Of(lambda x, w: torch.einsum(equation, x, w), shape), (x,))
+    found = unit(x[:3])
+    torch.testing.assert_close(found, unit(x)[:3])
+
+
+@pytest.mark.parametrize("equation", [
+    "kk,kn->n", "tk,kn->n", "tk,kk->tk", "tk,kn,kn->tn", "ak,kn->n"])
+def test_other_einsums_stay_and_are_reported(equation: str) -> None:
+    """Diagonals, sums over one factor's own axes, products without a sum, of three factors."""
+    count = equation.count(",")
+    x = torch.randn(K, K)
+    model = Of(lambda x, w: torch.einsum(equation, x, *[w] * count), (K, K))
+    unit = scaleprop.unit_scale(model, (x,))
+    assert unit.scaling.unruled == {"aten.einsum.default": 1}
+    assert unit.scaling.parameters["weights.0"].roles == ()
+    torch.testing.assert_close(unit(x), model(x))
+
+
+def test_a_library_s_operator_that_only_sounds_alike_is_none() -> None:
+    node = torch.fx.Graph().call_function(torch.ops.aten.mm.default, (1, 2))
+    assert product_contraction(node) is not None
+    node.target = torch.ops.scaleprop_tests.grouped_mm.default
+    assert product_contraction(node) is None  # of numbers
+
+
+@pytest.mark.parametrize("run", [
+    lambda x, w: grouped(x, w), lambda x, w: torch.bmm(x.view(E, -1, K), w).view(-1, N),
+    lambda x, w: torch.einsum("etk,ekn->etn", x.view(E, -1, K), w).reshape(-1, N)],
+    ids=["grouped", "bmm", "einsum"])
+def test_learning_rates_go_by_one_matrix_of_a_stack(run: Any) -> None:
+    """fan-in K, not E·K: each position meets one matrix."""
+    torch.manual_seed(0)
+    model = Of(lambda x, a, w, h: run(x @ a, w).relu() @ h, (8, K), (E, K, N), (N, 3))
+    x = torch.randn(T, 8)
+    unit = scaleprop.unit_scale(model, (x,), "u-mup")
+    use = unit.scaling.parameters["weights.1"]
+    assert (use.roles, use.fan_in, use.fan_out, use.rank) == (("hidden",), K, N, 3)
+    weight = unit.get_parameter("weights.1")
+
+    def rate(optimizer: Any) -> list[float]:
+        return [group["lr"] for group in scaleprop.parameter_groups(unit, optimizer, lr=1.0)
+                if any(p is weight for p in group["params"])]
+
+    assert rate("adam") == [pytest.approx(K**-0.5)]
+    assert rate("sgd") == [pytest.approx(K * 2.0**-use.potential)]
+    assert rate("muon") == []  # it takes matrices only

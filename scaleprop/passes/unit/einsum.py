@@ -65,8 +65,8 @@ def _parse(node: torch.fx.Node) -> _Sum | None:
     if arrow:
         out = _axes(result, node.meta["val"].dim())
     else:  # what the factors do not share, by name, an ellipsis first
-        ellipsis = dict.fromkeys(axis for axis in both if not axis.isalpha())
-        out = (*sorted(ellipsis), *sorted(axis for axis in both
+        ellipsis = {axis for axis in both if not axis.isalpha()}
+        out = (*sorted(ellipsis, key=_place, reverse=True), *sorted(axis for axis in both
                                           if axis.isalpha() and both.count(axis) == 1))
     found = _Sum(left, right, out)
     sizes = [dict(zip(axes, value.shape, strict=True))
@@ -83,6 +83,10 @@ def _axes(term: str, count: int) -> Axes:
     extra = count - sum(name != "..." for name in names)
     return tuple(axis for name in names for axis in (
         [f".{place}" for place in range(extra, 0, -1)] if name == "..." else [name]))
+
+
+def _place(axis: str) -> int:
+    return int(axis[1:])
 
 
 def _differ(one: Any, other: Any) -> bool:
