@@ -202,3 +202,19 @@ def test_learning_rates_go_by_one_matrix_of_a_stack(run: Any) -> None:
     assert rate("adam") == [pytest.approx(K**-0.5)]
     assert rate("sgd") == [pytest.approx(K * 2.0**-use.potential)]
     assert rate("muon") == []  # it takes matrices only
+
+
+def test_pytorch_s_own_grouped_product() -> None:
+    """In bfloat16, which it takes alone where it is traced."""
+    torch.manual_seed(0)
+    model = Of(lambda x, w: F.grouped_mm(x, w, offs=ENDS), (E, K, N)).bfloat16()
+    x = torch.randn(T, K).bfloat16()
+    unit = scaleprop.unit_scale(model, (x,))
+    use = unit.scaling.parameters["weights.0"]
+    assert (use.roles, use.fan_in, use.fan_out) == (("output",), K, N)
+    assert not unit.scaling.unruled
+    assert rms(unit(x).detach()) == pytest.approx(1, abs=0.1)
+    torch.manual_seed(1)
+    (unit(x) * torch.randn(T, N).bfloat16()).sum().backward()
+    gradient = unit.get_parameter("weights.0").grad
+    assert gradient is not None and 0.7 < rms(gradient) < 1.5  # a power of two
