@@ -248,3 +248,20 @@ def test_only_in_training() -> None:
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in unit.parameters())])
     assert_equal(results[1], results[0])
+
+
+class OnlyInTraining(Net):
+    """Checkpoints where it trains, and computes something else there."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + (later(block, x).tanh() if self.training else block(x))
+        return self.head(x)
+
+
+def test_what_is_lost_is_noted() -> None:
+    torch.manual_seed(0)
+    found = scaleprop.unit_scale(OnlyInTraining(plainly, mlp).double(), (X,))
+    assert found.scaling.checkpointed == 0
+    assert any("3 checkpointed regions" in note for note in found.scaling.notes)
+    assert any("code that only runs in training" in note for note in found.scaling.notes)
