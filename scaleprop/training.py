@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
+import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,6 +17,8 @@ from scaleprop import _torch_compat as compat
 from scaleprop.backends.dynamo import Inner, Options, Recipe, compile_with
 from scaleprop.errors import ConfigError
 from scaleprop.passes.training import Lowered
+
+logger = logging.getLogger(__name__)
 
 
 class ScaleReports(tuple[Lowered, ...]):
@@ -43,7 +49,22 @@ class ScaleReports(tuple[Lowered, ...]):
             console.print(table)
 
 
-_REPORTS: WeakKeyDictionary[torch.nn.Module, list[Lowered]] = WeakKeyDictionary()
+@dataclasses.dataclass
+class _Prepared:
+    """What is known of a prepared model.
+
+    measured: the largest magnitudes of its parameters when exponents were fixed by them, name →
+    (least, greatest) of all graphs.
+    """
+
+    options: Options
+    reports: list[Lowered] = dataclasses.field(default_factory=list[Lowered])
+    measured: dict[str, tuple[float, float]] = dataclasses.field(
+        default_factory=dict[str, tuple[float, float]])
+
+
+_PREPARED: WeakKeyDictionary[torch.nn.Module, _Prepared] = WeakKeyDictionary()
+_MOVED = 2.0  # a parameter's size, by a checkpoint: exponents leave room for more, layers add up
 
 
 def prepare_training(
@@ -53,7 +74,8 @@ def prepare_training(
 
     The model itself is returned: its parameters, ``state_dict`` keys, hooks and optimizers stay
     what they were, as after ``nn.Module.compile``. Call it again to change the recipe.
-    ``model.scale_report()`` says what was done.
+    ``model.scale_report()`` says what was done. Where ``load_state_dict`` brings weights of another
+    size than exponents were fixed for, these are found anew.
 
     Args:
         recipe: ``fp8`` runs linear layers on E4M3 data and gradients in E5M2; ``fp8-unscaled``
@@ -66,9 +88,10 @@ def prepare_training(
     """
     options = Options(recipe=recipe, inner=inner)
     _check(model)
-    reports = _REPORTS[model] = []
-    backend = functools.partial(_compile, options=options, reports=reports)
-    compat.compile_in_place(model, backend)
+    if model not in _PREPARED:
+        model.register_load_state_dict_post_hook(_measure_again)
+    _PREPARED[model] = _Prepared(options)
+    _start(model)
     # no parameter and no module, so not in state_dict; a copy's own says that it is not prepared
     report: Any = functools.partial(scale_report, model)
     model.scale_report = report
@@ -85,10 +108,50 @@ def _check(model: Any) -> None:
                           "Remedy: prepare the module that was scripted.")
 
 
+def _start(model: torch.nn.Module) -> None:
+    """Compile ``model`` at its next call."""
+    prepared = _PREPARED[model]
+    prepared.measured.clear()
+    prepared.reports.clear()
+    compat.compile_in_place(model, functools.partial(_compile, model=weakref.ref(model)))
+
+
 def _compile(
-    module: torch.fx.GraphModule, inputs: Sequence[Any], *, options: Options, reports: list[Lowered]
+    module: torch.fx.GraphModule, inputs: Sequence[Any], *,
+    model: weakref.ref[torch.nn.Module],
 ) -> Any:
-    return compile_with(module, inputs, options, reports.append)
+    named = model()
+    assert named is not None  # it is being called
+    prepared = _PREPARED[named]
+    if prepared.options.recipe == "fp8":
+        for name, size in _sizes(named).items():
+            least, most = prepared.measured.get(name, (size, size))
+            prepared.measured[name] = min(least, size), max(most, size)
+    return compile_with(module, inputs, prepared.options, prepared.reports.append)
+
+
+def _sizes(model: torch.nn.Module) -> dict[str, float]:
+    """The largest magnitude of each parameter whose numbers are here, whole, and not all zero."""
+    with torch.no_grad(), compat.without_modes():
+        found = {name: float(value.abs().max()) for name, value in model.named_parameters()
+                 if type(value) is torch.nn.Parameter and value.is_floating_point()
+                 and value.layout is torch.strided and not value.is_meta and value.numel()}
+    return {name: size for name, size in found.items() if 0.0 < size < math.inf}
+
+
+def _measure_again(model: torch.nn.Module, _: object) -> None:
+    """Called after ``load_state_dict``: exponents that were fixed for much smaller or larger
+    weights are found anew."""
+    prepared = _PREPARED.get(model)
+    if prepared is None or not prepared.measured:  # a copy, or nothing was measured yet
+        return
+    for name, size in _sizes(model).items():
+        least, most = prepared.measured.get(name, (size, size))
+        if not most / _MOVED <= size <= least * _MOVED:
+            logger.info("%s was loaded with %.3g as its largest magnitude, where exponents were "
+                        "fixed for %.3g: the model is measured again", name, size, most)
+            _start(model)
+            return
 
 
 def scale_report(model: torch.nn.Module) -> ScaleReports:
@@ -97,6 +160,6 @@ def scale_report(model: torch.nn.Module) -> ScaleReports:
     Raises:
         ConfigError: where ``model`` was not given to ``prepare_training``.
     """
-    if model not in _REPORTS:
+    if model not in _PREPARED:
         raise ConfigError(f"{type(model).__name__} was not given to scaleprop.prepare_training")
-    return ScaleReports(_REPORTS[model])
+    return ScaleReports(_PREPARED[model].reports)

@@ -64,7 +64,7 @@ def analyze(
     Raises:
         CaptureError, ConfigError: as ``compile``; ConfigError where the loss is no scalar.
         CalibrationError: where ``calibration`` is empty or a single batch, or a tensor is NaN or
-            Inf, naming node and batch.
+            Inf, naming node and batch; with ``loss_fn``, where a parameter's gradient is.
     """
     if loss_fn is None:
         from scaleprop.analysis.formats import compare_formats

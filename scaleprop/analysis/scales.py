@@ -9,7 +9,7 @@ import torch
 import torch.fx
 
 from scaleprop.backends.joint import TrainingStep, capture_training
-from scaleprop.errors import ConfigError, source_line
+from scaleprop.errors import CalibrationError, ConfigError, describe, source_line
 from scaleprop.formats.elements import FloatElement, element
 from scaleprop.passes.statistics import (
     Measured,
@@ -47,6 +47,7 @@ def look_at_training(
     step = capture_training(model, args, kwargs, _loss_of(loss_fn))
     limits = [_float(name).max for name in FORMATS]
     run = measure(step.joint, step.inputs, step.parameters, attention_entropy, limits)
+    _check(step, run)
     predicted = predict(step.joint.graph, run.given)
     found = visits(step.torch_level, step.given)
     rows = _Rows(step, run)
@@ -59,6 +60,16 @@ def look_at_training(
         notes=(f"one step, in {'training' if model.training else 'evaluation'} mode",
                "given, not predicted: parameters, inputs, and what depends on neither parameters "
                "nor gradients"))
+
+
+def _check(step: TrainingStep, run: Run) -> None:
+    """Raise ``CalibrationError`` where a step says nothing: its gradients are no numbers."""
+    for node, name in step.gradients.items():
+        seen = run.measured.get(node)
+        if seen is not None and seen.masked:
+            raise CalibrationError(
+                f"the gradient of {name!r}, {describe(node)}, is NaN or Inf on the example inputs. "
+                "Remedy: pass inputs and a loss with finite gradients.")
 
 
 def _loss_of(loss_fn: Any) -> Callable[[Any], Any]:

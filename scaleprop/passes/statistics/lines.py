@@ -26,9 +26,9 @@ def visits(torch_level: torch.fx.GraphModule, given: Sequence[Any]) -> list[Visi
     of what is no parameter; gradients are caught by hooks, parameters' ``grad`` stays.
     """
     inputs = [value if isinstance(value, torch.nn.Parameter) or not isinstance(value, torch.Tensor)
-              else value.detach().clone() for value in given]
-    learned = [value for value in given
-               if isinstance(value, torch.nn.Parameter) and value.requires_grad]
+              else value.detach().clone().requires_grad_(value.requires_grad) for value in given]
+    learned = [value for value in inputs
+               if isinstance(value, torch.Tensor) and value.requires_grad]
     work = _Hooked(torch_level)
     with torch.enable_grad(), compat.without_modes(), torch.random.fork_rng():
         result = work.run(*inputs, enable_io_processing=False)

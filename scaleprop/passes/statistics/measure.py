@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.fx
 
 from scaleprop import _torch_compat as compat
+from scaleprop.passes.statistics.masks import carried, fills, mask_chains
 from scaleprop.passes.training.roles import gradient_values
-from scaleprop.rules.moments import Moments, limit
+from scaleprop.rules.moments import Moments, numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Statistics of one float tensor, over the elements that stand for numbers, not for ±∞.
+    """Statistics of one float tensor, over the finite elements that stand for numbers.
 
     kurtosis: E[(x − mean)⁴]/σ⁴, 3 for a normal; None where σ is 0. zeros: share that is exactly 0;
-    masked: share of ±∞, NaN and what stands for them. exponents: ⌊log2 |x|⌋ → how many, of those
-    other than 0. above: limit → share of those other than 0 that are larger.
+    masked: share that is −∞, or stands for it, to mask a softmax; nonfinite: share that is NaN or
+    any other ±∞. exponents: ⌊log2 |x|⌋ → how many, of finite ones other than 0. above: limit →
+    share of those other than 0 and not masked that are larger, NaN and ±∞ among them.
     """
 
     count: int
@@ -32,33 +36,38 @@ class Measured:
     masked: float
     exponents: Mapping[int, int]
     above: Mapping[float, float] = dataclasses.field(default_factory=lambda: dict[float, float]())
+    nonfinite: float = 0.0
 
     @classmethod
-    def of(cls, x: torch.Tensor, limits: Sequence[float] = ()) -> Measured:
-        """Of one tensor; figures in float64."""
-        values = x.detach().double().flatten()
-        counted = values[values.abs() < limit(x.dtype)]
-        if not counted.numel():
-            return cls(x.numel(), 0.0, 0.0, 0.0, None, 0.0, float(x.numel() > 0), {})
-        mean = float(counted.mean())
-        centred = counted - mean
+    def of(cls, x: torch.Tensor, limits: Sequence[float] = (), masks: bool = False) -> Measured:
+        """Of one tensor; figures in float64. masks: see ``rules.moments.numbers``."""
+        counted, masked = numbers(x, masks)
+        count, number = x.numel(), counted.numel()
+        bad = count - number - masked
+        if not number:
+            return cls(count, 0.0, 0.0, 0.0, None, 0.0, masked / max(count, 1), {},
+                       {most: 1.0 for most in limits if bad}, bad / max(count, 1))
+        amax = float(counted.abs().max())
+        unit = 2.0 ** max(math.frexp(amax)[1] - 200, 0)  # or fourth powers of float64 are infinite
+        scaled = counted / unit
+        mean = float(scaled.mean())
+        centred = scaled - mean
         variance = float(centred.square().mean())
         fourth = float(centred.square().square().mean())
         live = counted[counted != 0]
         found, counts = torch.unique(torch.frexp(live).exponent - 1, return_counts=True)
         return cls(
-            count=x.numel(), amax=float(counted.abs().max()),
-            rms=float(counted.square().mean().sqrt()), mean=mean,
-            kurtosis=fourth / variance**2 if variance**2 > 0 else None,
-            zeros=(counted.numel() - live.numel()) / x.numel(),
-            masked=1 - counted.numel() / x.numel(),
+            count=count, amax=amax, rms=float(scaled.square().mean().sqrt()) * unit,
+            mean=mean * unit, kurtosis=fourth / variance**2 if variance**2 > 0 else None,
+            zeros=(number - live.numel()) / count, masked=masked / count,
             exponents=dict(zip(found.tolist(), counts.tolist(), strict=True)),
-            above={most: float((live.abs() > most).sum()) / live.numel()
-                   for most in limits if live.numel()})
+            above={most: (int((live.abs() > most).sum()) + bad) / (live.numel() + bad)
+                   for most in limits if live.numel() + bad},
+            nonfinite=bad / count)
 
     def below(self, exponent: int) -> float:
-        """The share of values other than 0 that are smaller than 2^exponent."""
-        total = sum(self.exponents.values())
+        """The share of values other than 0 and not masked that are smaller than 2^exponent."""
+        total = sum(self.exponents.values()) + round(self.nonfinite * self.count)
         small = sum(count for e, count in self.exponents.items() if e < exponent)
         return small / total if total else 0.0
 
@@ -69,13 +78,15 @@ class Run:
 
     measured: of every float value; given: moments of what no prediction is made for: inputs, and
     what depends neither on parameters nor on gradients; extra: what ``also`` returned, node by
-    node; backward: the values that depend on the loss's gradient.
+    node; backward: the values that depend on the loss's gradient; masks: those in which −∞ may
+    stand for what is hidden.
     """
 
     measured: Mapping[torch.fx.Node, Measured]
     given: Mapping[torch.fx.Node, Moments]
     extra: Mapping[torch.fx.Node, Any]
     backward: frozenset[torch.fx.Node]
+    masks: frozenset[torch.fx.Node] = frozenset()
 
 
 # sees a node, its value and its arguments' values; None: nothing to keep
@@ -89,9 +100,20 @@ def measure(
     """Run ``joint`` once on real inputs; its caller's random state stays what it was."""
     backward = gradient_values(joint.graph)
     work = _Watch(joint, parameters, backward, also, limits)
-    with torch.no_grad(), compat.without_modes(), torch.random.fork_rng():
+    with torch.no_grad(), compat.without_modes(), own_random_state(joint.graph, inputs):
         work.run(*inputs, enable_io_processing=False)
-    return Run(work.measured, work.given, work.extra, frozenset(backward))
+    return Run(work.measured, work.given, work.extra, frozenset(backward), frozenset(work.masks))
+
+
+def own_random_state(graph: torch.fx.Graph, inputs: Sequence[Any]) -> AbstractContextManager[None]:
+    """What is drawn inside leaves the caller's generators as they were: the CPU's, and those of the
+    devices that ``inputs`` and the graph's values are on."""
+    traced = (node.meta.get("val", node.meta.get("example_value")) for node in graph.nodes)
+    devices = {value.device for value in (*inputs, *traced) if isinstance(value, torch.Tensor)}
+    others = sorted((device for device in devices if device.type not in ("cpu", "meta")), key=str)
+    kind = others[0].type if others else "cuda"
+    return torch.random.fork_rng(
+        [device for device in others if device.type == kind], device_type=kind)
 
 
 class _Watch(torch.fx.Interpreter):
@@ -103,12 +125,14 @@ class _Watch(torch.fx.Interpreter):
         self.measured: dict[torch.fx.Node, Measured] = {}
         self.given: dict[torch.fx.Node, Moments] = {}
         self.extra: dict[torch.fx.Node, Any] = {}
+        self.masks: set[torch.fx.Node] = set()
         self._also = also
         self._limits = limits
         self._moving = set(backward)  # what depends on parameters or gradients
         for node in joint.graph.nodes:
             if node in parameters or any(s in self._moving for s in node.all_input_nodes):
                 self._moving.add(node)
+        self._chains = mask_chains(joint.graph, self._moving)
 
     def run_node(self, n: torch.fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -117,11 +141,27 @@ class _Watch(torch.fx.Interpreter):
             found = self._also(n, value, tuple(args), kwargs)
             if found is not None:
                 self.extra[n] = found
-        if isinstance(value, torch.Tensor) and n.op != "output":
-            if value.is_floating_point():
-                self.measured[n] = Measured.of(value, self._limits)
-            if n.op == "placeholder" or n not in self._moving:
-                moments = Moments.measured(value)
-                if moments is not None:
-                    self.given[n] = moments
+        if n.op == "output":
+            return value
+        if self._may_mask(n):
+            self.masks.add(n)
+        if isinstance(value, torch.Tensor):
+            self._keep(n, value)
         return value
+
+    def _keep(self, node: torch.fx.Node, value: torch.Tensor) -> None:
+        masks = node in self.masks
+        if value.is_floating_point():
+            self.measured[node] = seen = Measured.of(value, self._limits, masks)
+            if not seen.masked:
+                self.masks.discard(node)
+        if node.op == "placeholder" or node not in self._moving:
+            moments = Moments.measured(value, masks)
+            if moments is not None:
+                self.given[node] = moments
+
+    def _may_mask(self, node: torch.fx.Node) -> bool:
+        """Whether −∞ in ``node`` hides something: it was put there by what no parameter has a part
+        in, and leads to a softmax; or it was moved or summed from where it does."""
+        put = node.op == "placeholder" or node not in self._moving or fills(node)
+        return (node in self._chains and put) or any(s in self.masks for s in carried(node))
