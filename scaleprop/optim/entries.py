@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from scaleprop.errors import ConfigError
-from scaleprop.optim.storage import FORMATS, decode_state, encode_state
+from scaleprop.optim.batches import decode_states, encode_states, rows_of
+from scaleprop.optim.kernels import Ends, decode_state, encode_state
+from scaleprop.optim.storage import FORMATS, random_bits
 
 SQUARES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "variance",
                      "exp_inf", "step_size"})  # not negative, and divided by or multiplied with
 KEPT: Mapping[str, str] = {"step": "", "ax": "an average of parameters"}  # and what to report
 AT_ONCE = 1 << 24  # values of parameters whose state is decoded at the same time
+ALONE = frozenset({"cpu"})  # devices where each tensor is encoded by itself
 SCALE, GENERATOR = "exponent", "rounding_generator"  # keys in a state and a state_dict
 
 
@@ -39,14 +42,15 @@ def params_of(groups: list[dict[str, Any]]) -> Iterator[Tensor]:
     return itertools.chain.from_iterable(group["params"] for group in groups)
 
 
-def in_parts(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters that have a gradient, in runs of ``AT_ONCE`` values (at least one of them)."""
+def in_parts(params: list[Tensor], at_once: int | None = None) -> Iterator[list[Tensor]]:
+    """Parameters that have a gradient, in runs of ``at_once`` values (at least one of them)."""
+    at_once = AT_ONCE if at_once is None else at_once
     run: list[Tensor] = []
     size = 0
     for param in params:
         if param.grad is None:
             continue
-        if run and size + param.numel() > AT_ONCE:
+        if run and size + param.numel() > at_once:
             yield run
             run, size = [], 0
         run.append(param)
@@ -62,6 +66,17 @@ def decode_entry(entry: dict[Any, Any], param: Tensor) -> None:
         if not param.is_contiguous():
             value = torch.empty_like(param, dtype=dtype).copy_(value)
         entry[name] = value
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of the state of one parameter, by name: its ends, and memory for its data."""
+
+    ends: Mapping[Any, Ends]
+    memory: Mapping[Any, Tensor]
+
+
+NOTHING = Known({}, {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,19 +121,47 @@ class Codec:
             return f"{value.dtype}, not wider than what it would be stored in"
         return None
 
-    def encode(self, state: Mapping[Tensor, dict[Any, Any]], params: Iterable[Tensor]) -> None:
+    def encode(self, state: Mapping[Tensor, dict[Any, Any]], params: Iterable[Tensor],
+               known: Known = NOTHING) -> None:
         """Encode the state of ``params`` in place, whatever of it can be."""
+        joined: dict[Any, list[tuple[dict[Any, Any], str, Any]]] = {}
         for param in params:
             entry = state.get(param, {})  # not made where there is none
             for name in [name for name, value in entry.items()
                          if self.reason(name, value, param) is None]:
-                kind = self.kind(name)
-                stored = encode_state(entry[name], FORMATS[kind], self.generator)
-                key = key_of(name, kind, entry.pop(name).dtype)
-                entry[key], entry[f"{key}/{SCALE}"] = stored
+                kind, value = self.kind(name), entry.pop(name)
+                key, fmt = key_of(name, kind, value.dtype), FORMATS[kind]
+                if value.device.type in ALONE or value.numel() == 0:
+                    entry[key], entry[f"{key}/{SCALE}"] = encode_state(
+                        value, fmt, self.generator, ends=known.ends.get(name),
+                        memory=known.memory.get(name))
+                    continue
+                entry[key] = value  # holds its place; bits are drawn in this order
+                bits = None if self.generator is None else (
+                    random_bits(rows_of(value, fmt), self.generator))
+                joined.setdefault((kind, value.dtype, value.device), []).append((entry, key, bits))
+        for (kind, *_), together in joined.items():
+            drawn = None if self.generator is None else [bits for *_, bits in together]
+            stored = encode_states([entry[key] for entry, key, _ in together], FORMATS[kind], drawn)
+            for (entry, key, _), (data, exponent) in zip(together, stored, strict=True):
+                entry[key], entry[f"{key}/{SCALE}"] = data, exponent
 
 
 def decode(state: Mapping[Tensor, dict[Any, Any]], params: Iterable[Tensor]) -> None:
     """Decode the state of ``params`` in place."""
+    joined: dict[Any, list[tuple[dict[Any, Any], str, Tensor]]] = {}
     for param in params:
-        decode_entry(state.get(param, {}), param)
+        entry = state.get(param, {})
+        if param.device.type in ALONE or not param.is_contiguous() or param.numel() == 0:
+            decode_entry(entry, param)
+            continue
+        for key in [key for key in entry if parsed(key)]:
+            name, kind, dtype = parsed(key) or ("", "", torch.float32)
+            exponent: Tensor = entry.pop(f"{key}/{SCALE}")
+            entry[name] = entry.pop(key)  # holds its place
+            joined.setdefault((kind, dtype, param.device), []).append((entry, name, exponent))
+    for (kind, dtype, _), together in joined.items():
+        values = decode_states([(entry[name], exponent) for entry, name, exponent in together],
+                               FORMATS[kind], dtype)
+        for (entry, name, _), value in zip(together, values, strict=True):
+            entry[name] = value

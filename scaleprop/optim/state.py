@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scaleprop.errors import ConfigError
+from scaleprop.optim import entries, kernels
 from scaleprop.optim.entries import (
     GENERATOR,
     SQUARES,
@@ -19,6 +21,7 @@ from scaleprop.optim.entries import (
     in_parts,
     params_of,
 )
+from scaleprop.optim.pieces import Pieces, can_cut, in_cache
 from scaleprop.optim.saving import Loading
 from scaleprop.optim.storage import FIRST, SECOND
 
@@ -118,8 +121,8 @@ class ScaledState:
                 and next(iter(known._optimizer_step_post_hooks)) == self._handles[1].id)
 
     def _step_in_parts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """The whole step, ``AT_ONCE`` values after another; the caller's own finds no groups left.
-        The closure runs first and once, while the state is encoded. Returns new arguments."""
+        """The whole step, some values after others; the caller's own finds no groups left. The
+        closure runs first and once, while the state is encoded. Returns new arguments."""
         optimizer, *given = args
         step: Any = type(optimizer).step.__wrapped__  # without hooks
         closure = given[0] if given else kwargs.pop("closure", None)
@@ -128,20 +131,44 @@ class ScaledState:
                 loss = closure()
             args = (optimizer, lambda: loss)
         groups = self._groups = optimizer.param_groups
+        spare: dict[Any, Tensor] = {}
         try:
             for group in groups:
-                for params in in_parts(group["params"]):
-                    optimizer.param_groups = [group | {"params": params}]
-                    decode(optimizer.state, params)
-                    try:
+                for params, cut in self._parts(group["params"]):
+                    if not cut:
+                        optimizer.param_groups = [group | {"params": params}]
+                        self._step_part(step, params)
+                        continue
+                    pieces = Pieces(optimizer, params[0], spare, self._codec)
+                    for piece in pieces:
+                        optimizer.param_groups = [group | {"params": [piece]}]
                         step(optimizer)
-                    finally:
-                        self._codec.encode(optimizer.state, params)
+                    pieces.encode()
         except BaseException:
             self._settle()
             raise
         optimizer.param_groups = []
         return args
+
+    def _parts(self, params: list[Tensor]) -> Iterator[tuple[list[Tensor], bool]]:
+        """Parameters that are decoded together, and whether they are one that is cut into pieces.
+        Those come last; in their own place if random numbers are drawn, one after another."""
+        few = in_cache(self.optimizer, params)
+        cut = {id(param) for param in params if few and can_cut(self.optimizer, param)}
+        if self.generator is None:
+            params = sorted(params, key=lambda param: id(param) in cut)
+        at_once = min(kernels.CHUNK, entries.AT_ONCE) if few else entries.AT_ONCE
+        for pieces, run in itertools.groupby(params, lambda param: id(param) in cut):
+            for part in in_parts([*run], 1 if pieces else at_once):
+                yield part, pieces
+
+    def _step_part(self, step: Any, params: list[Tensor]) -> None:
+        """One step of some parameters."""
+        decode(self.optimizer.state, params)
+        try:
+            step(self.optimizer)
+        finally:
+            self._codec.encode(self.optimizer.state, params)
 
     def _before_saving(self, optimizer: Any) -> None:
         self._settle()
@@ -186,8 +213,10 @@ def scaled_state(optimizer: torch.optim.Optimizer, dtype: str = "fp16", *,
     For every optimizer whose state holds floating tensors shaped as the parameter: Adam, AdamW, SGD
     with momentum, RMSprop, … ; foreach and fused too. What exists is encoded now, what comes later
     (new parameters, new state) after the step that makes it. Steps of ``torch.optim`` decode
-    ``AT_ONCE`` values (or one parameter) at a time; all at once where other hooks run between the
-    two of this one, and in other optimizers. Not inside a CUDA graph: stored tensors are new ones.
+    ``AT_ONCE`` values (or one parameter) at a time; on a CPU, where every value is treated alone,
+    what stays in cache: a chunk at a time, one parameter in float32 at most. All at once where
+    other hooks run between the two of this one, and in other optimizers. Not inside a CUDA graph:
+    stored tensors are new ones there.
 
     dtype: "fp16", "bf16" or "fp8", of moments and momenta. second: of squares; the same unless
         stated, but "fp16" with "fp8" as in FP8-LM. squares: further names of state that is never
