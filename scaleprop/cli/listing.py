@@ -34,7 +34,7 @@ Written by `scaleprop rules --markdown FILE`.
   operators are integrated over their inputs' quantiles, others have a formula.
 - **bounded**: the size of what comes out does not follow x0's.
 - **degree**: of x0, where it is no whole number.
-- **contraction**: a sum of products, and of which kind.
+- **contraction**: a sum of products, and of which kind; or what makes the gradients of one.
 - **stays high because**: why its operands are not quantized, or not always.
 
 An operator without a rule is left alone, and its tensors stay in float. Those are listed last.

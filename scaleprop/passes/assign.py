@@ -89,8 +89,9 @@ class AssignFormats(Pass):
         records: list[TensorRecord] = []
         count = 0
         for node in nodes:
-            contraction = contraction_of(node)
-            if contraction is None or contraction.kind not in _ROLES:
+            contraction, rule = contraction_of(node), rule_for(node.target)
+            stays = rule is not None and rule.high
+            if contraction is None or contraction.kind not in _ROLES or stays:
                 records.extend(_unquantizable(node, contraction, self.name))
                 continue
             reason = self._reason_against(names[node]) or _structural_reason(rewriter, node)

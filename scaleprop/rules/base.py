@@ -19,7 +19,7 @@ from scaleprop.errors import ConfigError
 from scaleprop.rules.moments import moments_rule_for
 from scaleprop.rules.moments_pointwise import SAME, is_pointwise
 
-OperandRole = Literal["activation", "weight", "bias"]
+OperandRole = Literal["activation", "weight", "bias", "gradient"]
 ContractionKind = Literal["linear", "conv", "embedding", "matmul", "attention"]
 
 # output axis → the axis of argument 0 that it is; None for an axis that is new, merged or computed
@@ -63,10 +63,10 @@ Law = Homogeneity | Callable[[torch.fx.Node], Homogeneity | None]
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """One operand of a contraction.
+    """One operand of a contraction, or of what makes a contraction's gradients.
 
     argument: its position among the node's arguments. axes: the axes that are summed over,
-        counted from the end.
+        counted from the end; none for a bias, nor where gradients are made: each sums over others.
     """
 
     argument: int
@@ -76,10 +76,22 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """A sum of products: what low-precision hardware is for."""
+    """A sum of products: what low-precision hardware is for.
+
+    axes_of: node → each operand's axes, where they depend on the call.
+    """
 
     kind: ContractionKind
     operands: tuple[Operand, ...]
+    axes_of: Callable[[torch.fx.Node], tuple[tuple[int, ...], ...]] | None = None
+
+    def at(self, node: torch.fx.Node) -> Contraction:
+        """The same with the axes of one call."""
+        if self.axes_of is None:
+            return self
+        return Contraction(self.kind, tuple(
+            dataclasses.replace(operand, axes=axes)
+            for operand, axes in zip(self.operands, self.axes_of(node), strict=True)))
 
     def operand(self, role: OperandRole) -> Operand | None:
         """The first operand in ``role``."""
@@ -95,7 +107,9 @@ class Rule:
     axes: node → ``AxisMap`` for argument 0; None where no axis survives.
     moves: the output holds exactly the elements of argument 0, each at least once, in some order:
         whatever a per-tensor scale is found from, is found from either.
-    contraction: what is contracted with what; None where nothing is.
+    contraction: what is contracted with what; None where nothing is. See ``contraction_of``.
+    gradient_of: for an operator that makes the gradients of a contraction: of which kind, and from
+        what. They are several sums of products in one, so ``contraction`` is None.
     high: why its operands stay in high precision, for the report; "" where nobody would ask.
     bounded: the size of what comes out does not follow argument 0's: a sigmoid, a softmax, a norm
         (whose weight sets it).
@@ -109,6 +123,7 @@ class Rule:
     axes: Callable[[torch.fx.Node], AxisMap] | None = None
     moves: bool = False
     contraction: Contraction | None = None
+    gradient_of: Contraction | None = None
     high: str = ""
     bounded: bool = False
     degree: float | None = None
@@ -148,7 +163,13 @@ def answers_moments(op: Any) -> bool:
 def contraction_of(node: torch.fx.Node) -> Contraction | None:
     """What ``node`` contracts; None for everything that is not a contraction."""
     rule = rule_for(node.target) if node.op == "call_function" else None
-    return rule.contraction if rule else None
+    return rule.contraction.at(node) if rule is not None and rule.contraction else None
+
+
+def contraction_behind(node: torch.fx.Node) -> Contraction | None:
+    """The same, also for what makes the gradients of a contraction: several sums of products."""
+    rule = rule_for(node.target) if node.op == "call_function" else None
+    return contraction_of(node) or (rule.gradient_of if rule is not None else None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +180,7 @@ class Coverage:
     homogeneity: as ``formula`` writes it; "" where the inputs must be unscaled.
     axes: whether some axes of argument 0 are known to survive.
     moves, bounded, degree, high: as in ``Rule``. moments: see ``answers_moments``.
+    contraction: its kind, or ``gradients of`` it.
     count: how often a program uses it.
     """
 
@@ -170,7 +192,7 @@ class Coverage:
     moments: bool = False
     bounded: bool = False
     degree: float | None = None
-    contraction: ContractionKind | None = None
+    contraction: str | None = None
     high: str = ""
     count: int = 0
 
@@ -199,7 +221,8 @@ def _line(op: Any, count: int) -> Coverage:
         moments=answers_moments(op),
         bounded=rule.bounded,
         degree=rule.degree,
-        contraction=rule.contraction.kind if rule.contraction else None,
+        contraction=rule.contraction.kind if rule.contraction else
+        f"gradients of {rule.gradient_of.kind}" if rule.gradient_of else None,
         high=rule.high,
         count=count,
     )

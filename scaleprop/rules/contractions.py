@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 
 from scaleprop.rules import axes
 from scaleprop.rules.base import Contraction, Homogeneity, Operand, Rule, register
@@ -55,12 +56,27 @@ _convolution(aten.conv1d.default, 1)
 _convolution(aten.conv2d.default, 2)
 _convolution(aten.conv3d.default, 3)
 
+
+
+def _summed_axes(node: torch.fx.Node) -> tuple[tuple[int, ...], ...]:
+    """Of aten.convolution(x, w, b, …, transposed, …): a transposed one's w is [i, o, taps]."""
+    weight: Any = node.args[1]
+    rank = weight.meta["val"].dim() - 2
+    channels = -rank - 2 if node.args[6] else -rank - 1
+    return (-rank - 1,), (channels, *range(-rank, 0)), ()
+
+
 register(
     Rule(
         op=aten.convolution.default,
         family="contraction",
         homogeneity=_BILINEAR_BIAS,
         axes=axes.first_only,
+        contraction=Contraction(
+            "conv",
+            (Operand(0, "activation"), Operand(1, "weight"), Operand(2, "bias")),
+            axes_of=_summed_axes,
+        ),
         high="a transposed convolution runs in high precision",
     )
 )
@@ -126,16 +142,22 @@ for _op in (aten.addmm.default, aten.baddbmm.default):
         )
     )
 
-_ATTENTION = {  # linear in the values; queries and keys go through exp
-    aten.scaled_dot_product_attention.default: Homogeneity({2: 1}),
-    aten._scaled_dot_product_flash_attention_for_cpu.default: Homogeneity(outputs=({2: 1}, {2: 0})),
-}
-for _op, _homogeneity in _ATTENTION.items():
+_ATTENTION = (  # linear in the values; queries and keys go through exp
+    aten.scaled_dot_product_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
+for _op in _ATTENTION:
+    _besides = len(_op._schema.returns) - 1  # log Σ e^score, and what only backward reads
     register(
         Rule(
             op=_op,
             family="contraction",
-            homogeneity=_homogeneity,
+            homogeneity=Homogeneity(outputs=({2: 1}, *({2: 0},) * _besides))
+            if _besides
+            else Homogeneity({2: 1}),
             axes=axes.all_but_last,
             contraction=Contraction(
                 "attention",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from scaleprop.rules import axes, laws
-from scaleprop.rules.base import Homogeneity, Law, Rule, register
+from scaleprop.rules.base import Contraction, Homogeneity, Law, Operand, Rule, register
 
 aten: Any = torch.ops.aten
 
@@ -45,7 +45,6 @@ _SHAPED: Mapping[Any, Law] = {
     aten.native_group_norm_backward.default: _LINEAR,
     aten.native_batch_norm_backward.default: _LINEAR,
     aten._fused_rms_norm_backward.default: _LINEAR,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _LINEAR,
     # where a label is; the summed class weights must be as they are
     aten.nll_loss_backward.default: Homogeneity({0: 1, 1: 0}),
     aten.nll_loss2d_backward.default: Homogeneity({0: 1, 1: 0}),
@@ -73,10 +72,37 @@ _SHAPED: Mapping[Any, Law] = {
     aten._cdist_backward.default: _LINEAR,
     aten._embedding_bag_backward.default: Homogeneity({0: 1, 10: 1}),
     aten._embedding_bag_per_sample_weights_backward.default: Homogeneity({0: 1, 1: 1}),
-    # dx from dy and w, dw from dy and x, db from dy
-    aten.convolution_backward.default: Homogeneity(
-        outputs=({0: 1, 1: 0, 2: 1}, {0: 1, 1: 1, 2: 0}, {0: 1, 1: 0, 2: 0})),
     aten.mse_loss_backward.default: _LINEAR,
 }  # fmt: skip
 for _op, _homogeneity in _SHAPED.items():
     register(Rule(op=_op, family="gradient", homogeneity=_homogeneity))
+
+register(  # dx from dy and w, dw from dy and x, db from dy
+    Rule(
+        op=aten.convolution_backward.default,
+        family="gradient",
+        homogeneity=Homogeneity(
+            outputs=({0: 1, 1: 0, 2: 1}, {0: 1, 1: 1, 2: 0}, {0: 1, 1: 0, 2: 0})
+        ),
+        gradient_of=Contraction(
+            "conv", (Operand(0, "gradient"), Operand(1, "activation"), Operand(2, "weight"))
+        ),
+    )
+)
+for _op in (
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    aten._scaled_dot_product_flash_attention_backward.default,
+    aten._scaled_dot_product_efficient_attention_backward.default,
+    aten._scaled_dot_product_cudnn_attention_backward.default,
+):
+    register(
+        Rule(
+            op=_op,  # of (dO, q, k, v, …)
+            family="gradient",
+            homogeneity=_LINEAR,
+            gradient_of=Contraction(
+                "attention",
+                (Operand(0, "gradient"), *(Operand(place, "activation") for place in (1, 2, 3))),
+            ),
+        )
+    )

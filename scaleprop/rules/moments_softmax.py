@@ -194,9 +194,9 @@ def _attention(call: Call) -> _Attention:
     # what k has in common moves a row's scores together, which softmax does not see
     square = width * q.rms**2 * k.variance * scale**2
     kept = 1.0
-    if call["attn_mask"] is not None:
-        mask = call.of("attn_mask")
-        is_mask = call["attn_mask"].meta["val"].dtype is torch.bool
+    if (given := call.arguments.get("attn_mask", call.arguments.get("attn_bias"))) is not None:
+        mask = call.of(given)
+        is_mask = given.meta["val"].dtype is torch.bool
         kept = 1 - mask.zeros if is_mask else 1 - mask.masked
         square += 0.0 if is_mask else mask.variance
     causal = bool(call["is_causal"])
@@ -216,17 +216,27 @@ def attention(call: Call) -> Answer:
     return _attended(found, call["dropout_p"])
 
 
-@moments_rule(aten._scaled_dot_product_flash_attention_for_cpu.default)
+@moments_rule(
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
 def attention_and_sums(call: Call) -> Answer:
-    """The same, and log Σ e^score."""
+    """The same, log Σ e^score, and what only backward reads."""
     found = _attention(call)
-    return _attended(found, call["dropout_p"]), Moments(*found.c.log_sum)
+    besides = len(call.node.target._schema.returns) - 2  # type: ignore[union-attr]
+    return (_attended(found, call["dropout_p"]), Moments(*found.c.log_sum), *(None,) * besides)
 
 
-@moments_rule(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
-def attention_back(call: Call) -> Answer:
+@moments_rule(
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    aten._scaled_dot_product_flash_attention_backward.default,
+    aten._scaled_dot_product_cudnn_attention_backward.default,
+)
+def attention_back(call: Call) -> tuple[Moments, ...]:
     """dq, dk, dv. dS = p∘(dO·(v − o)) sums to 0 over keys: what v or k have in common is lost."""
-    found, dy = _attention(call), call.of("grad_out")
+    found, dy = _attention(call), call.first()
     per_row = found.width * dy.rms**2 * found.v.variance * found.c.flow * found.scale**2
     share = found.rows / found.keys
     common = (2.0 if found.causal else 1.0) * share**2 * dy.mean**2  # early keys are read more
@@ -235,3 +245,11 @@ def attention_back(call: Call) -> Answer:
         Moments(0.0, math.sqrt(share * per_row * found.q.rms**2)),
         Moments(share * dy.mean, math.sqrt(share * found.c.squares * dy.variance + common)),
     )
+
+
+@moments_rule(aten._scaled_dot_product_efficient_attention_backward.default)
+def attention_and_bias_back(call: Call) -> Answer:
+    """The same, and dS, one for each score, as the gradient of what was added to the scores."""
+    found, dy = _attention(call), call.first()
+    square = found.width * dy.rms**2 * found.v.variance * found.c.flow / found.keys
+    return (*attention_back(call), Moments(0.0, math.sqrt(square)))

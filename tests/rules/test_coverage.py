@@ -38,6 +38,7 @@ def test_a_line_says_what_the_rule_says():
         "movement", "x0^1", True, True)
     by_op = {line.op: line for line in coverage()}
     assert by_op["aten.addmm.default"].contraction == "matmul"
+    assert by_op["aten.convolution_backward.default"].contraction == "gradients of conv"
     assert by_op["aten.addmm.default"].high == rule_for(aten.addmm.default).high
     assert all(line.family and not line.count for line in by_op.values())
     assert by_op["aten.sigmoid.default"].bounded and not by_op["aten.relu.default"].bounded

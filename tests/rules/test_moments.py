@@ -250,8 +250,10 @@ EXAMPLES |= {op: [(mask(64, 256), True)] for op in (
 EXAMPLES[aten.clamp.Tensor] = [(X, torch.tensor(-1.0).double(), torch.tensor(0.5).double())]
 # one mask is all that comes out
 LOOSE = {aten.any.default: 1.0, aten.all.default: 1.0}
-# not on a CPU
-ELSEWHERE = {aten._fused_rms_norm_backward.default, aten.native_dropout.default}
+# not on a CPU; for attention's kernels see test_attention_kernels
+KERNELS = {getattr(aten, f"_scaled_dot_product_{kernel}_attention{end}").default
+           for kernel in ("flash", "efficient", "cudnn") for end in ("", "_backward")}
+ELSEWHERE = KERNELS | {aten._fused_rms_norm_backward.default, aten.native_dropout.default}
 # a sample of what has poles has any rms; and what is rounded is told by a keyword
 UNTRIED = {aten.tan.default, aten.digamma.default, aten.div.Scalar_mode, aten.div.Tensor_mode}
 ANSWERING = [line.op for line in coverage() if line.moments]

@@ -287,8 +287,11 @@ EXAMPLES |= {
 KEYWORDS = {aten.sort.stable: {"stable": True}, aten.div.Tensor_mode: {"rounding_mode": None}}
 EXAMPLES[aten.div.Tensor_mode] = (X, Y)
 EXAMPLES[ops.power_scale] = (X, "e4m3", 2)
-# what they return is arbitrary, random or rounded, or they do not run on a CPU
-UNDEFINED = {ops.cast, aten._fused_rms_norm_backward.default,
+# what they return is arbitrary, random or rounded, or they do not run on a CPU; for attention's
+# kernels see test_attention_kernels
+KERNELS = {getattr(aten, f"_scaled_dot_product_{kernel}_attention{end}").default
+           for kernel in ("flash", "efficient", "cudnn") for end in ("", "_backward")}
+UNDEFINED = KERNELS | {ops.cast, aten._fused_rms_norm_backward.default,
              aten.empty.memory_format, aten.rand.default, aten.randn.default, aten.randint.default,
              aten.randint.low, aten.empty_like.default, aten.rand_like.default,
              aten.randn_like.default, aten.new_empty.default, aten.randperm.default,

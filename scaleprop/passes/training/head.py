@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable
-from typing import Any
 
 import torch
 import torch.fx
@@ -28,7 +27,6 @@ from scaleprop.rules import rule_for
 
 FORWARD = "no other product of a parameter comes between it and the loss"
 BACKWARD = "a product of the loss's own gradient, whose values are alike"
-_BACKWARD: Any = torch.ops.aten.convolution_backward.default
 
 
 def keep_head_high(
@@ -120,8 +118,9 @@ def _multiplies(node: torch.fx.Node, parameters: Collection[torch.fx.Node]) -> b
     if node.op != "call_function":
         return False
     rule = rule_for(node.target)
-    if rule is not None and node.target is not _BACKWARD and (
-            (rule.contraction is None and rule.family != "contraction")
-            or (rule.contraction is not None and rule.contraction.kind == "embedding")):
-        return False
+    if rule is not None:
+        multiplied = rule.contraction or rule.gradient_of
+        kind = multiplied.kind if multiplied is not None else ""
+        if kind == "embedding" or (not kind and rule.family != "contraction"):
+            return False
     return any(parameter_of(source_of(source)[0]) in parameters for source in node.all_input_nodes)

@@ -12,24 +12,19 @@ from typing import Any, Literal
 import torch
 import torch.fx
 
-from scaleprop.rules import rule_for
+from scaleprop.rules import contraction_behind, rule_for
 
 aten: Any = torch.ops.aten
 
 Role = Literal["fprop", "dgrad", "wgrad"]
 # operator → the places of its two factors
 FACTORS = {aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}
-# contractions that are no products of two matrices → why they stay high
+# contractions that are no products of two matrices → why they and their gradients stay high
 _KINDS = {
     "matmul": "a batch of products: only single matrices run in low precision",
     "attention": "attention runs in high precision",
     "linear": "not brought to a product of matrices",
     "conv": "a convolution: only products of matrices run in low precision",
-}
-_OTHERS: Mapping[Any, str] = {
-    aten.convolution.default: _KINDS["conv"],
-    aten.convolution_backward.default: _KINDS["conv"],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _KINDS["attention"],
 }
 
 
@@ -110,19 +105,20 @@ def find_products(graph: torch.fx.Graph, parameters: Collection[torch.fx.Node]) 
 
 def _no_matrix_product(node: torch.fx.Node) -> str:
     """Why another sum of products stays high; "" where a node is none, or a lookup."""
-    if node.target in _OTHERS:
-        return _OTHERS[node.target]
-    rule = rule_for(node.target)
-    contraction = rule.contraction if rule is not None else None
+    contraction = contraction_behind(node)
     return _KINDS.get(contraction.kind, "") if contraction is not None else ""
+
+
+def is_tangent(node: torch.fx.Node) -> bool:
+    """Whether ``node`` is a gradient that comes in from outside: AOTAutograd names them so."""
+    return node.op == "placeholder" and str(node.target).startswith("tangents")
 
 
 def gradient_values(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     """What depends on the gradients that come in from outside."""
     found: set[torch.fx.Node] = set()
     for node in graph.nodes:
-        is_tangent = node.op == "placeholder" and str(node.target).startswith("tangents")
-        if is_tangent or any(source in found for source in node.all_input_nodes):
+        if is_tangent(node) or any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
 
