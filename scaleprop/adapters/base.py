@@ -6,6 +6,7 @@ import importlib
 import re
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -19,7 +20,7 @@ class Preparation:
     """How models are prepared: the arguments of every adapter, checked when it is made.
 
     Raises:
-        ConfigError: on an unknown recipe or inner compiler, or one pattern instead of several.
+        ConfigError: on an unknown recipe or inner compiler, or patterns that are no list of names.
     """
 
     def __init__(self, recipe: Recipe, inner: Inner, modules: Sequence[str]) -> None:
@@ -27,6 +28,9 @@ class Preparation:
         if isinstance(modules, str):
             raise ConfigError(f"modules={modules!r} is one string: give a list of patterns, "
                               f"[{modules!r}]")
+        given: Any = modules
+        if not isinstance(given, list | tuple) or any(type(one) is not str for one in modules):
+            raise ConfigError(f"modules={given!r}: give a list of patterns of module names")
         self.recipe: Recipe = recipe
         self.inner: Inner = inner
         self.modules = tuple(modules)

@@ -20,6 +20,7 @@ from torch import nn
 
 from scaleprop.adapters.base import Preparation, library
 from scaleprop.backends.dynamo import Inner, Recipe
+from scaleprop.errors import ConfigError
 
 if TYPE_CHECKING:
     from pytorch_lightning.plugins import Precision as Base
@@ -36,7 +37,7 @@ class Precision(Base):
 
     Raises:
         ConfigError: on an unknown recipe or inner compiler; when the trainer sets up, where a
-            pattern of ``modules`` is no module's name.
+            pattern of ``modules`` is no module's name, or there is no module to prepare.
     """
 
     precision = "32-true"  # of parameters, inputs and outputs
@@ -50,6 +51,11 @@ class Precision(Base):
         """Called by the strategy before it wraps the module; once more by a later evaluation."""
         if module not in self._done:
             whole = [module] if self._preparation.modules else list(_callable_parts(module))
+            if not whole and next(module.parameters(), None) is not None:
+                raise ConfigError(
+                    f"{type(module).__name__} has parameters, but no module below it that is "
+                    "called: nothing would train in low precision. Remedy: put its layers into a "
+                    "module of their own.")
             for part in whole:
                 self._preparation.apply(part)
             self._done.add(module)

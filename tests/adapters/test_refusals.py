@@ -179,3 +179,16 @@ def test_lightnings_twin_is_taken_where_it_is_used(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True,
                           text=True, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{root}"})
     assert done.stdout.strip() == "lightning.pytorch.plugins", done.stderr
+
+
+@pytest.mark.parametrize("modules", [None, [3], "0"])
+def test_patterns_that_are_no_list_of_names_are_named(modules: Any) -> None:
+    with pytest.raises(ConfigError, match=r"modules=.*give a list of patterns"):
+        Preparation("fp8", "eager", modules)
+
+
+def test_lightning_refuses_a_module_of_which_it_would_prepare_nothing() -> None:
+    plugin = adapters.lightning.Precision("fp8", inner="eager")
+    with pytest.raises(ConfigError, match=r"Linear has parameters, but no module below.*Remedy"):
+        plugin.convert_module(nn.Linear(2, 2))
+    plugin.convert_module(nn.Identity())
