@@ -207,3 +207,43 @@ def test_evaluation_after_training(recipe: str):
             assert torch.equal(got, model(ids(length)))  # nothing is drawn
     model.train()
     assert all(t.isfinite().all() for t in step(model, ids(8)))
+
+
+def test_a_recipe_is_changed_and_changed_back():
+    model, plain = build(), build()
+    want = step(plain, ids(8))
+    found = []
+    for recipe in ("fp8", "fp32", "fp8"):
+        scaleprop.prepare_training(model, recipe, inner="eager")  # type: ignore[arg-type]
+        found.append(step(model, ids(8)))
+        assert len(scaleprop.scale_report(model)) == (recipe == "fp8")
+    assert_equal(found[1], want)
+    assert_equal(found[0], found[2])
+    assert not torch.equal(found[0][0], want[0])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_before_training(recipe: str, mode: Callable[[], Any]):
+    """The first graph has no gradients; the second one does."""
+    model = scaleprop.prepare_training(build(), recipe, inner="eager")  # type: ignore[arg-type]
+    with mode():
+        first = model(ids(8))
+    assert not first.requires_grad
+    assert_parallel(step(model, ids(8)), step(build(), ids(8)), *TOLERANCE[recipe])
+
+
+def test_two_models_of_one_class_have_their_own_exponents():
+    """The second one's weights are larger: what was fixed for the first does not hold for it."""
+    first, second = build(), build()
+    with torch.no_grad():
+        for block in second.blocks:
+            block.up.weight.mul_(2.0**10)
+    found = []
+    for model in (first, second):
+        scaleprop.prepare_training(model, "fp8", inner="eager")
+        step(model, ids(8))
+        (report,) = scaleprop.scale_report(model)
+        found.append({cast.value: cast.exponent for cast in report.casts if cast.kind == "w"})
+    assert found[0].keys() == found[1].keys()
+    moved = [name for name in found[0] if found[0][name] != found[1][name]]
+    assert len(moved) == 1 and found[1][moved[0]] - found[0][moved[0]] >= 4
