@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, cast
 
@@ -15,21 +16,21 @@ from scaleprop.passes.statistics import (
     Measured,
     Run,
     attention_entropy,
+    factors,
     findings,
     listings,
     measure,
     module_of,
+    nonfinite_finding,
     predict,
+    refuse_nonfinite,
     visits,
 )
 from scaleprop.report.scales import FORMATS, Phase, ScaleReport, TensorScale
-from scaleprop.rules import contraction_of, rule_for
+from scaleprop.rules import rule_for
 from scaleprop.signature import split_example
 
 aten: Any = torch.ops.aten
-_SAME = frozenset((aten.detach.default, aten.alias.default))
-# what multiplies and sums besides contractions, and the places of its factors
-_PRODUCTS = {aten.convolution.default: (0, 1), aten.convolution_backward.default: (0, 1, 2)}
 
 
 def look_at_training(
@@ -48,14 +49,15 @@ def look_at_training(
     limits = [_float(name).max for name in FORMATS]
     run = measure(step.joint, step.inputs, step.parameters, attention_entropy, limits)
     _check(step, run)
+    refuse_nonfinite(run, step.loss, step.gradients, step.parameters)
     predicted = predict(step.joint.graph, run.given)
-    found = visits(step.torch_level, step.given)
+    found = visits(step.torch_level, step.given, run.masks)
     rows = _Rows(step, run)
     return ScaleReport(
         model=type(model).__name__,
         tensors=tuple(rows.row(node, predicted.moments) for node in rows.nodes()),
         visits=tuple(found), listings=tuple(listings(found)),
-        findings=findings(step.joint.graph, run, step.parameters),
+        findings=(*nonfinite_finding(run), *findings(step.joint.graph, run, step.parameters)),
         unknown=dict(predicted.unknown),
         notes=(f"one step, in {'training' if model.training else 'evaluation'} mode",
                "given, not predicted: parameters, inputs, and what depends on neither parameters "
@@ -121,7 +123,7 @@ class _Rows:
         seen = self._run.measured[node]
         moments = predicted.get(node)
         value = node.meta["val"]
-        made: Any = node.args[0] if getattr(node.target, "__name__", "") == "getitem" else node
+        made: Any = node.args[0] if node.target is operator.getitem else node
         name = self._step.parameters.get(node) or self._gradients.get(node, "")
         return TensorScale(
             node=node.name, op="" if node.op == "placeholder" else str(made.target),
@@ -130,7 +132,7 @@ class _Rows:
             source="" if node.op == "placeholder" else source_line(node),
             module=module_of(node), read_in=self._read.get(node, ()), count=seen.count,
             amax=seen.amax, rms=seen.rms, mean=seen.mean, kurtosis=seen.kurtosis, zeros=seen.zeros,
-            masked=seen.masked, exponents=seen.exponents,
+            masked=seen.masked, nonfinite=seen.nonfinite, exponents=seen.exponents,
             predicted=None if moments is None or node in self._run.given else moments.rms,
             underflow={format_: _underflow(seen, format_) for format_ in FORMATS},
             overflow={format_: seen.above.get(_float(format_).max, 0.0) for format_ in FORMATS})
@@ -151,7 +153,7 @@ def _underflow(seen: Measured, name: str) -> float:
 
 def _moves(node: torch.fx.Node) -> bool:
     rule = rule_for(node.target) if node.op == "call_function" else None
-    return node.target in _SAME or (rule is not None and rule.moves)
+    return rule is not None and rule.moves
 
 
 def _root(node: torch.fx.Node) -> torch.fx.Node:
@@ -167,13 +169,7 @@ def _operands(
     """What products read, moves undone → in which passes."""
     found: dict[torch.fx.Node, set[Literal["forward", "backward"]]] = {}
     for node in graph.nodes:
-        contraction = contraction_of(node)
-        places = _PRODUCTS.get(node.target, ())
-        if contraction is not None and contraction.kind != "embedding":
-            places = tuple(o.argument for o in contraction.operands if o.role != "bias")
-        for place in places:
-            source: Any = node.args[place] if place < len(node.args) else None
-            if isinstance(source, torch.fx.Node):
-                found.setdefault(_root(source), set()).add(
-                    "backward" if node in backward else "forward")
+        for factor in factors(node):
+            found.setdefault(_root(factor), set()).add(
+                "backward" if node in backward else "forward")
     return {node: tuple(sorted(passes)) for node, passes in found.items()}

@@ -22,15 +22,16 @@ class TrainingStep:
     """A model and its loss as graphs, with real inputs.
 
     torch_level: what Dynamo captured, in torch functions, forward only; given: its inputs.
-    joint: forward and backward, in ATen; inputs: its inputs, 1 for the loss's gradient.
-    parameters: its inputs that are parameters → their names; gradients: its outputs that are
-    gradients of parameters → their names.
+    joint: forward and backward, in ATen; inputs: its inputs, 1 for the loss's gradient. loss: its
+    output that is the loss. parameters: its inputs that are parameters → their names; gradients:
+    its outputs that are gradients of parameters → their names.
     """
 
     torch_level: torch.fx.GraphModule
     given: Sequence[Any]
     joint: torch.fx.GraphModule
     inputs: Sequence[Any]
+    loss: torch.fx.Node
     parameters: Mapping[torch.fx.Node, str]
     gradients: Mapping[torch.fx.Node, str]
 
@@ -143,4 +144,7 @@ def _step(
         for node, gradient in zip(primals, output[len(output) - len(primals):], strict=True)
         if node in of_parameter and isinstance(gradient, torch.fx.Node)
     }
-    return TrainingStep(graph, tuple(given), kept, inputs, of_parameter, gradients)
+    (results,) = graph.graph.output_node().args
+    own = len(results) if isinstance(results, tuple | list) else 1
+    loss = output[len(output) - len(primals) - own]  # behind what else the graph writes
+    return TrainingStep(graph, tuple(given), kept, inputs, loss, of_parameter, gradients)

@@ -46,10 +46,11 @@ class TensorScale:
     node, op: where it is made. phase: ``backward`` depends on the loss's gradient. name: the
     parameter that it is, or is the gradient of. read_in: the passes in which a matrix product or
     convolution reads it.
-    amax, rms, mean, kurtosis (3 for a normal), zeros and masked (shares), exponents (⌊log2 |x|⌋ →
-    count): measured. predicted: RMS by the operators' rules; None where nothing is known of it.
-    underflow, overflow: format → share of values other than 0 that are smaller than its smallest
-    positive number, or larger than its largest.
+    amax, rms, mean, kurtosis (3 for a normal), exponents (⌊log2 |x|⌋ → count): measured, of what is
+    finite and not masked. Shares: zeros; masked: −∞, or what stands for it, that masks a softmax;
+    nonfinite: NaN, and any other ±∞. predicted: RMS by the operators' rules; None where nothing is
+    known of it. underflow, overflow: format → share of values other than 0 that are smaller than
+    its smallest positive number, or larger than its largest; NaN and ±∞ are, in every format.
     """
 
     node: str
@@ -72,6 +73,7 @@ class TensorScale:
     predicted: float | None
     underflow: Mapping[str, float]
     overflow: Mapping[str, float]
+    nonfinite: float = 0.0
 
     @property
     def ratio(self) -> float | None:
@@ -80,10 +82,12 @@ class TensorScale:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """``e4m3 ↓43 %``: what would be lost in which format, below (↓) or above (↑) its range."""
-        return tuple(f"{name} {arrow}{100 * share:.0f} %"
-                     for arrow, shares in (("↑", self.overflow), ("↓", self.underflow))
-                     for name, share in shares.items() if share > LOST)
+        """``e4m3 ↓43 %``: what would be lost in which format, below (↓) or above (↑) its range;
+        and what is no number as it is."""
+        bad = (f"NaN or Inf {100 * self.nonfinite:.2g} %",) if self.nonfinite else ()
+        return (*bad, *(f"{name} {arrow}{100 * share:.0f} %"
+                        for arrow, shares in (("↑", self.overflow), ("↓", self.underflow))
+                        for name, share in shares.items() if share > LOST))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +166,12 @@ class ScaleReport:
         return len(good) / len(ratios) if ratios else None
 
     def lost(self) -> dict[str, tuple[int, int]]:
-        """Format → how many tensors of the two passes would underflow in it, and overflow."""
+        """Format → how many tensors of the two passes would underflow in it, and overflow; one NaN
+        or Inf is an overflow."""
         seen = [t for t in self.tensors if t.phase in ("forward", "backward")]
         return {name: (sum(t.underflow.get(name, 0) > LOST for t in seen),
-                       sum(t.overflow.get(name, 0) > LOST for t in seen)) for name in FORMATS}
+                       sum(t.overflow.get(name, 0) > LOST or t.nonfinite > 0 for t in seen))
+                for name in FORMATS}
 
     def annotated_source(self) -> str:
         """The model's source, each line with the RMS of what it makes: ``(→ 1.0, ← 0.236)``.

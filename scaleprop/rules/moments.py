@@ -25,8 +25,8 @@ class Moments:
     """What is known of the elements of one tensor.
 
     mean, rms: over all elements but those that are masked. zeros: share of elements that are
-    exactly 0. masked: share that is ±∞ or NaN, or stands for it (see ``limit``). nonnegative: no
-    element is below 0. A mask has the moments of its zeros and ones.
+    exactly 0. masked: share that is −∞, or stands for it (see ``limit``). nonnegative: no element
+    is below 0. +∞ and NaN count nowhere. A mask has the moments of its zeros and ones.
     """
 
     mean: float
@@ -42,8 +42,14 @@ class Moments:
 
     @classmethod
     def constant(cls, value: float, dtype: torch.dtype = torch.float32) -> Moments:
-        """Of a tensor of ``dtype`` that holds one number."""
-        if not abs(value) < limit(dtype):
+        """Of a tensor of ``dtype`` that holds one number.
+
+        Raises:
+            Unknown: of +∞ and NaN.
+        """
+        if math.isnan(value) or value == math.inf:
+            raise Unknown
+        if value <= -limit(dtype):
             return cls(0.0, 0.0, masked=1.0)
         return cls(value, abs(value), zeros=float(value == 0), nonnegative=value >= 0)
 
@@ -53,19 +59,19 @@ class Moments:
         return cls(share, math.sqrt(share), zeros=1 - share, nonnegative=True)
 
     @classmethod
-    def measured(cls, x: torch.Tensor) -> Moments | None:
-        """Of real numbers; None where there are none."""
+    def measured(cls, x: torch.Tensor, masks: bool = True) -> Moments | None:
+        """Of real numbers; None where there are none. masks: see ``numbers``."""
         if x.is_complex() or not x.numel():
             return None
         if x.dtype is torch.bool:
             return cls.of_mask(float(x.double().mean()))
-        values = x.double().flatten()
-        counted = values[values.abs() < limit(x.dtype)]
+        counted, masked = numbers(x, masks)
+        total = counted.numel() + masked
         if not counted.numel():
-            return cls(0.0, 0.0, masked=1.0)
+            return cls(0.0, 0.0, masked=1.0) if masked else None
         return cls(
             float(counted.mean()), float(counted.square().mean().sqrt()),
-            zeros=float((counted == 0).sum()) / x.numel(), masked=1 - counted.numel() / x.numel(),
+            zeros=float((counted == 0).sum()) / total, masked=masked / total,
             nonnegative=bool((counted >= 0).all()))
 
     def times(self, factor: float) -> Moments:
@@ -76,11 +82,22 @@ class Moments:
 
 
 def limit(dtype: torch.dtype) -> float:
-    """What is as large stands for ±∞: half of the largest number, as masks have it, of types of 16
-    bits and more; 1e30 at most."""
+    """In a mask, −limit and what is below it stands for −∞: half of the largest number of types of
+    16 bits and more; 1e30 at most."""
     if not dtype.is_floating_point or dtype.itemsize == 1:
         return math.inf
     return min(torch.finfo(dtype).max / 2, 1e30)
+
+
+def numbers(x: torch.Tensor, masks: bool) -> tuple[torch.Tensor, int]:
+    """The finite elements of ``x`` [n], in float64, and how many are masked.
+
+    masks: whether −∞, and what ``limit`` says stands for it, is there to hide something: then it is
+    masked. Else only what is finite counts, and all of it.
+    """
+    values = x.detach().double().flatten()
+    hidden = values <= -limit(x.dtype) if masks else torch.zeros_like(values, dtype=torch.bool)
+    return values[values.isfinite() & ~hidden], int(hidden.sum())
 
 
 class Unknown(Exception):
@@ -131,7 +148,8 @@ class Call:
         """The same; None where nothing is known of it."""
         value = self.arguments[given] if isinstance(given, str) else given
         if isinstance(value, int | float):
-            return Moments.constant(float(value))
+            is_known = not math.isnan(value) and value != math.inf
+            return Moments.constant(float(value)) if is_known else None
         found = self._known(value) if isinstance(value, torch.fx.Node) else None
         return None if isinstance(found, tuple) else found
 

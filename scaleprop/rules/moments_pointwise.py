@@ -8,6 +8,7 @@ an axis, so chains of pointwise operators keep their correlation.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -132,10 +133,13 @@ def _call(
 def _weighted(
     result: torch.Tensor, weight: torch.Tensor, node: torch.fx.Node
 ) -> Moments | None:
-    """Moments of values that come with weights."""
+    """Moments of values that come with weights; +∞ and NaN, which no real input may lead to, count
+    nowhere."""
     value, weight = result.double(), weight.expand(result.shape)
-    counted = value.abs() < limit(node.meta["val"].dtype)
-    total, live = float(weight.sum()), float(weight[counted].sum())
+    hidden = value <= -_lowest(node)
+    counted = value.isfinite() & ~hidden
+    live, masked = float(weight[counted].sum()), float(weight[hidden].sum())
+    total = live + masked
     if total <= 0:
         return None
     if live <= 1e-12 * total:
@@ -143,8 +147,15 @@ def _weighted(
     kept, weight = value[counted], weight[counted]
     return Moments(
         float((kept * weight).sum()) / live, float((kept.square() * weight).sum() / live) ** 0.5,
-        zeros=float(weight[kept == 0].sum()) / total, masked=max(1 - live / total, 0.0),
+        zeros=float(weight[kept == 0].sum()) / total, masked=masked / total,
         nonnegative=bool((kept >= 0).all()))
+
+
+def _lowest(node: torch.fx.Node) -> float:
+    """How far below 0 a value stands for −∞: masks come as −∞, but for numbers among arguments."""
+    most = limit(node.meta["val"].dtype)
+    filled = any(isinstance(arg, int | float) and arg <= -most for arg in node.args)
+    return most if filled else math.inf
 
 
 def _is_tensor(node: torch.fx.Node) -> bool:

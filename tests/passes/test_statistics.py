@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 import scaleprop
@@ -15,6 +17,7 @@ from scaleprop.backends.joint import capture_training
 from scaleprop.passes.statistics import Measured, attention_entropy, measure
 from scaleprop.passes.statistics.depth import COLLAPSED, GROWTH
 from scaleprop.passes.statistics.lines import module_path
+from scaleprop.passes.statistics.measure import own_random_state
 from scaleprop.passes.statistics.structure import Structure, stream
 
 LOGGER = logging.getLogger("a model")
@@ -247,18 +250,110 @@ def test_shared_keys_have_entropy_too():
 
 def test_measured_figures():
     x = torch.tensor([0.0, 1.0, -2.0, 3.0, -math.inf, torch.finfo(torch.float32).min])
-    seen = Measured.of(x, limits=(1.5,))
+    seen = Measured.of(x, limits=(1.5,), masks=True)
     assert (seen.count, seen.amax, seen.mean) == (6, 3.0, 0.5)
     assert seen.rms == pytest.approx(math.sqrt(14 / 4))
     assert seen.zeros == pytest.approx(1 / 6) and seen.masked == pytest.approx(2 / 6)
     assert seen.exponents == {0: 1, 1: 2} and seen.above == {1.5: 2 / 3}
-    assert seen.below(1) == pytest.approx(1 / 3) and seen.below(0) == 0
+    assert seen.below(1) == pytest.approx(1 / 3) and seen.below(0) == seen.nonfinite == 0
     assert Measured.of(torch.empty(0)).count == 0
     assert Measured.of(torch.ones(3)).kurtosis is None
     normal = Measured.of(torch.randn(1 << 18, generator=torch.Generator().manual_seed(0)))
     assert normal.kurtosis == pytest.approx(3, abs=0.05)
     tiny = Measured.of(torch.tensor([2.0**-149, 2.0**99]))
     assert tiny.exponents == {-149: 1, 99: 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float, torch.double])
+def test_what_masks_nothing_counts(dtype):
+    most = torch.finfo(dtype).max
+    x = torch.tensor([0.0, 1.0, -most, most / 2, math.inf, -math.inf, math.nan, 3.0], dtype=dtype)
+    finite = x[x.isfinite()].double()
+    for masks, counted, masked in ((False, finite, 0), (True, finite[finite > -most], 2)):
+        seen = Measured.of(x, (448.0, 1.0), masks)
+        unit = float(counted.abs().max())
+        assert seen.amax == unit and seen.masked == masked / 8
+        assert seen.rms / unit == pytest.approx(float((counted / unit).square().mean().sqrt()))
+        assert seen.mean / unit == pytest.approx(float((counted / unit).mean()))
+        assert seen.nonfinite == (2 if masks else 3) / 8
+        live = 8 - 1 - masked  # one is 0
+        assert seen.above == {448.0: (live - 2) / live, 1.0: (live - 1) / live}
+        assert seen.below(1) == pytest.approx(1 / live)
+    nothing = Measured.of(torch.full((3,), math.nan, dtype=dtype), (1.0,))
+    assert (nothing.nonfinite, nothing.above, nothing.masked) == (1.0, {1.0: 1.0}, 0.0)
+
+
+def masks_of(function, *inputs: torch.Tensor) -> dict[str, float]:
+    """Operators whose values are masked somewhere → their shares, in a step on a learned x."""
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = nn.Parameter(inputs[0])
+
+        def forward(self, *more):
+            return function(self.x, *more)
+
+    step = capture_training(Model(), inputs[1:] or (torch.ones(1),), {}, loss_fn)
+    run = measure(step.joint, step.inputs, step.parameters)
+    return {str(node.target).removeprefix("aten."): run.measured[node].masked
+            for node in run.measured if node in run.masks}
+
+
+HIDDEN = torch.ones(4, 4, dtype=torch.bool).triu(1)  # 6 of 16
+
+
+def test_masks_are_told_by_where_they_go():
+    lowest = torch.finfo(torch.float).min
+    x = torch.randn(4, 4)
+    filled = masks_of(lambda x, _: x.masked_fill(HIDDEN, -math.inf).softmax(-1), x)
+    assert filled == {"masked_fill.Scalar": 6 / 16}
+    for low in (lowest, -math.inf):
+        assert masks_of(lambda x, m: (x + m).softmax(-1), x, torch.zeros(4, 4).masked_fill(
+            HIDDEN, low))["add.Tensor"] == 6 / 16
+    made = masks_of(lambda x, keep: (x + (1 - keep) * lowest).softmax(-1), x, (~HIDDEN).float())
+    assert made["mul.Tensor"] == made["add.Tensor"] == 6 / 16
+    found = masks_of(lambda x, _: torch.where(HIDDEN, -math.inf, x)[:, :2].softmax(-1), x)
+    assert found["where.self"] == 6 / 16 and found["slice.Tensor"] == 1 / 8
+    found = masks_of(lambda x, _: F.log_softmax(torch.cat(
+        [x, torch.full((4, 4), lowest).triu(1)]), -1)[:4], x)
+    assert found["triu.default"] == 6 / 16 and found["cat.default"] == 6 / 32
+
+
+def test_what_masks_no_softmax_is_no_mask():
+    x = torch.randn(4, 4)
+    low = torch.full((4, 4), -math.inf)
+    assert masks_of(lambda x, m: (x + m).exp(), x, low.triu(1)) == {}
+    assert masks_of(lambda x, m: torch.maximum(x, m), x, low) == {}
+    # what a parameter leads to is computed, not put there, wherever it goes
+    assert masks_of(lambda x, _: (x * -1e38).softmax(-1), x.abs()) == {}
+    assert masks_of(lambda x, _: (x @ x * 2).softmax(-1), torch.full((4, 4), 1e38).triu()) == {}
+    # nor are +∞ and NaN
+    for bad in (math.inf, math.nan):
+        assert masks_of(lambda x, m: (x + m).softmax(-1), x, torch.full((4, 4), bad)) == {}
+
+
+def test_random_numbers_are_the_callers(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)  # where fork_rng warns, unasked
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with own_random_state(torch.fx.Graph(), [torch.ones(2), 3]):
+            torch.rand(5)
+    assert torch.equal(torch.get_rng_state(), state)
+    forked = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda *args, **kinds: forked.append(
+        (args, kinds)))
+    graph = torch.fx.Graph()
+    graph.placeholder("x").meta["val"] = _on("cuda:1")
+    own_random_state(graph, [torch.ones(2), _on("cuda:0"), _on("meta")])
+    assert forked == [(([torch.device("cuda:0"), torch.device("cuda:1")],),
+                       {"device_type": "cuda"})]
+
+
+def _on(device: str) -> torch.Tensor:
+    """A tensor that says it is there."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return torch.empty(2, device=device)
 
 
 @pytest.mark.parametrize(("name", "path"), [

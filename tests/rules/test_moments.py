@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import pytest
@@ -12,7 +13,18 @@ from scaleprop.errors import ConfigError
 from scaleprop.passes.statistics import predict
 from scaleprop.rules import coverage, rule_for
 from scaleprop.rules.base import answers_moments
-from scaleprop.rules.moments import Call, Moments, added, by_rows, mixed, moments_rule, summed
+from scaleprop.rules.moments import (
+    Call,
+    Moments,
+    Unknown,
+    added,
+    answer,
+    by_rows,
+    limit,
+    mixed,
+    moments_rule,
+    summed,
+)
 from scaleprop.rules.moments_pointwise import SAME, is_pointwise
 
 aten = torch.ops.aten
@@ -445,12 +457,39 @@ def test_sums_mixtures_and_constants():
     assert added(Moments(1.0, 1.0), Moments(-1.0, 1.0)).rms == 0
     half = mixed([(1, Moments(0, 2.0)), (1, Moments.constant(0.0))])
     assert half is not None and half.rms == pytest.approx(2**0.5) and half.zeros == 0.5
-    assert Moments.constant(float("inf")).masked == 1
     assert Moments.measured(torch.empty(0)) is None
-    assert Moments.measured(torch.tensor([torch.finfo(torch.half).min, 1.0]).half()) == Moments(
-        1.0, 1.0, masked=0.5, nonnegative=True)
     found = by_rows(Moments(0.0, 1.0), 10**6, lambda rows: rows.mean(-1))
     assert found is not None and found.rms < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.float, torch.double])
+def test_what_is_masked_is_below_zero(dtype):
+    lowest = torch.finfo(dtype).min
+    for low in (lowest, -math.inf):
+        x = torch.tensor([low, 1.0], dtype=dtype)
+        assert Moments.measured(x) == Moments(1.0, 1.0, masked=0.5, nonnegative=True)
+        assert Moments.constant(low, dtype) == Moments(0.0, 0.0, masked=1.0)
+    high = limit(dtype)
+    found = Moments.measured(torch.tensor([high, high], dtype=dtype))
+    assert (found.masked, found.nonnegative) == (0.0, True)
+    assert found.mean == found.rms == pytest.approx(high, rel=1e-2)
+    for bad in (math.inf, math.nan):
+        x = torch.tensor([bad, 3.0], dtype=dtype)
+        assert Moments.measured(x) == Moments(3.0, 3.0, nonnegative=True)
+        assert Moments.measured(x[:1]) is None
+        with pytest.raises(Unknown):
+            Moments.constant(bad, dtype)
+    low = torch.tensor([-high], dtype=dtype)
+    assert Moments.measured(low).masked == 1
+    assert Moments.measured(low, masks=False).mean == -float(found.mean)
+    assert Moments.measured(torch.tensor([-math.inf]), masks=False) is None
+
+
+def test_a_call_knows_nothing_of_infinity():
+    _, node, given = graph_of(aten.constant_pad_nd.default, (OFF, [1, 1], math.inf))
+    call = Call(node, given.get)
+    assert call.maybe(math.inf) is None and call.maybe(-math.inf) == Moments(0.0, 0.0, masked=1.0)
+    assert answer(call) is None
 
 
 def test_a_second_answer_is_refused():

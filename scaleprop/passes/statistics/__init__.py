@@ -3,17 +3,22 @@
 from scaleprop.passes.statistics.depth import attention_entropy, findings
 from scaleprop.passes.statistics.lines import listings, module_of, visits
 from scaleprop.passes.statistics.measure import Measured, Run, measure
+from scaleprop.passes.statistics.nonfinite import nonfinite_finding, refuse_nonfinite
 from scaleprop.passes.statistics.predict import Prediction, predict
+from scaleprop.passes.statistics.structure import factors
 
 __all__ = [
     "Measured",
     "Prediction",
     "Run",
     "attention_entropy",
+    "factors",
     "findings",
     "listings",
     "measure",
     "module_of",
+    "nonfinite_finding",
     "predict",
+    "refuse_nonfinite",
     "visits",
 ]

@@ -12,7 +12,7 @@ import torch.fx
 
 from scaleprop.errors import source_line
 from scaleprop.passes.statistics.measure import Run
-from scaleprop.passes.statistics.structure import Residual, Structure, stream
+from scaleprop.passes.statistics.structure import Residual, Structure, is_softmax, stream
 from scaleprop.report.scales import Finding
 from scaleprop.rules import contraction_of
 from scaleprop.rules.moments import limit
@@ -63,9 +63,7 @@ def attention_entropy(
     contraction = contraction_of(node)
     if contraction is not None and contraction.kind == "attention":
         return _entropy(_scores(node, args, kwargs))
-    softmax = getattr(node.target, "__name__", "").removeprefix("_").removeprefix("safe_")
-    is_weights = softmax.startswith("softmax") and "backward" not in softmax
-    if not is_weights or not isinstance(value, torch.Tensor) or value.ndim < 3:
+    if not is_softmax(node) or value.ndim < 3:
         return None
     scores, dim, *_ = args
     return _entropy(_unmasked(scores)) if dim in (-1, value.ndim - 1) else None
@@ -73,8 +71,8 @@ def attention_entropy(
 
 def _unmasked(scores: torch.Tensor) -> torch.Tensor:
     """The same in float64, −∞ in place of what stands for it."""
-    counted = scores.abs() < limit(scores.dtype)
-    return scores.double().masked_fill(~counted, -math.inf)
+    hidden = scores <= -limit(scores.dtype)
+    return scores.double().masked_fill(hidden, -math.inf)
 
 
 def _scores(
@@ -87,7 +85,7 @@ def _scores(
     if q.shape[-3] != k.shape[-3]:  # queries share keys
         k = k.repeat_interleave(q.shape[-3] // k.shape[-3], -3)
     scores = q @ k.mT * (given.get("scale") or q.shape[-1] ** -0.5)
-    mask = given.get("attn_mask")
+    mask = given.get("attn_mask", given.get("attn_bias"))
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool \
             else scores + _unmasked(mask)

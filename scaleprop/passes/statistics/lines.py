@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,28 @@ import torch
 import torch.fx
 
 from scaleprop import _torch_compat as compat
-from scaleprop.passes.statistics.measure import Measured
+from scaleprop.passes.statistics.measure import Measured, own_random_state
 from scaleprop.report.scales import Listing, Visit
 
 _NOT_THE_USERS = (Path(torch.__file__).parent, Path(__file__).parents[2])
 
 
-def visits(torch_level: torch.fx.GraphModule, given: Sequence[Any]) -> list[Visit]:
+def visits(
+    torch_level: torch.fx.GraphModule, given: Sequence[Any],
+    masks: Collection[torch.fx.Node] = (),
+) -> list[Visit]:
     """Every line that ran, in the order in which it first did.
 
     ``torch_level``: what Dynamo captured, its output the loss. It is run once, eagerly, on clones
-    of what is no parameter; gradients are caught by hooks, parameters' ``grad`` stays.
+    of what is no parameter; gradients are caught by hooks, parameters' ``grad`` stays. masks:
+    values of the joint graph in which −∞ may stand for what is hidden: their lines' values too.
     """
     inputs = [value if isinstance(value, torch.nn.Parameter) or not isinstance(value, torch.Tensor)
               else value.detach().clone().requires_grad_(value.requires_grad) for value in given]
     learned = [value for value in inputs
                if isinstance(value, torch.Tensor) and value.requires_grad]
-    work = _Hooked(torch_level)
-    with torch.enable_grad(), compat.without_modes(), torch.random.fork_rng():
+    work = _Hooked(torch_level, {_place(node) for node in masks})
+    with torch.enable_grad(), compat.without_modes(), own_random_state(torch_level.graph, inputs):
         result = work.run(*inputs, enable_io_processing=False)
         loss = result[0] if isinstance(result, tuple | list) else result
         torch.autograd.grad(loss, learned, allow_unused=True)
@@ -45,8 +49,11 @@ def visits(torch_level: torch.fx.GraphModule, given: Sequence[Any]) -> list[Visi
 class _Hooked(torch.fx.Interpreter):
     """Notes the RMS of float values and of the gradients that come back to them."""
 
-    def __init__(self, module: torch.fx.GraphModule) -> None:
+    def __init__(
+        self, module: torch.fx.GraphModule, masking: Collection[tuple[str, int]]
+    ) -> None:
         super().__init__(module)
+        self._masking = masking
         self.forward: dict[torch.fx.Node, float] = {}
         self.backward: dict[torch.fx.Node, float] = {}
 
@@ -54,7 +61,7 @@ class _Hooked(torch.fx.Interpreter):
         value = super().run_node(n)
         is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
         if is_float and n.op not in ("placeholder", "get_attr", "output"):
-            self.forward[n] = Measured.of(value).rms
+            self.forward[n] = Measured.of(value, masks=_place(n) in self._masking).rms
             if value.requires_grad:
                 value.register_hook(functools.partial(self._note, n))
         return value

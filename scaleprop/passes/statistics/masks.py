@@ -56,11 +56,13 @@ def carried(node: torch.fx.Node) -> list[torch.fx.Node]:
 
 
 def fills(node: torch.fx.Node) -> bool:
-    """Whether ``node`` writes a number that stands for −∞: ``masked_fill(x, mask, −inf)``."""
+    """Whether ``node`` puts a number that stands for −∞ where a mask, or places, say:
+    ``masked_fill(x, mask, −inf)``."""
     value: Any = node.meta.get("val")
-    given = (*node.args, *node.kwargs.values())
-    return isinstance(value, torch.Tensor) and any(
-        isinstance(arg, int | float) and arg <= -limit(value.dtype) for arg in given)
+    chosen = any(not _is_float(source) for source in node.all_input_nodes)
+    return chosen and isinstance(value, torch.Tensor) and any(
+        isinstance(arg, int | float) and arg <= -limit(value.dtype)
+        for arg in (*node.args, *node.kwargs.values()))
 
 
 def _scores(node: torch.fx.Node) -> list[torch.fx.Node]:
@@ -73,7 +75,8 @@ def _scores(node: torch.fx.Node) -> list[torch.fx.Node]:
         return []
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return [given[name] for name in _MASKS if isinstance(given.get(name), torch.fx.Node)]
+    masks: list[Any] = [given.get(name) for name in _MASKS]
+    return [mask for mask in masks if isinstance(mask, torch.fx.Node)]
 
 
 def _flat(arguments: Iterable[Any]) -> Iterable[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch.fx
 
@@ -29,24 +30,25 @@ def refuse_nonfinite(
     """
     wrong = {node: f"the gradient of {name!r}" for node, name in gradients.items()}
     for node, what in {loss: "the loss", **wrong}.items():
-        if not _is_bad(run, node):
-            continue
-        origin = _origin(run, node)
-        seen = run.measured[origin]
-        made = origin.args[0] if origin.target is operator.getitem else origin
-        assert isinstance(made, torch.fx.Node)
-        begins = (f"parameter {parameters[origin]!r}" if origin in parameters
-                  else f"input {origin.name!r}") if origin.op == "placeholder" else describe(made)
-        is_given = origin.op == "placeholder"
-        raise CalibrationError(
-            f"{what} is NaN or Inf: there is no step to look at. It begins at {begins}: "
-            f"{round(seen.nonfinite * seen.count)} of {seen.count} values are NaN or Inf"
-            + (". Remedy: pass finite numbers." if is_given
-               else f", and all that it reads is finite. {_REMEDY}"))
+        if _is_bad(run, node):
+            raise CalibrationError(f"{what} is NaN or Inf: there is no step to look at. It begins "
+                                   f"at {_begin(run, _origin(run, node), parameters)}")
+
+
+def _begin(run: Run, origin: torch.fx.Node, parameters: Mapping[torch.fx.Node, str]) -> str:
+    """Where NaN and ±∞ begin, how many they are there, and what to do."""
+    seen = run.measured[origin]
+    share = f"{round(seen.nonfinite * seen.count)} of {seen.count} values are NaN or Inf"
+    if origin.op == "placeholder":
+        name = f"parameter {parameters[origin]!r}" if origin in parameters \
+            else f"input {origin.name!r}"
+        return f"{name}: {share}. Remedy: pass finite numbers."
+    made: Any = origin.args[0] if origin.target is operator.getitem else origin
+    return f"{describe(made)}: {share}, while what it reads is finite or masked. {_REMEDY}"
 
 
 def nonfinite_finding(run: Run) -> list[Finding]:
-    """Values that are NaN or ±∞, and mask nothing, in a step whose loss and gradients are finite."""
+    """Values that are NaN or ±∞ and mask nothing, though the loss and its gradients are finite."""
     bad = [node for node in run.measured if _is_bad(run, node)]
     if not bad:
         return []
@@ -71,7 +73,7 @@ def _origin(run: Run, node: torch.fx.Node) -> torch.fx.Node:
     seen, ahead = {node}, [node]
     for value in ahead:  # grows
         for source in value.all_input_nodes:
-            several = source not in run.measured and source.op == "call_function"
+            several = isinstance(source.meta.get("val"), tuple | list)  # its parts are measured
             if source not in seen and (several or _is_bad(run, source)):
                 seen.add(source)
                 ahead.append(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,7 +17,6 @@ aten: Any = torch.ops.aten
 
 Placement = Literal["pre", "post", "pre and branch", "branch", "none"]
 _NEAR = 10  # operators between a value and the root of its own mean square, in a norm in parts
-_SUMS = frozenset((aten.add.Tensor, aten.add.Scalar))
 _THINNED = frozenset((aten.native_dropout.default, aten.dropout.default))
 
 
@@ -32,6 +32,26 @@ class Residual:
     skip: torch.fx.Node
     branch: torch.fx.Node
     placement: Placement
+
+
+def factors(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """What ``node`` multiplies and sums, biases left out: of every contraction, and of whatever
+    else of that family or of gradients is linear in several tensors, such as a convolution's
+    gradient. A lookup multiplies nothing."""
+    rule = rule_for(node.target) if node.op == "call_function" else None
+    if rule is None:
+        return []
+    if rule.contraction is not None:
+        places = [] if rule.contraction.kind == "embedding" else [
+            operand.argument for operand in rule.contraction.operands if operand.role != "bias"]
+    else:
+        law = rule.law(node) if rule.family in ("contraction", "gradient") else None
+        outputs = () if law is None else law.outputs or (law.degrees,)
+        places = sorted({place for degrees in outputs for place, degree in degrees.items()
+                         if degree > 0})
+    found = [node.args[place] for place in places if place < len(node.args)]
+    tensors = [factor for factor in found if isinstance(factor, torch.fx.Node)]
+    return tensors if len(tensors) > 1 else []
 
 
 class Structure:
@@ -84,7 +104,7 @@ class Structure:
 
     def attention_weights(self) -> list[torch.fx.Node]:
         """Softmaxes that a matrix product averages with."""
-        return [node for node in self.forward if _is_softmax(node) and self._is_averaged(node)]
+        return [node for node in self.forward if is_softmax(node) and self._is_averaged(node)]
 
     def attentions(self) -> list[torch.fx.Node]:
         """Whole attention operators, whose weights are nobody's."""
@@ -134,12 +154,7 @@ class Structure:
 
     def _is_layer(self, node: torch.fx.Node) -> bool:
         """Whether ``node`` multiplies an activation with a parameter, and sums."""
-        contraction = contraction_of(node)
-        convolves = node.target is aten.convolution.default
-        if not convolves and (contraction is None or contraction.kind == "embedding"):
-            return False
-        return any(self._parameter(arg) is not None for arg in node.args
-                   if isinstance(arg, torch.fx.Node))
+        return any(self._parameter(factor) is not None for factor in factors(node))
 
     def _parameter(self, node: torch.fx.Node) -> torch.fx.Node | None:
         """The parameter that ``node`` is, moved or cast."""
@@ -258,7 +273,7 @@ def _passes(node: torch.fx.Node) -> bool:
 
 
 def _is_item(node: torch.fx.Node) -> bool:
-    return getattr(node.target, "__name__", "") == "getitem"
+    return node.target is operator.getitem
 
 
 def _dropped(node: torch.fx.Node) -> bool:
@@ -271,8 +286,11 @@ def _is_norm(node: torch.fx.Node) -> bool:
     return rule is not None and rule.family == "norm"
 
 
-def _is_softmax(node: torch.fx.Node) -> bool:
+def is_softmax(node: torch.fx.Node) -> bool:
+    """Whether ``node`` holds weights of rows, or their logarithms: as many as there are scores."""
     rule = rule_for(node.target) if node.op == "call_function" else None
-    value: Mapping[str, Any] = node.meta
-    return (rule is not None and rule.family == "softmax"
-            and isinstance(value.get("val"), torch.Tensor))
+    if rule is None or rule.family != "softmax":
+        return False
+    scores: Any = node.args[0]
+    value, given = node.meta.get("val"), scores.meta.get("val")
+    return value is None or (isinstance(value, torch.Tensor) and value.shape == given.shape)
