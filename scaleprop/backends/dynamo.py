@@ -23,6 +23,7 @@ from scaleprop.errors import CaptureError, ConfigError
 from scaleprop.ops import products
 from scaleprop.passes.decompose import respell
 from scaleprop.passes.training import Formats, Lowered, lower_products
+from scaleprop.passes.training.roles import is_tangent
 from scaleprop.rules import rule_for
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def given_inputs(
         CaptureError: where the graph has more or fewer inputs than Dynamo's, naming why.
     """
     placeholders = graph.find_nodes(op="placeholder")
-    primals = [node for node in placeholders if not str(node.target).startswith("tangents")]
+    primals = [node for node in placeholders if not is_tangent(node)]
     if len(primals) != len(example_inputs):
         raise CaptureError(_mismatch(len(primals), example_inputs))
     parameters = [node for node, value in zip(primals, example_inputs, strict=True)

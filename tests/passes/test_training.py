@@ -12,6 +12,7 @@ from scaleprop import ops
 from scaleprop.passes.training import Formats, find_products, lower_products
 from scaleprop.passes.training.choice import BINADES, headroom
 from scaleprop.passes.training.drift import GRADIENT, INPUT, PARAMETER, addends, drifts
+from scaleprop.passes.training.roles import is_tangent
 from scaleprop.passes.training.statistics import exponent_for, measured_amax
 
 from .training_graphs import Attention, Batched, Mlp, RmsNorm, joint_of, lowered
@@ -26,6 +27,13 @@ def test_roles_of_linear_layers():
     assert not products.high
     kinds = sorted((p.role, *sorted((p.left.kind, p.right.kind))) for p in products.found)
     assert kinds == sorted([("fprop", "w", "x"), ("dgrad", "dy", "w"), ("wgrad", "dy", "x")] * 2)
+
+
+def test_tangents_are_the_gradients_that_come_in():
+    graph = torch.fx.Graph()
+    given = [graph.placeholder(name) for name in ("primals_1", "tangents_1", "tangents_2")]
+    computed = graph.call_function(aten.relu.default, (given[0],), name="tangents_3")
+    assert [is_tangent(node) for node in (*given, computed)] == [False, True, True, False]
 
 
 def test_products_of_activations_stay_high():

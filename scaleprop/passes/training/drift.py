@@ -16,6 +16,7 @@ import torch
 import torch.fx
 
 from scaleprop.passes.exponents.facts import is_float
+from scaleprop.passes.training.roles import is_tangent
 from scaleprop.rules import Homogeneity, rule_for
 
 _SUMS: Any = (torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor)
@@ -40,8 +41,7 @@ def drifts(
     powers: dict[torch.fx.Node, _Powers] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
-            gradient = str(node.target).startswith("tangents")
-            own = PARAMETER if node in parameters else GRADIENT if gradient else INPUT
+            own = PARAMETER if node in parameters else GRADIENT if is_tangent(node) else INPUT
             powers[node] = {node: own}
         elif node.op == "call_function":
             powers[node] = _powers(node, powers, sizes or {})

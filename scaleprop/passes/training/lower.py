@@ -41,7 +41,7 @@ from scaleprop.passes.training.choice import (
 from scaleprop.passes.training.drift import addends, drifts
 from scaleprop.passes.training.head import keep_head_high
 from scaleprop.passes.training.reduction import agree
-from scaleprop.passes.training.roles import Factor, Product, find_products, source_of
+from scaleprop.passes.training.roles import Factor, Product, find_products, is_tangent, source_of
 from scaleprop.passes.training.statistics import measured_amax
 from scaleprop.rules import rule_for
 
@@ -229,7 +229,7 @@ class _Lowering:
         casts, if it saves more multiplications than bringing the results back costs."""
         graph = self.graph
         tangents = [node for node in graph.find_nodes(op="placeholder")
-                    if str(node.target).startswith("tangents") and is_float(node.meta["val"])]
+                    if is_tangent(node) and is_float(node.meta["val"])]
         moved = scaled_with(graph, tangents)
         rooms = [cast.room for cast in casts
                  if moved.get(cast.root) and cast.room and abs(cast.room[0]) <= MOST]

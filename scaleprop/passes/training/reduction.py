@@ -32,6 +32,7 @@ import torch.distributed as dist
 import torch.fx
 
 from scaleprop import _torch_compat as compat
+from scaleprop.passes.training.roles import is_tangent
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def _many_ranks() -> bool:
 def _in_step(graph: torch.fx.Graph) -> bool:
     """Whether every rank can be expected to compile the graph now."""
     inputs = graph.find_nodes(op="placeholder")
-    trains = any(str(node.target).startswith("tangents") for node in inputs)
+    trains = any(is_tangent(node) for node in inputs)
     resized = any(isinstance(node.meta.get("val"), torch.SymInt) for node in inputs)
     return trains and not (resized and compat.is_recompilation())
 
