@@ -4,8 +4,9 @@
 
 Three candidates per model: ``backend="inductor"``; ``backend="scaleprop"`` with recipe ``fp32``,
 which changes nothing; and exact mode: the exponents that recipe ``fp8`` chooses, without its casts.
-A step is forward and backward, no optimizer. Steps are interleaved (see ``harness``); each
-compilation starts with empty caches and is timed to the end of its first step.
+A step is forward and backward, no optimizer. Steps are interleaved (see ``harness``). Compilations
+start with empty caches and are timed to the end of their first step, in turns; the first round, in
+which the process itself warms up, is thrown away.
 """
 
 from __future__ import annotations
@@ -85,38 +86,50 @@ def stepper(model: torch.nn.Module, inputs: dict[str, torch.Tensor], name: str) 
     return step
 
 
-def compiled_cold(step: Step) -> tuple[float, float]:
+def compiled_cold(step: Step) -> tuple[float, torch.Tensor]:
     """Seconds of a first step with empty caches, and its loss."""
     torch._dynamo.reset()
     with fresh_cache():
         started = time.perf_counter()
         loss = step()
-        return time.perf_counter() - started, float(loss)
+        return time.perf_counter() - started, loss
 
 
 def measure(name: str, plan: harness.Plan, compilations: int) -> dict[str, Any]:
     """One model.
 
     Raises:
-        ValueError: where a candidate's loss is another.
+        ValueError: where a candidate's loss or gradients are others.
     """
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
     model = Loss(model.train())
-    candidates = ("inductor", *LIMITS)
+    candidates = ["inductor", *LIMITS]
     seconds: dict[str, list[float]] = {candidate: [] for candidate in candidates}
     steps: dict[str, Step] = {}
-    losses: list[float] = []
-    for _ in range(compilations):
-        for candidate in candidates:
+    exact: list[torch.Tensor] = []
+    for turn in range(1 + compilations):
+        for candidate in candidates[turn % 3:] + candidates[:turn % 3]:
             steps[candidate] = stepper(model, inputs, candidate)
             taken, loss = compiled_cold(steps[candidate])
-            seconds[candidate].append(taken)
-            losses.append(loss)
-    if max(losses) - min(losses) > 1e-5 * abs(losses[0]):
-        raise ValueError(f"{name}: losses differ: {losses}")
+            seconds[candidate].extend([taken] if turn else [])
+            found = [loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            check(f"{name}, {candidate}", found, exact := exact or found)
     timings = harness.measure(steps, plan)
     return {"compile": seconds, "steps": {key: time.to_dict() for key, time in timings.items()}}
+
+
+def check(name: str, found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> None:
+    """Loss and gradients are the same but for float32's rounding.
+
+    Raises:
+        ValueError: where they are not.
+    """
+    for place, (a, b) in enumerate(zip(found, exact, strict=True)):
+        off = float((a - b).norm() / b.norm().clamp(min=1e-30))
+        if not off <= 1e-4:
+            what = f"gradient {place - 1}" if place else "the loss"
+            raise ValueError(f"{name}: {what} is off by {off:.1e}")
 
 
 def ratios(row: dict[str, Any], candidate: str) -> tuple[harness.Ratio, float]:
@@ -156,10 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.compile(torch.nn.Linear(3, 3))(torch.randn(2, 3)).sum().backward()  # starts the workers
-    results = harness.Results("training_overhead", options.results)
+    results = harness.Results("training_overhead" + "_quick" * options.quick, options.results)
     plan = harness.QUICK if options.quick else harness.Plan(rounds=21, min_seconds=0.2)
     for name in options.models.split(","):
-        results.add(name, measure(name, plan, 1 if options.quick else 2))
+        results.add(name, measure(name, plan, 1 if options.quick else 3))
         results.write_markdown(table(results))
     print(table(results))
     good = all(step.median <= LIMITS[candidate][0] and compiling <= LIMITS[candidate][1]

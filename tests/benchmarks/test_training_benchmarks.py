@@ -129,11 +129,20 @@ def test_the_overhead_table_says_what_is_within(tmp_path: Path) -> None:
 
 
 def test_another_loss_is_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = iter([1.0, 1.0, 1.1])
+    losses = iter([torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.1)])
     monkeypatch.setitem(training_overhead.MODELS, "tiny", lambda: (nn.Linear(2, 2), {}))
     monkeypatch.setattr(training_overhead, "compiled_cold", lambda _: (1.0, next(losses)))
-    with pytest.raises(ValueError, match="tiny: losses differ"):
+    with pytest.raises(ValueError, match="tiny, exact: the loss is off by"):
         training_overhead.measure("tiny", harness.QUICK, 1)
+
+
+def test_another_gradient_is_no_measurement() -> None:
+    same = [torch.tensor(1.0), torch.ones(3), torch.ones(2)]
+    training_overhead.check("tiny", same, same)
+    with pytest.raises(ValueError, match="tiny: gradient 1 is off by 1"):
+        training_overhead.check("tiny", [*same[:2], torch.zeros(2)], same)
+    with pytest.raises(ValueError, match="gradient 0 is off by nan"):
+        training_overhead.check("tiny", [same[0], same[1] * math.nan, same[2]], same)
 
 
 def test_every_candidate_takes_the_same_step() -> None:
@@ -240,3 +249,10 @@ def test_the_shift_is_between_the_widest_and_the_narrowest(tmp_path: Path) -> No
     assert row.split("|")[-2].strip() == "0.125"
     learning_rate_transfer.plot(results, tmp_path / "rates.svg")
     assert (tmp_path / "rates.svg").read_text().count("width ") >= 3
+
+
+def test_a_best_rate_at_the_end_leaves_the_other_recipes_table(tmp_path: Path) -> None:
+    results = Results("rates", tmp_path)
+    results.add("fp32", {"steps": 9, "seeds": 1, "losses": {"128": {"-2": 1.0, "-1": 2.0}}})
+    shown = learning_rate_transfer.table(results)
+    assert "widest ÷ narrowest: not found" in shown and "2^-2, is at an end of the grid" in shown

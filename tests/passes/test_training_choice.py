@@ -17,6 +17,7 @@ from scaleprop.passes.training.choice import (
     common_exponent,
     out_of_range,
     room_for,
+    safest,
     scaled_with,
 )
 from scaleprop.passes.training.roles import gradient_values
@@ -209,3 +210,9 @@ def test_sizes_of_which_squares_overflow():
         result = lowered(Masked(number), torch.randn(16, 16).double(), formats=Formats(head=True))
         (weight,) = [cast for cast in result.casts if cast.kind == "w"]
         assert weight.exponent is not None
+
+
+@pytest.mark.parametrize(("room", "exponent"), [
+    (range(3, 4), 3), (range(-8, -6), -7), (range(6), 4), (range(-20, 1), -6)])
+def test_more_room_is_left_to_grow_than_to_shrink(room: range, exponent: int) -> None:
+    assert safest(room) == exponent

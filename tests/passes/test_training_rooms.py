@@ -15,7 +15,7 @@ from scaleprop.passes.training.choice import room_for
 
 from .training_graphs import trained
 
-ANGLE = 1e-7  # 1 − cosine
+ANGLE = 1e-6  # 1 − cosine: one code turned is 4e-7
 
 
 def away_from_zero(x: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,8 @@ def test_any_exponents_in_the_rooms_give_the_same_step(seed: int, monkeypatch: p
     model, x = step("away")
     want = trained(model, x, formats=Formats())
     got = at_random(model, x, seed, monkeypatch)
-    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=0)
+    # a float32 sum rounded otherwise may turn a code: 5e-6 here
+    torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=0)
     assert turned(got, want).max() <= ANGLE
 
 

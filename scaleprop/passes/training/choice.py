@@ -80,6 +80,11 @@ def lost_within(element: str, amax: float, exponent: int, room: range, dtype: st
     return f"2^{room[0]} is no number of {dtype}: held at 2^{exponent} instead; {lost}"
 
 
+def safest(room: range) -> int:
+    """Two thirds up: what grows saturates at once, what shrinks loses accuracy bit by bit."""
+    return room[2 * len(room) // 3]
+
+
 def common_exponent(rooms: Sequence[range]) -> int:
     """The exponent in most rooms; of several, that nearest to 0."""
     candidates = sorted({end for room in rooms for end in (room[0], room[-1])}, key=abs)

@@ -34,6 +34,7 @@ from scaleprop.passes.training.choice import (
     lost_within,
     out_of_range,
     room_for,
+    safest,
     scaled_with,
     why_at_run_time,
     within,
@@ -275,7 +276,7 @@ class _Lowering:
         held = self._held.get(root, 0)
         if held in room and self.wanted.setdefault(root, held) == held:
             return root, held, True
-        exponent = room[0]
+        exponent = safest(room)
         fits = _fits(root, exponent)
         if fits and self._want(root, exponent):
             return root, exponent, True
