@@ -303,3 +303,22 @@ def test_annotations_of_lines():
     assert annotated([], []) == ""
     assert [size(x) for x in (1.0, 0.236, 12.0, 2.4e-5, math.inf)] == [
         "1.0", "0.236", "12.0", "2.4e-05", "inf"]
+
+
+def test_operands_of_convolutions_and_attention_are_read_in_both_passes():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.table = nn.Conv1d(8, 8, 3, padding=1), nn.Embedding(5, 8)
+            self.out = nn.Linear(8, 8)
+
+        def forward(self, ids):
+            x = self.conv(self.table(ids).mT).mT[:, None].contiguous()
+            return self.out(F.scaled_dot_product_attention(x, x.sin(), x.cos()))
+
+    report = scaleprop.analyze(Net(), torch.randint(5, (2, 6)), loss_fn=torch.mean)
+    read = {t.name or t.op.split(".")[1]: t.read_in for t in report.tensors if t.read_in}
+    both = ("backward", "forward")
+    assert read["conv.weight"] == read["sin"] == read["cos"] == read["convolution"] == both
+    assert read["embedding"] == both  # the convolution's input; its gradient too needs it
+    assert "table.weight" not in read and not any("bias" in name for name in read)

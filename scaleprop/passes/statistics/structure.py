@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.fx
 
-from scaleprop.rules import contraction_of, rule_for
+from scaleprop.rules import contraction_behind, contraction_of, rule_for
 from scaleprop.rules.moments_pointwise import is_pointwise
 
 aten: Any = torch.ops.aten
@@ -35,23 +35,14 @@ class Residual:
 
 
 def factors(node: torch.fx.Node) -> list[torch.fx.Node]:
-    """What ``node`` multiplies and sums, biases left out: of every contraction, and of whatever
-    else of that family or of gradients is linear in several tensors, such as a convolution's
-    gradient. A lookup multiplies nothing."""
-    rule = rule_for(node.target) if node.op == "call_function" else None
-    if rule is None:
+    """What ``node`` multiplies and sums, biases left out: of a contraction, or of what makes the
+    gradients of one. A lookup multiplies nothing."""
+    contraction = contraction_behind(node)
+    if contraction is None or contraction.kind == "embedding":
         return []
-    if rule.contraction is not None:
-        places = [] if rule.contraction.kind == "embedding" else [
-            operand.argument for operand in rule.contraction.operands if operand.role != "bias"]
-    else:
-        law = rule.law(node) if rule.family in ("contraction", "gradient") else None
-        outputs = () if law is None else law.outputs or (law.degrees,)
-        places = sorted({place for degrees in outputs for place, degree in degrees.items()
-                         if degree > 0})
-    found = [node.args[place] for place in places if place < len(node.args)]
-    tensors = [factor for factor in found if isinstance(factor, torch.fx.Node)]
-    return tensors if len(tensors) > 1 else []
+    found = [node.args[operand.argument] for operand in contraction.operands
+             if operand.role != "bias" and operand.argument < len(node.args)]
+    return [factor for factor in found if isinstance(factor, torch.fx.Node)]
 
 
 class Structure:
