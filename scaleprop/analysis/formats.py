@@ -21,7 +21,7 @@ from scaleprop.passes.capture import capture
 from scaleprop.passes.cleanup import CleanUp
 from scaleprop.report import Report
 from scaleprop.report.records import TensorRecord
-from scaleprop.rules import contraction_of
+from scaleprop.rules import Contraction, contraction_of
 from scaleprop.signature import Signature, split_example
 
 WEIGHT_FORMATS = ("int8[row]*f32", "int4[1x128]*f32", "e4m3[row]*f32",
@@ -80,10 +80,19 @@ def _operands(program: Program) -> list[_Operand]:
         _Operand(node, operand.argument, -1 if operand.role == "weight" else operand.axes[0])
         for node in program.module.graph.nodes
         if (contraction := contraction_of(node)) is not None and contraction.kind != "attention"
+        and not _is_transposed(node, contraction)
         for operand in contraction.operands
         if operand.role != "bias" and operand.argument < len(node.args)
         and _is_float(node.args[operand.argument])
     ]
+
+
+def _is_transposed(node: torch.fx.Node, contraction: Contraction) -> bool:
+    """Whether the rows of a weight are summed as well: then no format has a scale for each."""
+    weight = contraction.operand("weight")
+    source: Any = node.args[weight.argument] if weight is not None else None
+    return weight is not None and contraction.kind == "conv" and \
+        -source.meta["val"].dim() in weight.axes
 
 
 def _is_float(argument: Any) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import scaleprop
 from scaleprop.passes.assign import AssignFormats, assignment_of
 from scaleprop.passes.canonicalise import Canonicalise
 from scaleprop.passes.capture import capture
@@ -52,6 +53,12 @@ def test_gradients_name_the_contraction_they_are_of():
     assert contraction_of(node) is None and contraction_behind(node) is rule.gradient_of
     other = graph.call_function(aten.relu.default, ())
     assert contraction_behind(other) is None and contraction_behind(graph.placeholder("x")) is None
+
+
+def test_formats_are_not_compared_where_a_weights_rows_are_summed():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 5, 2))
+    report = scaleprop.analyze(model, (torch.randn(1, 3, 6, 6),))
+    assert {record.op for record in report.records} == {"aten.conv2d.default"}
 
 
 @pytest.mark.parametrize("recipe", ["int8-dynamic", "fp8"])
