@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scaleprop.optim import FORMATS, batches, entries, kernels, state, storage
+from scaleprop.optim import FORMATS, batches, entries, kernels, pieces, state, storage
 from tests.test_optim import BOUNDS, OPTIMIZERS, attached
 
 CHUNK = 512
@@ -19,6 +19,7 @@ CHUNK = 512
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CHUNK", CHUNK)
+    monkeypatch.setattr(pieces, "CHUNKS", 1)
 
 
 def same_bits(left: Any, right: Any) -> bool:

@@ -1,5 +1,5 @@
-"""A step of one large parameter, ``CHUNK`` values after another, so that what is decoded, changed
-and read again stays in cache.
+"""A step of one large parameter, some values after others, so that what is decoded, changed and
+read again stays in cache.
 
 Every value of a parameter, its gradient and its state is treated alike and alone by the optimizers
 in ``ELEMENTWISE``. A piece is a view of some of them, which the optimizer takes for a parameter.
@@ -18,8 +18,14 @@ from scaleprop.optim import kernels
 from scaleprop.optim.entries import SCALE, Codec, Known, parsed
 from scaleprop.optim.storage import FORMATS, StateFormat
 
+CHUNKS = 2  # in a piece: fewer steps, which take longer to call
 ELEMENTWISE = (optim.Adadelta, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.ASGD,
                optim.NAdam, optim.RAdam, optim.RMSprop, optim.Rprop, optim.SGD)
+
+
+def length() -> int:
+    """Of a piece, in values."""
+    return CHUNKS * kernels.CHUNK
 
 
 def in_cache(optimizer: optim.Optimizer, params: Iterable[Tensor]) -> bool:
@@ -32,7 +38,7 @@ def can_cut(optimizer: optim.Optimizer, param: Tensor) -> bool:
     """Whether a parameter of an optimizer that is stepped ``in_cache`` can be stepped in pieces,
     and is large enough that it should."""
     grad = param.grad
-    return (param.numel() > kernels.CHUNK and grad is not None and _is_plain(param.detach())
+    return (param.numel() > length() and grad is not None and _is_plain(param.detach())
             and _is_plain(grad) and all(_is_cut(key, value, param) for key, value
                                         in optimizer.state.get(param, {}).items()))
 
@@ -105,8 +111,8 @@ class Pieces:
         """One piece after another, each with a gradient and a state of its own."""
         assert self._param.grad is not None
         values, grads = self._param.detach().view(-1), self._param.grad.detach().view(-1)
-        for start in range(0, values.numel(), kernels.CHUNK):
-            where = slice(start, min(start + kernels.CHUNK, values.numel()))
+        for start in range(0, values.numel(), length()):
+            where = slice(start, min(start + length(), values.numel()))
             piece = values[where]
             piece.grad = grads[where]
             self._state[piece] = self._decoded(where)

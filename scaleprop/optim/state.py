@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scaleprop.errors import ConfigError
-from scaleprop.optim import entries, kernels
+from scaleprop.optim import entries
 from scaleprop.optim.entries import (
     GENERATOR,
     SQUARES,
@@ -21,7 +21,7 @@ from scaleprop.optim.entries import (
     in_parts,
     params_of,
 )
-from scaleprop.optim.pieces import Pieces, can_cut, in_cache
+from scaleprop.optim.pieces import Pieces, can_cut, in_cache, length
 from scaleprop.optim.saving import Loading
 from scaleprop.optim.storage import FIRST, SECOND
 
@@ -157,7 +157,7 @@ class ScaledState:
         cut = {id(param) for param in params if few and can_cut(self.optimizer, param)}
         if self.generator is None:
             params = sorted(params, key=lambda param: id(param) in cut)
-        at_once = min(kernels.CHUNK, entries.AT_ONCE) if few else entries.AT_ONCE
+        at_once = min(length(), entries.AT_ONCE) if few else entries.AT_ONCE
         for pieces, run in itertools.groupby(params, lambda param: id(param) in cut):
             for part in in_parts([*run], 1 if pieces else at_once):
                 yield part, pieces
