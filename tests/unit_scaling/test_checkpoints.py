@@ -154,6 +154,7 @@ def test_operators_that_a_policy_keeps_are_kept() -> None:
     (_, expected), (_, results) = (step(model) for model in both)
     assert_equal(results, expected)
     calls = [count_products(model) for model in both]
+    assert count_products(pickle.loads(pickle.dumps(both[1]))) == calls[1]
     assert calls[0] == calls[1] + 3  # each block's first; its last product is never needed again
 
 

@@ -7,8 +7,9 @@ model called it: under ``torch.utils.checkpoint``.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +17,9 @@ import torch
 import torch.fx
 from torch.utils.checkpoint import checkpoint
 
-from scaleprop._torch_compat import inlined_checkpoints, traced_nodes
+from scaleprop._torch_compat import OpOverload, inlined_checkpoints, traced_nodes
 from scaleprop.ops.scaling import scale_fwd_bwd
-from scaleprop.passes.unit.module import StagedGraph, assemble
+from scaleprop.passes.unit.module import OperatorName, StagedGraph, assemble
 
 Options = Mapping[str, Any]
 # numbers of the regions around a node, outermost first; () where there are none
@@ -50,6 +51,31 @@ class Checkpointed(torch.nn.Module):
             return self.body(*state, *values)
 
         return checkpoint(run, *given, use_reentrant=False, **self._options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        options = _replaced(self._options, OpOverload, lambda op: OperatorName(str(op)))
+        return {**self.__dict__, "_options": options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        options = _replaced(state["_options"], OperatorName, OperatorName.find)
+        super().__setstate__({**state, "_options": options})
+
+
+def _replaced(value: Any, kind: type[Any], by: Callable[[Any], Any]) -> Any:
+    """The operators that a policy is made of, by others."""
+    def inner(value: Any) -> Any:
+        return _replaced(value, kind, by)
+
+    if isinstance(value, kind):
+        return by(value)
+    if isinstance(value, functools.partial):
+        given: functools.partial[Any] = value
+        return functools.partial(given.func, *map(inner, given.args), **inner(given.keywords))
+    if isinstance(value, dict):
+        return {inner(key): inner(each) for key, each in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if type(value) in (list, tuple, set):
+        return type(value)(map(inner, value))
+    return value
 
 
 class Recorder:

@@ -114,13 +114,13 @@ def _listed(graph: torch.fx.Graph) -> list[tuple[Any, ...]]:
         meta = {key: node.meta[key] for key in _KEPT if key in node.meta}
         target: Any = node.target
         if isinstance(target, OpOverload):
-            target = _Operator(str(target))
+            target = OperatorName(str(target))
         listed.append((node.op, node.name, target, args, dict(kwargs), meta))
     return listed
 
 
-class _Operator(str):
-    """``aten.add.Tensor``."""
+class OperatorName(str):
+    """``aten.add.Tensor``: operators themselves cannot be pickled."""
 
     def find(self, *_: Any) -> Any:  # type: ignore[override]
         namespace, packet, overload = self.split(".")
@@ -136,7 +136,7 @@ def _restore(
     nodes: dict[str, torch.fx.Node] = {}
     look: Callable[[Any], Any] = lambda value: nodes[value] if isinstance(value, _Name) else value  # noqa: E731
     for op, name, target, args, kwargs, kept in listed:
-        target = target.find() if isinstance(target, _Operator) else target
+        target = target.find() if isinstance(target, OperatorName) else target
         args, kwargs = torch.fx.node.map_aggregate((args, kwargs), look)  # type: ignore[misc]
         nodes[name] = graph.create_node(op, target, args, dict(kwargs), name)
         nodes[name].meta = dict(kept)
