@@ -289,7 +289,10 @@ def compile_inductor(
     return compiled
 
 
-def compile_in_place(model: torch.nn.Module, backend: Callable[..., Any]) -> None:
+def compile_in_place(
+    model: torch.nn.Module, backend: Callable[..., Any], *, dynamic: bool | None = None,
+    fullgraph: bool = False,
+) -> None:
     """``model.compile``, also where the module's class is torch's own: Dynamo skips the frames of
     ``Sequential`` and ``Linear`` when they come first, and would run them as they are.
 
@@ -303,7 +306,8 @@ def compile_in_place(model: torch.nn.Module, backend: Callable[..., Any]) -> Non
 
     call.__code__ = call.__code__.replace()
     compile_: Any = torch.compile  # its overloads lack an argument
-    model._compiled_call_impl = compile_(call, backend=backend, isolate_recompiles=True)  # pyright: ignore[reportPrivateUsage]
+    model._compiled_call_impl = compile_(  # pyright: ignore[reportPrivateUsage]
+        call, backend=backend, dynamic=dynamic, fullgraph=fullgraph, isolate_recompiles=True)
 
 
 def is_recompilation() -> bool:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from scaleprop import _torch_compat as compat
-from scaleprop.backends.dynamo import Inner, Options, Recipe, compile_with
+from scaleprop.backends.dynamo import Inner, Options, TrainingRecipe, compile_with, reports_of
 from scaleprop.errors import ConfigError
 from scaleprop.passes.training import Lowered
 
@@ -58,6 +58,8 @@ class _Prepared:
     """
 
     options: Options
+    dynamic: bool | None
+    fullgraph: bool
     reports: list[Lowered] = dataclasses.field(default_factory=list[Lowered])
     measured: dict[str, tuple[float, float]] = dataclasses.field(
         default_factory=dict[str, tuple[float, float]])
@@ -68,7 +70,8 @@ _MOVED = 2.0  # a parameter's size, by a checkpoint: exponents leave room for mo
 
 
 def prepare_training(
-    model: torch.nn.Module, recipe: Recipe = "fp8", *, inner: Inner = "inductor"
+    model: torch.nn.Module, recipe: TrainingRecipe = "fp8", *, inner: Inner = "inductor",
+    dynamic: bool | None = None, fullgraph: bool = False,
 ) -> torch.nn.Module:
     """Let ``model`` run forward and backward by ``recipe``, from its next call on.
 
@@ -82,6 +85,7 @@ def prepare_training(
             the same without exponents, for unit-scaled models; ``bf16`` in bfloat16; ``fp32``
             changes nothing. See ``scaleprop.backends.dynamo.Options``.
         inner: what runs the rewritten graphs: ``inductor``, or ``eager``, to debug.
+        dynamic, fullgraph: as for ``torch.compile``.
 
     Raises:
         ConfigError: on an unknown recipe or inner compiler, or a model that Dynamo cannot trace.
@@ -90,7 +94,7 @@ def prepare_training(
     _check(model)
     if model not in _PREPARED:
         model.register_load_state_dict_post_hook(_measure_again)
-    _PREPARED[model] = _Prepared(options)
+    _PREPARED[model] = _Prepared(options, dynamic, fullgraph)
     _start(model)
     # no parameter and no module, so not in state_dict; a copy's own says that it is not prepared
     report: Any = functools.partial(scale_report, model)
@@ -113,7 +117,8 @@ def _start(model: torch.nn.Module) -> None:
     prepared = _PREPARED[model]
     prepared.measured.clear()
     prepared.reports.clear()
-    compat.compile_in_place(model, functools.partial(_compile, model=weakref.ref(model)))
+    compat.compile_in_place(model, functools.partial(_compile, model=weakref.ref(model)),
+                            dynamic=prepared.dynamic, fullgraph=prepared.fullgraph)
 
 
 def _compile(
@@ -155,11 +160,15 @@ def _measure_again(model: torch.nn.Module, _: object) -> None:
 
 
 def scale_report(model: torch.nn.Module) -> ScaleReports:
-    """What was done to each graph of a prepared model so far: products, casts and their exponents.
+    """What was done so far to each graph of a prepared model, or of one that was given to
+    ``torch.compile(backend="scaleprop")``: products, casts and their exponents.
 
     Raises:
-        ConfigError: where ``model`` was not given to ``prepare_training``.
+        ConfigError: where nothing is known of ``model``.
     """
-    if model not in _PREPARED:
-        raise ConfigError(f"{type(model).__name__} was not given to scaleprop.prepare_training")
-    return ScaleReports(_PREPARED[model].reports)
+    if model in _PREPARED:
+        return ScaleReports(_PREPARED[model].reports)
+    if found := reports_of(model):
+        return ScaleReports(found)
+    raise ConfigError(f"{type(model).__name__} was not given to scaleprop.prepare_training, nor "
+                      'called since torch.compile(backend="scaleprop")')

@@ -26,6 +26,40 @@ def test_the_backend_has_a_name():
     assert 0 < (got - model(x)).abs().max() < 0.1
 
 
+def test_a_model_compiled_by_name_has_a_report_and_fp8():
+    model, x = model_and_inputs()
+    with pytest.raises(ConfigError, match=r"not given to scaleprop\.prepare_training, nor called"):
+        scaleprop.scale_report(model)
+    compiled = torch.compile(model, backend="scaleprop", options={"inner": "eager"})
+    compiled(x).square().mean().backward()
+    for asked in (model, compiled):
+        (report,) = scaleprop.scale_report(asked)
+        assert sorted(report.products.values()) == ["fprop", "wgrad"]
+
+
+def test_a_mode_is_refused():
+    model, x = model_and_inputs()
+    with pytest.raises(Exception, match=r"ConfigError: .*no mode 'max-autotune'\. Remedy"):
+        torch.compile(model, backend="scaleprop", mode="max-autotune")(x)
+
+
+def test_graph_breaks_and_sizes_are_torch_compiles():
+    class Breaks(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    x = torch.randn(8, 16)
+    scaleprop.prepare_training(Breaks(16, 4), "fp8", inner="eager")(x)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        scaleprop.prepare_training(Breaks(16, 4), "fp8", inner="eager", fullgraph=True)(x)
+    model, x = model_and_inputs()
+    scaleprop.prepare_training(model, "fp8", inner="eager", dynamic=True)
+    for length in (8, 5, 13):
+        model(torch.randn(length, 16)).sum().backward()
+    assert len(scaleprop.scale_report(model)) == 1
+
+
 def test_the_module_stays_what_it_was():
     model, x = model_and_inputs()
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from scaleprop.adapters.base import Preparation, library
-from scaleprop.backends.dynamo import Inner, Recipe
+from scaleprop.backends.dynamo import Inner, TrainingRecipe
 from scaleprop.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ else:
 
 
 def prepare(
-    accelerator: Accelerator, *objects: Any, recipe: Recipe = "fp8", inner: Inner = "inductor",
+    accelerator: Accelerator, *objects: Any, recipe: TrainingRecipe = "fp8", inner: Inner = "inductor",
     modules: Sequence[str] = (),
 ) -> Any:
     """What ``accelerator.prepare(*objects)`` returns; each model among them trains by ``recipe``.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from scaleprop.backends.dynamo import Inner, Options, Recipe
+from scaleprop.backends.dynamo import Inner, Options, TrainingRecipe
 from scaleprop.errors import BackendUnavailable, ConfigError
 from scaleprop.extras import install_command
 from scaleprop.training import prepare_training
@@ -23,7 +23,7 @@ class Preparation:
         ConfigError: on an unknown recipe or inner compiler, or patterns that are no list of names.
     """
 
-    def __init__(self, recipe: Recipe, inner: Inner, modules: Sequence[str]) -> None:
+    def __init__(self, recipe: TrainingRecipe, inner: Inner, modules: Sequence[str]) -> None:
         Options(recipe=recipe, inner=inner)
         if isinstance(modules, str):
             raise ConfigError(f"modules={modules!r} is one string: give a list of patterns, "
@@ -31,7 +31,7 @@ class Preparation:
         given: Any = modules
         if not isinstance(given, list | tuple) or any(type(one) is not str for one in modules):
             raise ConfigError(f"modules={given!r}: give a list of patterns of module names")
-        self.recipe: Recipe = recipe
+        self.recipe: TrainingRecipe = recipe
         self.inner: Inner = inner
         self.modules = tuple(modules)
 

@@ -19,7 +19,7 @@ from weakref import WeakSet
 from torch import nn
 
 from scaleprop.adapters.base import Preparation, library
-from scaleprop.backends.dynamo import Inner, Recipe
+from scaleprop.backends.dynamo import Inner, TrainingRecipe
 from scaleprop.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Precision(Base):
 
     precision = "32-true"  # of parameters, inputs and outputs
 
-    def __init__(self, recipe: Recipe = "fp8", *, inner: Inner = "inductor",
+    def __init__(self, recipe: TrainingRecipe = "fp8", *, inner: Inner = "inductor",
                  modules: Sequence[str] = ()) -> None:
         self._preparation = Preparation(recipe, inner, modules)
         self._done: WeakSet[nn.Module] = WeakSet()

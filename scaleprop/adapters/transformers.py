@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from scaleprop.adapters.base import Preparation, library
-from scaleprop.backends.dynamo import Inner, Recipe
+from scaleprop.backends.dynamo import Inner, TrainingRecipe
 from scaleprop.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Callback(TrainerCallback):
             of ``modules`` is no module's name, or the trainer compiles the model itself.
     """
 
-    def __init__(self, recipe: Recipe = "fp8", *, inner: Inner = "inductor",
+    def __init__(self, recipe: TrainingRecipe = "fp8", *, inner: Inner = "inductor",
                  modules: Sequence[str] = ()) -> None:
         self._preparation = Preparation(recipe, inner, modules)
 

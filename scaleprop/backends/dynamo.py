@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from scaleprop import _torch_compat as compat
 from scaleprop import ops
@@ -34,13 +35,15 @@ _FUSED: dict[Any, Callable[..., Any]] = {
     ops.cast: products.cast, ops.gemm: products.gemm, ops.power_scale: products.power_scale}
 
 Inner = Literal["inductor", "eager"]
-Recipe = Literal["fp32", "bf16", "fp8", "fp8-unscaled"]
+TrainingRecipe = Literal["fp32", "bf16", "fp8", "fp8-unscaled"]
 # what each recipe casts the factors of linear layers' products to
-_FORMATS: Mapping[Recipe, Formats] = {
+_FORMATS: Mapping[TrainingRecipe, Formats] = {
     "bf16": Formats(x="bf16", w="bf16", dy="bf16", scaled=False, head=True),
     "fp8": Formats(),
     "fp8-unscaled": Formats(scaled=False),
 }
+# of graphs compiled by name: parameter → what was done to those that read it
+_REPORTS: Any = WeakTensorKeyDictionary()
 # rewrites a joint graph (or a forward one, without gradients) in place
 Transform = Callable[[torch.fx.GraphModule], None]
 
@@ -57,11 +60,11 @@ class Options:
     inner: what runs the rewritten graph: ``inductor``, or ``eager``, operator by operator.
     """
 
-    recipe: Recipe = "fp32"
+    recipe: TrainingRecipe = "fp8"
     inner: Inner = "inductor"
 
     def __post_init__(self) -> None:
-        for name, known in (("recipe", get_args(Recipe)), ("inner", get_args(Inner))):
+        for name, known in (("recipe", get_args(TrainingRecipe)), ("inner", get_args(Inner))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"option {name}={getattr(self, name)!r} of backend 'scaleprop'; "
                                   f"known: {', '.join(known)}")
@@ -86,13 +89,30 @@ def scaleprop(
     example_inputs: Sequence[Any],
     *,
     options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Callable[..., Any]:
     """The entry point that ``torch.compile`` calls by name.
 
     Raises:
-        ConfigError: on an unknown option.
+        ConfigError: on an unknown option, or a mode: wrapped by ``torch.compile``, as every
+            backend's errors are.
     """
-    return compile_with(module, example_inputs, Options.of(options))
+    if mode is not None:
+        raise ConfigError(f"backend 'scaleprop' has no mode {mode!r}. Remedy: set what it stands "
+                          "for in torch._inductor.config.")
+    parameters = [value for value in example_inputs if isinstance(value, torch.nn.Parameter)]
+
+    def report(lowered: Lowered) -> None:
+        for parameter in parameters:
+            _REPORTS.setdefault(parameter, []).append(lowered)
+
+    return compile_with(module, example_inputs, Options.of(options), report)
+
+
+def reports_of(model: torch.nn.Module) -> list[Lowered]:
+    """What was done to the graphs that read ``model``'s parameters, compiled by name."""
+    found = [report for parameter in model.parameters() for report in _REPORTS.get(parameter, [])]
+    return list({id(report): report for report in found}.values())
 
 
 def compile_with(
