@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from scaleprop.errors import ConfigError
 from scaleprop.passes.unit import SchemeName, UnitScaled, unit_scaled
-from scaleprop.passes.unit.learning_rates import OptimizerName, lr_factor, unit_scaling_of
+from scaleprop.passes.unit.learning_rates import (
+    OptimizerName,
+    lr_factor,
+    plain_module,
+    unit_scaling_of,
+)
 from scaleprop.signature import split_example
 
 Decay = Literal["products", "all"]
@@ -50,8 +56,13 @@ def unit_scale(
     Raises:
         CaptureError: where the model cannot be traced.
         CalibrationError: where a value or gradient is NaN or Inf, or there is no gradient.
-        ConfigError: on an unknown scheme, or a loss that is none.
+        ConfigError: on an unknown scheme, a loss that is none, or a model that is no module.
     """
+    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"unit_scale takes a torch.nn.Module that is no TorchScript, not "
+                          f"{type(model).__name__}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise ConfigError(f"loss_fn={loss_fn!r} is no function of the model's output")
     args, kwargs = split_example(example_inputs)
     return unit_scaled(model, args, kwargs, scheme, loss_fn, dynamic_shapes, powers_of_two)
 
@@ -73,29 +84,39 @@ def parameter_groups(
 
     Args:
         optimizer: ``adam`` (AdamW and its kin, which normalise gradients), ``sgd``, or ``muon``:
-            then only the matrices inside the network; give the others to ``adam`` by filtering on
-            what is left.
+            then only the matrices inside the network; the others want ``adam``, and are those
+            that no group's ``param_names`` has.
         decay: which parameters decay: those of ``products``, or ``all``.
         base_width: for ``mus``, the width at which ``lr`` was found.
 
     Raises:
-        ConfigError: where ``model`` is not unit-scaled, or the optimizer or decay is unknown.
+        ConfigError: where ``model`` is not unit-scaled, or has parameters that it had not then; on
+            an unknown optimizer or decay; on rates that are negative or not finite.
     """
-    if decay not in ("products", "all"):
-        raise ConfigError(f"unknown decay {decay!r}; known: products, all")
+    _check_numbers(lr, weight_decay, decay, base_width)
     scaling = unit_scaling_of(model)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
-    plain = getattr(model, "_orig_mod", model)  # behind torch.compile's wrapper
-    for name, parameter in plain.named_parameters():
+    for name, parameter in plain_module(model).named_parameters():
+        if name not in scaling.parameters:
+            raise ConfigError(f"{name!r} is not known: it was added after scaleprop.unit_scale. "
+                              "Remedy: unit-scale the model with all of its parameters.")
         use = scaling.parameters[name]
         factor = lr_factor(use, scaling.scheme, optimizer, base_width)
         if factor is None or not parameter.requires_grad:
             continue
         decays = weight_decay / factor if decay == "all" or use.roles else 0.0
         group = groups.setdefault((factor, decays), {
-            "params": [], "names": [], "lr": lr * factor, "weight_decay": decays})
+            "params": [], "param_names": [], "lr": lr * factor, "weight_decay": decays})
         group["params"].append(parameter)
-        group["names"].append(name)
-    for group in groups.values():
-        del group["names"]
+        group["param_names"].append(name)
     return list(groups.values())
+
+
+def _check_numbers(lr: float, weight_decay: float, decay: str, base_width: int) -> None:
+    if decay not in get_args(Decay):
+        raise ConfigError(f"unknown decay {decay!r}; known: {', '.join(get_args(Decay))}")
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"{name}={value!r}: a finite number, 0 or more, is expected")
+    if base_width < 1:
+        raise ConfigError(f"base_width={base_width!r}: a width is 1 or more")

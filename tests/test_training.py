@@ -125,3 +125,13 @@ def test_the_report_is_a_method_and_is_shown(capsys):
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with pytest.raises(ConfigError, match="was not given to"):
             copied.scale_report()
+
+
+def test_complex_numbers_stay_as_they_are():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 4, dtype=torch.cfloat), torch.randn(3, 4, dtype=torch.cfloat)
+    exact = model(x).detach()
+    scaleprop.prepare_training(model, "fp8", inner="eager")
+    assert torch.allclose(model(x), exact)
+    (report,) = scaleprop.scale_report(model)
+    assert not report.products and "torch.complex64" in str(report.high)

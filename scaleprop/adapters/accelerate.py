@@ -21,8 +21,8 @@ else:
 
 
 def prepare(
-    accelerator: Accelerator, *objects: Any, recipe: TrainingRecipe = "fp8", inner: Inner = "inductor",
-    modules: Sequence[str] = (),
+    accelerator: Accelerator, *objects: Any, recipe: TrainingRecipe = "fp8",
+    inner: Inner = "inductor", modules: Sequence[str] = (),
 ) -> Any:
     """What ``accelerator.prepare(*objects)`` returns; each model among them trains by ``recipe``.
 

@@ -181,3 +181,43 @@ def test_refuses() -> None:
         scaleprop.parameter_groups(model, "lion", lr=1.0)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown decay"):
         scaleprop.parameter_groups(model, "adam", lr=1.0, decay="some")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("wrong", "why"), [
+    ({"lr": -1.0}, "lr=-1.0"), ({"lr": math.nan}, "lr=nan"), ({"lr": "x"}, "lr='x'"),
+    ({"lr": 1.0, "weight_decay": -1.0}, "weight_decay=-1.0"),
+    ({"lr": 1.0, "base_width": 0}, "base_width=0"),
+])
+def test_refuses_numbers_that_are_no_rates(wrong: dict[str, Any], why: str) -> None:
+    model, _ = scaled("mus")
+    with pytest.raises(ConfigError, match=why):
+        scaleprop.parameter_groups(model, "adam", **wrong)
+
+
+def test_refuses_parameters_that_came_later() -> None:
+    model, _ = scaled("unit")
+    model.later = nn.Parameter(torch.ones(3))
+    with pytest.raises(ConfigError, match="'later' is not known: it was added after"):
+        scaleprop.parameter_groups(model, "adam", lr=1.0)
+
+
+def test_what_muon_leaves_is_known_by_name() -> None:
+    model, _ = scaled("u-mup")
+    muon = scaleprop.parameter_groups(model, "muon", lr=1.0)
+    taken = {name for group in muon for name in group["param_names"]}
+    assert taken == {"up.weight", "down.weight"}
+    rest = [group for group in scaleprop.parameter_groups(model, "adam", lr=1.0)
+            if not taken.issuperset(group["param_names"])]
+    optimizer = torch.optim.AdamW(rest)  # torch calls its names the same
+    left = {name for group in optimizer.param_groups for name in group["param_names"]}
+    assert left == {name for name, _ in model.named_parameters()} - taken
+
+
+@pytest.mark.parametrize(("model", "options", "why"), [
+    (None, {}, "not NoneType"), (torch.sin, {}, "takes a torch.nn.Module"),
+    (nn.Linear(2, 2), {"loss_fn": 3}, "loss_fn=3"), (nn.Linear(2, 2), {"scheme": ["unit"]},
+                                                    "unknown scheme"),
+])
+def test_unit_scale_refuses(model: Any, options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        scaleprop.unit_scale(model, torch.randn(3, 2), **options)

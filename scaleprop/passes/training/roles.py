@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.fx
 
+from scaleprop.passes.exponents.facts import is_float
 from scaleprop.rules import contraction_behind, rule_for
 
 aten: Any = torch.ops.aten
@@ -75,6 +76,9 @@ def find_products(graph: torch.fx.Graph, parameters: Collection[torch.fx.Node]) 
         if node.target not in FACTORS:
             if why := _no_matrix_product(node):
                 high[node] = why
+            continue
+        if not is_float(node.meta["val"]):
+            high[node] = f"its numbers are {node.meta['val'].dtype}, which has no scale"
             continue
         sides = [source_of(node.args[place]) for place in FACTORS[node.target]]
         depends = [root in gradients for root, _ in sides]

@@ -113,13 +113,18 @@ def _by_width(
     return use.fan_out**-0.5 if role == "input" else 1.0
 
 
+def plain_module(model: torch.nn.Module) -> torch.nn.Module:
+    """``model`` without ``torch.compile``'s wrapper."""
+    return getattr(model, "_orig_mod", model)
+
+
 def unit_scaling_of(model: torch.nn.Module) -> Any:
     """What ``unit_scale`` did to a model, also behind ``torch.compile``'s wrapper.
 
     Raises:
         ConfigError: where it is not unit-scaled.
     """
-    inner = getattr(model, "_orig_mod", model)
+    inner = plain_module(model)
     scaling = getattr(inner, "meta", {}).get("unit_scaling") if isinstance(
         inner, torch.fx.GraphModule) else None
     if scaling is None:

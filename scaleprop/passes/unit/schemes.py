@@ -34,7 +34,7 @@ def _equal_parts(structure: Structure, residual: Residual) -> tuple[float, float
 
 def _fixed_share(structure: Structure, residual: Residual) -> tuple[float, float]:
     """√(1−τ)·x + √τ·f(x) (Narayan et al., µnit Scaling, 2025, section 3); τ = 0.4 at four layers
-    of two branches, as there, and inversely to depth beyond."""
+    of two branches, as there; inversely to depth beyond, which is our choice."""
     share = min(0.4, 3.2 / structure.length(residual.stream))
     return math.sqrt(1 - share), math.sqrt(share)
 
@@ -52,6 +52,6 @@ def scheme(name: str) -> Scheme:
     Raises:
         ConfigError: for an unknown one.
     """
-    if name not in _SCHEMES:
+    if name not in get_args(SchemeName):
         raise ConfigError(f"unknown scheme {name!r}; known: {', '.join(get_args(SchemeName))}")
     return _SCHEMES[name]
