@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, get_args
 
 import torch
@@ -75,6 +75,7 @@ def parameter_groups(
     weight_decay: float = 0.0,
     decay: Decay = "products",
     base_width: int = 256,
+    without: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """What to give an optimizer in place of ``model.parameters()``, for a unit-scaled ``model``.
 
@@ -84,10 +85,10 @@ def parameter_groups(
 
     Args:
         optimizer: ``adam`` (AdamW and its kin, which normalise gradients), ``sgd``, or ``muon``:
-            then only the matrices inside the network; the others want ``adam``, and are those
-            that no group's ``param_names`` has.
+            then only the matrices inside the network; ask again, for ``adam``, ``without`` them.
         decay: which parameters decay: those of ``products``, or ``all``.
         base_width: for ``mus``, the width at which ``lr`` was found.
+        without: names of parameters to leave out; each group has its own in ``param_names``.
 
     Raises:
         ConfigError: where ``model`` is not unit-scaled, or has parameters that it had not then; on
@@ -102,7 +103,7 @@ def parameter_groups(
                               "Remedy: unit-scale the model with all of its parameters.")
         use = scaling.parameters[name]
         factor = lr_factor(use, scaling.scheme, optimizer, base_width)
-        if factor is None or not parameter.requires_grad:
+        if factor is None or name in without or not parameter.requires_grad:
             continue
         decays = weight_decay / factor if decay == "all" or use.roles else 0.0
         group = groups.setdefault((factor, decays), {

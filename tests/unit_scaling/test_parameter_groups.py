@@ -206,8 +206,7 @@ def test_what_muon_leaves_is_known_by_name() -> None:
     muon = scaleprop.parameter_groups(model, "muon", lr=1.0)
     taken = {name for group in muon for name in group["param_names"]}
     assert taken == {"up.weight", "down.weight"}
-    rest = [group for group in scaleprop.parameter_groups(model, "adam", lr=1.0)
-            if not taken.issuperset(group["param_names"])]
+    rest = scaleprop.parameter_groups(model, "adam", lr=1.0, without=taken)
     optimizer = torch.optim.AdamW(rest)  # torch calls its names the same
     left = {name for group in optimizer.param_groups for name in group["param_names"]}
     assert left == {name for name, _ in model.named_parameters()} - taken
