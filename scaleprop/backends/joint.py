@@ -126,11 +126,10 @@ def _step(
     names: Mapping[int, str],
 ) -> TrainingStep:
     """A copy of the graphs, with inputs to run them on: compiling goes on with the originals."""
-    kept = torch.fx.GraphModule(joint, torch.fx.Graph())
-    copies: dict[torch.fx.Node, torch.fx.Node] = {}
-    output: Any = kept.graph.graph_copy(joint.graph, copies)
-    kept.graph.output(output)
-    kept.recompile()
+    copied = torch.fx.Graph()
+    output: Any = copied.graph_copy(joint.graph, {})
+    copied.output(output)
+    kept = torch.fx.GraphModule(joint, copied)  # the constants that the graph reads come with it
     _, inputs = given_inputs(kept.graph, given)
     if inputs is None:
         raise CaptureError("parameters or inputs have no data: they are on the device 'meta', or "

@@ -138,6 +138,15 @@ def test_minus_infinity_that_masks_nothing_is_an_overflow():
     assert overflow(report)
 
 
+def test_infinity_that_nothing_learned_leads_to_is_told_without_a_warning():
+    def run(y):
+        places = torch.log(torch.arange(WIDTH, dtype=y.dtype))  # −∞, then left out
+        return y + torch.where(torch.arange(WIDTH) < 1, 0.0, places)
+
+    (found,) = overflow(step(run))
+    assert not found.warning and found.figures["share"] == (1 / WIDTH,)
+
+
 def attend(low: float, how: str):
     """Attention of x·w to itself, later rows hidden by ``low``; scores are [1, ROWS, ROWS]."""
 

@@ -322,3 +322,14 @@ def test_operands_of_convolutions_and_attention_are_read_in_both_passes():
     assert read["conv.weight"] == read["sin"] == read["cos"] == read["convolution"] == both
     assert read["embedding"] == both  # the convolution's input; its gradient too needs it
     assert "table.weight" not in read and not any("bias" in name for name in read)
+
+
+def test_constants_of_a_model_are_there():
+    class Constant(nn.Linear):
+        def forward(self, x):
+            low = torch.where(x > 0, torch.tensor(2.0, dtype=x.dtype), torch.tensor(3.0))
+            return super().forward(low)
+
+    report = scaleprop.analyze(Constant(4, 4), torch.tensor([[1.0, -1, 1, -1]]), loss_fn=torch.sum)
+    (made,) = [t for t in report.of_phase("forward") if t.op == "aten.where.self"]
+    assert (made.amax, made.mean) == (3.0, 2.5)

@@ -48,14 +48,15 @@ def _begin(run: Run, origin: torch.fx.Node, parameters: Mapping[torch.fx.Node, s
 
 
 def nonfinite_finding(run: Run) -> list[Finding]:
-    """Values that are NaN or ±∞ and mask nothing, though the loss and its gradients are finite."""
+    """Values that are NaN or ±∞ and mask nothing, though the loss and its gradients are finite.
+    A warning where a parameter or a gradient has a part in one; else they are a model's own."""
     bad = [node for node in run.measured if _is_bad(run, node)]
     if not bad:
         return []
     first = bad[0]
     shares = tuple(run.measured[node].nonfinite for node in bad)
     return [Finding(
-        name="overflow", warning=True,
+        name="overflow", warning=any(node not in run.given for node in bad),
         message=f"{len(bad)} values hold NaN or Inf that masks no softmax, up to {max(shares):.2%} "
                 f"of one; the first is {describe(first)}",
         figures={"share": shares},
