@@ -378,3 +378,22 @@ def collective_device() -> torch.device:
     from torch.distributed import distributed_c10d
 
     return torch.device(distributed_c10d._get_object_coll_device())  # pyright: ignore[reportPrivateUsage]
+
+
+@contextmanager
+def called_functions(found: set[str]) -> Generator[None]:
+    """Add the names of ``torch.autograd.Function`` classes whose ``apply`` is called, except for
+    torch's own."""
+    base: Any = torch.autograd.Function
+    original: Any = base.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            found.add(cls.__qualname__)
+        return original.__func__(cls, *args, **kwargs)
+
+    base.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        base.apply = original

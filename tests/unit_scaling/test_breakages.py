@@ -138,7 +138,6 @@ def test_two_heads_turn_no_gradient_of_the_trunk():
         assert torch.cosine_similarity(got, want, dim=0) >= 0.9999, name
 
 
-@pytest.mark.xfail(reason="a write through a view of a value is lost", strict=False)
 def test_a_part_of_a_value_is_written_or_refused():
     """Columns that are set to zero have no gradient in what reads them."""
 

@@ -225,3 +225,60 @@ def test_refuses() -> None:
         scaleprop.unit_scale(Branching(), (X,))
     with pytest.raises(CaptureError, match=r"read again.*Remedy: write x = x \+ y"):
         scaleprop.unit_scale(Written(), (X,))
+
+
+class Through(torch.autograd.Function):
+    """Rounds; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
+
+
+class Between(nn.Module):
+    """Two layers, and a function between them."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.between(self.first(x)))
+
+
+def _filled(x: torch.Tensor) -> torch.Tensor:
+    made = torch.zeros_like(x)
+    made[:] = x
+    return made
+
+
+def _half_cleared(x: torch.Tensor) -> torch.Tensor:
+    x[:, :4].mul_(0.0)
+    return x
+
+
+@pytest.mark.parametrize(("between", "why"), [
+    (_filled, "writes into a value that is read again"),
+    (_half_cleared, "writes into a value that is read again"),
+    (Through.apply, "Through: the backward that a torch.autograd.Function defines"),
+])
+def test_what_a_graph_would_lose_is_refused(between: Any, why: str) -> None:
+    with pytest.raises(CaptureError, match=why):
+        scaleprop.unit_scale(Between(between), torch.randn(6, 8))
+
+
+@pytest.mark.parametrize("between", [
+    lambda x: torch.relu_(x.view(-1, 2, 4)).flatten(1),  # nobody sees the base again
+    lambda x: x.clone().mul_(2.0) + x,
+    lambda x: x + (x.round() - x).detach(),  # what the error proposes
+])
+def test_what_is_not_lost_is_taken(between: Any) -> None:
+    torch.manual_seed(0)
+    unit = scaleprop.unit_scale(Between(between), torch.randn(6, 8))
+    unit(torch.randn(6, 8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in unit.parameters())

@@ -16,7 +16,7 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
-from scaleprop._torch_compat import OpOverload
+from scaleprop._torch_compat import OpOverload, called_functions
 from scaleprop.errors import CaptureError
 from scaleprop.passes.capture import export_as_dynamic_as_possible, export_exactly, user_frames
 from scaleprop.passes.structures import register_structures
@@ -127,7 +127,7 @@ def _export(
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
-        with torch.enable_grad(), _kept_buffers(model):
+        with torch.enable_grad(), _kept_buffers(model), _no_backward_of_its_own():
             if dynamic_shapes is None:
                 return export_as_dynamic_as_possible(model, args, kwargs)
             return export_exactly(model, args, kwargs, dynamic_shapes), ()
@@ -135,6 +135,20 @@ def _export(
         hook.remove()
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def _no_backward_of_its_own() -> Generator[None]:
+    """Raises where a ``torch.autograd.Function`` of the model's was traced: a graph has what it
+    computes, and not how it says that gradients pass."""
+    found: set[str] = set()
+    with called_functions(found):
+        yield
+    if found:
+        raise CaptureError(
+            f"{', '.join(sorted(found))}: the backward that a torch.autograd.Function defines is "
+            "not in a traced graph. Remedy: say the same with operators, such as "
+            "x + (f(x) - x).detach() for a gradient that passes straight through.")
 
 
 @contextmanager
@@ -213,11 +227,14 @@ def _write_nothing(graph: torch.fx.Graph) -> None:
             node.meta["counts"] = True
             continue
         packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-        later = _is_read_after(written, node)
+        bases = _bases(written)
+        later = any(_is_state(base) or base.op == "placeholder" or _is_read_after(base, node)
+                    for base in bases) or _is_read_after(written, node)
         if packet is None or later or overload not in packet.overloads():
             raise CaptureError(
                 f"node {node.name!r} ({node.target}) writes into a value that is read again. "
-                "Remedy: write x = x + y instead of x += y there.")
+                "Remedy: write x = x + y instead of x += y there; torch.where or torch.cat "
+                "instead of x[…] = y.")
         node.target = getattr(packet, overload)
 
 
@@ -226,6 +243,19 @@ def _is_read_after(value: torch.fx.Node, write: torch.fx.Node) -> bool:
     return any(
         write < user or (_may_view(user) and _is_read_after(user, write))
         for user in value.users if user is not write)
+
+
+def _bases(value: torch.fx.Node) -> list[torch.fx.Node]:
+    """What ``value`` is a view of."""
+    found: list[torch.fx.Node] = []
+    while value.op == "call_function" and value.args and isinstance(value.args[0], torch.fx.Node):
+        target: Any = value.target
+        if isinstance(target, OpOverload) and not any(
+                returned.alias_info for returned in target._schema.returns):  # pyright: ignore[reportPrivateUsage]
+            break
+        value = value.args[0]  # also of an item of several views
+        found.append(value)
+    return found
 
 
 def _may_view(node: torch.fx.Node) -> bool:
