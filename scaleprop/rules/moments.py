@@ -89,14 +89,18 @@ def limit(dtype: torch.dtype) -> float:
     return min(torch.finfo(dtype).max / 2, 1e30)
 
 
-def numbers(x: torch.Tensor, masks: bool) -> tuple[torch.Tensor, int]:
+def numbers(
+    x: torch.Tensor, masks: bool, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, int]:
     """The finite elements of ``x`` [n], in float64, and how many are masked.
 
     masks: whether −∞, and what ``limit`` says stands for it, is there to hide something: then it is
-    masked. Else only what is finite counts, and all of it.
+    masked. Else only what is finite counts, and all of it. dtype: whose ``limit``, if not x's own:
+    of what x was cast from.
     """
     values = x.detach().double().flatten()
-    hidden = values <= -limit(x.dtype) if masks else torch.zeros_like(values, dtype=torch.bool)
+    lowest = -limit(dtype or x.dtype) if masks else -math.inf
+    hidden = (values <= lowest) & masks
     return values[values.isfinite() & ~hidden], int(hidden.sum())
 
 

@@ -199,6 +199,14 @@ def test_scores_that_overflow_below_a_mask_are_found(low):
     assert row(report, "masked_fill.Scalar").masked >= 1 / WIDTH
 
 
+def test_masks_that_are_cast_are_masks():
+    lowest = torch.finfo(torch.half).min
+    report = step(lambda y: y.masked_fill(torch.arange(WIDTH) == 0, lowest).float().softmax(-1),
+                  torch.half)
+    cast = [t for t in report.of_phase("forward") if t.op == "aten._to_copy.default"]
+    assert cast[0].dtype == "float32" and cast[0].masked == 1 / WIDTH and cast[0].amax < 100
+
+
 def test_lines_of_masks_have_the_size_of_what_is_not_masked():
     report = step(attend(torch.finfo(torch.float).min, "filled"))
     line = inspect.getsourcelines(attend)[1]

@@ -14,7 +14,7 @@ import torch.fx
 from scaleprop import _torch_compat as compat
 from scaleprop.passes.statistics.masks import carried, fills, mask_chains
 from scaleprop.passes.training.roles import gradient_values
-from scaleprop.rules.moments import Moments, numbers
+from scaleprop.rules.moments import Moments, limit, numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,12 @@ class Measured:
     nonfinite: float = 0.0
 
     @classmethod
-    def of(cls, x: torch.Tensor, limits: Sequence[float] = (), masks: bool = False) -> Measured:
-        """Of one tensor; figures in float64. masks: see ``rules.moments.numbers``."""
-        counted, masked = numbers(x, masks)
+    def of(
+        cls, x: torch.Tensor, limits: Sequence[float] = (), masks: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> Measured:
+        """Of one tensor; figures in float64. masks, dtype: see ``rules.moments.numbers``."""
+        counted, masked = numbers(x, masks, dtype)
         count, number = x.numel(), counted.numel()
         bad = count - number - masked
         if not number:
@@ -125,7 +128,7 @@ class _Watch(torch.fx.Interpreter):
         self.measured: dict[torch.fx.Node, Measured] = {}
         self.given: dict[torch.fx.Node, Moments] = {}
         self.extra: dict[torch.fx.Node, Any] = {}
-        self.masks: set[torch.fx.Node] = set()
+        self.masks: dict[torch.fx.Node, torch.dtype | None] = {}  # whose limit tells what is hidden
         self._also = also
         self._limits = limits
         self._moving = set(backward)  # what depends on parameters or gradients
@@ -144,7 +147,7 @@ class _Watch(torch.fx.Interpreter):
         if n.op == "output":
             return value
         if self._may_mask(n):
-            self.masks.add(n)
+            self.masks[n] = self._narrowest(n, value)
         if isinstance(value, torch.Tensor):
             self._keep(n, value)
         return value
@@ -152,13 +155,21 @@ class _Watch(torch.fx.Interpreter):
     def _keep(self, node: torch.fx.Node, value: torch.Tensor) -> None:
         masks = node in self.masks
         if value.is_floating_point():
-            self.measured[node] = seen = Measured.of(value, self._limits, masks)
+            self.measured[node] = seen = Measured.of(
+                value, self._limits, masks, self.masks.get(node))
             if not seen.masked:
-                self.masks.discard(node)
+                self.masks.pop(node, None)
         if node.op == "placeholder" or node not in self._moving:
             moments = Moments.measured(value, masks)
             if moments is not None:
                 self.given[node] = moments
+
+    def _narrowest(self, node: torch.fx.Node, value: Any) -> torch.dtype | None:
+        """Of the types that a mask has had on its way to ``node``, the one of least range: its
+        lowest number stays what it is in a wider one."""
+        types = [self.masks.get(source) for source in carried(node)]
+        types.append(value.dtype if isinstance(value, torch.Tensor) else None)
+        return min((t for t in types if t is not None), key=limit, default=None)
 
     def _may_mask(self, node: torch.fx.Node) -> bool:
         """Whether −∞ in ``node`` hides something: it was put there by what no parameter has a part
