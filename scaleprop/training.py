@@ -14,7 +14,14 @@ from weakref import WeakKeyDictionary
 import torch
 
 from scaleprop import _torch_compat as compat
-from scaleprop.backends.dynamo import Inner, Options, TrainingRecipe, compile_with, reports_of
+from scaleprop.backends.dynamo import (
+    Exponents,
+    Inner,
+    Options,
+    TrainingRecipe,
+    compile_with,
+    reports_of,
+)
 from scaleprop.errors import ConfigError
 from scaleprop.passes.training import Lowered
 
@@ -71,7 +78,7 @@ _MOVED = 2.0  # a parameter's size, by a checkpoint: exponents leave room for mo
 
 def prepare_training(
     model: torch.nn.Module, recipe: TrainingRecipe = "fp8", *, inner: Inner = "inductor",
-    dynamic: bool | None = None, fullgraph: bool = False,
+    exponents: Exponents = "measured", dynamic: bool | None = None, fullgraph: bool = False,
 ) -> torch.nn.Module:
     """Let ``model`` run forward and backward by ``recipe``, from its next call on.
 
@@ -85,12 +92,13 @@ def prepare_training(
             the same without exponents, for unit-scaled models; ``bf16`` in bfloat16; ``fp32``
             changes nothing. See ``scaleprop.backends.dynamo.Options``.
         inner: what runs the rewritten graphs: ``inductor``, or ``eager``, to debug.
+        exponents: what they are chosen by: one batch ``measured``, or ``predicted``; see there.
         dynamic, fullgraph: as for ``torch.compile``.
 
     Raises:
         ConfigError: on an unknown recipe or inner compiler, or a model that Dynamo cannot trace.
     """
-    options = Options(recipe=recipe, inner=inner)
+    options = Options(recipe=recipe, inner=inner, exponents=exponents)
     _check(model)
     if model not in _PREPARED:
         model.register_load_state_dict_post_hook(_measure_again)

@@ -23,8 +23,10 @@ from scaleprop import ops
 from scaleprop.errors import CaptureError, ConfigError
 from scaleprop.ops import products
 from scaleprop.passes.decompose import respell
+from scaleprop.passes.statistics.peaks import predicted_amax
 from scaleprop.passes.training import Formats, Lowered, lower_products
 from scaleprop.passes.training.roles import is_tangent
+from scaleprop.passes.training.statistics import Sizes, measured_amax
 from scaleprop.rules import rule_for
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ _FUSED: dict[Any, Callable[..., Any]] = {
     ops.cast: products.cast, ops.gemm: products.gemm, ops.power_scale: products.power_scale}
 
 Inner = Literal["inductor", "eager"]
+Exponents = Literal["measured", "predicted"]
+_SIZES: Mapping[Exponents, Sizes] = {"measured": measured_amax, "predicted": predicted_amax}
 TrainingRecipe = Literal["fp32", "bf16", "fp8", "fp8-unscaled"]
 # what each recipe casts the factors of linear layers' products to
 _FORMATS: Mapping[TrainingRecipe, Formats] = {
@@ -58,13 +62,18 @@ class Options:
         high. ``fp8-unscaled``: the same formats, every value as it is and saturated: for models
         whose values lie about one already. The report says what over- and underflows.
     inner: what runs the rewritten graph: ``inductor``, or ``eager``, operator by operator.
+    exponents: what they are chosen by: values ``measured`` in one run of the first batch, or
+        ``predicted`` from the sizes of inputs and parameters, by the operators' rules. Where these
+        do not know a size, the scale is found at run time.
     """
 
     recipe: TrainingRecipe = "fp8"
     inner: Inner = "inductor"
+    exponents: Exponents = "measured"
 
     def __post_init__(self) -> None:
-        for name, known in (("recipe", get_args(TrainingRecipe)), ("inner", get_args(Inner))):
+        for name, known in (("recipe", get_args(TrainingRecipe)), ("inner", get_args(Inner)),
+                            ("exponents", get_args(Exponents))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"option {name}={getattr(self, name)!r} of backend 'scaleprop'; "
                                   f"known: {', '.join(known)}")
@@ -127,7 +136,8 @@ def compile_with(
 
     def transform(joint: torch.fx.GraphModule) -> None:
         parameters, inputs = given_inputs(joint.graph, example_inputs)
-        lowered = lower_products(joint, parameters, _FORMATS[options.recipe], inputs)
+        lowered = lower_products(joint, parameters, _FORMATS[options.recipe], inputs,
+                                 _SIZES[options.exponents])
         logger.info("%d products in %s, %d high; %d values cast, %d exponents for nothing; "
                     "%d rescales", len(lowered.products), options.recipe, len(lowered.high),
                     len(lowered.casts), sum(cast.free for cast in lowered.casts), lowered.rescales)

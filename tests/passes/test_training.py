@@ -63,7 +63,7 @@ def test_without_a_batch_every_scale_is_found_at_run_time():
     (result,) = joint_of(Mlp(nn.GELU()), torch.randn(4, 16),
                          use=lambda joint, parameters, _: lower_products(
                              joint, parameters, Formats(), None))
-    assert {(cast.exponent, cast.why) for cast in result.casts} == {(None, "no batch was measured")}
+    assert {(cast.exponent, cast.why) for cast in result.casts} == {(None, "of unknown size")}
 
 
 def test_each_value_is_cast_once_in_each_format():

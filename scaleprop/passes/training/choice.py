@@ -28,7 +28,7 @@ MOST = 50  # of an exponent that the graph carries: float32 has room for the sum
 def why_at_run_time(element: str, amax: float | None, drift: float) -> str:
     """Why an exponent cannot be fixed; "" where it can."""
     if amax is None:
-        return "no batch was measured"
+        return "of unknown size"
     if amax == 0.0:  # a gradient of unknown size, or a weight that starts at zero
         return "all zeros when measured"
     if not math.isfinite(amax):

@@ -43,7 +43,7 @@ from scaleprop.passes.training.drift import addends, drifts
 from scaleprop.passes.training.head import keep_head_high
 from scaleprop.passes.training.reduction import agree
 from scaleprop.passes.training.roles import Factor, Product, find_products, is_tangent, source_of
-from scaleprop.passes.training.statistics import measured_amax
+from scaleprop.passes.training.statistics import Sizes, measured_amax
 from scaleprop.rules import rule_for
 
 aten: Any = torch.ops.aten
@@ -120,11 +120,12 @@ def lower_products(
     parameters: Collection[torch.fx.Node],
     formats: Formats,
     inputs: Sequence[Any] | None,
+    sizes: Sizes = measured_amax,
 ) -> Lowered:
     """Run the linear layers' products of ``joint``, in place, on low-precision data.
 
     parameters: its inputs that are parameters. inputs: one real batch for all of its inputs;
-    without them every scale is found at run time.
+    without them every scale is found at run time. sizes: how to tell largest magnitudes from them.
     """
     products = find_products(joint.graph, parameters)
     if not formats.head:
@@ -133,7 +134,7 @@ def lower_products(
     for product in products.found:
         for factor in (product.left, product.right):
             factors.setdefault((factor.root, getattr(formats, factor.kind)), factor)
-    casts = _planned(joint, parameters, formats, inputs, factors)
+    casts = _planned(joint, parameters, formats, inputs, factors, sizes)
     work = _Lowering(joint, formats, products.found)
     if formats.scaled:
         work.move_gradients(casts)
@@ -171,12 +172,13 @@ class _Planned:
 def _planned(
     joint: torch.fx.GraphModule, parameters: Collection[torch.fx.Node], formats: Formats,
     inputs: Sequence[Any] | None, factors: Mapping[tuple[torch.fx.Node, str], Factor],
+    sizes: Sizes,
 ) -> list[_Planned]:
     roots = {root for root, _ in factors}
     amax: Mapping[torch.fx.Node, float] = {}
     if inputs is not None:
         watched = roots | addends(joint.graph)
-        amax = agree(measured_amax(joint, inputs, watched), joint.graph)
+        amax = agree(sizes(joint, inputs, watched), joint.graph)
     drift = drifts(joint.graph, parameters, amax)
     found: list[_Planned] = []
     for (root, element), factor in factors.items():

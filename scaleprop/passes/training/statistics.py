@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.fx
 
 from scaleprop import _torch_compat as compat
+
+# graph, its real inputs, values → the largest magnitude of those where it is known
+Sizes = Callable[
+    [torch.fx.GraphModule, Sequence[Any], Collection[torch.fx.Node]], Mapping[torch.fx.Node, float]]
 
 
 def measured_amax(
