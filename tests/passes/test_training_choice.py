@@ -63,7 +63,8 @@ def test_the_exponent_in_most_rooms():
 @pytest.mark.parametrize(("amax", "lost"), [
     (1.0, ""), (448.0, ""), (449.0, "beyond the 448 of e4m3: saturates"),
     (math.inf, "saturates"), (math.nan, "saturates"), (2.0**-6, ""),
-    (0.015, "below the normal numbers of e4m3, from 0.0156: underflows"), (0.0, ""), (None, "")])
+    (0.015, "below the normal numbers of e4m3, from 0.0156: underflows"),
+    (0.0, "all zeros when measured"), (None, "of unknown size")])
 def test_what_is_lost_at_exponent_0(amax: float | None, lost: str):
     found = out_of_range("e4m3", amax)
     assert (lost in found) if lost else not found

@@ -27,14 +27,17 @@ MOST = 50  # of an exponent that the graph carries: float32 has room for the sum
 
 def why_at_run_time(element: str, amax: float | None, drift: float) -> str:
     """Why an exponent cannot be fixed; "" where it can."""
-    if amax is None:
-        return "of unknown size"
-    if amax == 0.0:  # a gradient of unknown size, or a weight that starts at zero
-        return "all zeros when measured"
+    if amax is None or amax == 0.0:
+        return _unknown(amax)
     if not math.isfinite(amax):
         return "NaN or Inf when measured"
     room = headroom(element)
     return f"may drift by 2^{drift:.0f}, {element} has room for 2^{room}" if drift > room else ""
+
+
+def _unknown(amax: float | None) -> str:
+    # zeros: a gradient that comes from outside, or a weight that starts at zero
+    return "of unknown size" if amax is None else "all zeros when measured"
 
 
 def headroom(element: str) -> int:
@@ -47,7 +50,7 @@ def out_of_range(element: str, amax: float | None) -> str:
     """What is lost of a value that is cast as it is, at exponent 0; "" where nothing much is."""
     fmt = float_element(element)
     if amax is None or amax == 0.0:
-        return ""
+        return _unknown(amax)
     if not amax <= fmt.max:
         return f"amax {amax:.3g} is beyond the {fmt.max:g} of {element}: saturates"
     least = 2.0**fmt.emin
