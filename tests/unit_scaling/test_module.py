@@ -282,3 +282,23 @@ def test_what_is_not_lost_is_taken(between: Any) -> None:
     unit = scaleprop.unit_scale(Between(between), torch.randn(6, 8))
     unit(torch.randn(6, 8)).square().sum().backward()
     assert all(p.grad is not None and p.grad.norm() > 0 for p in unit.parameters())
+
+
+def test_integers_are_written_in_place() -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(10, 8)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            shifted = ids.new_zeros(ids.shape)
+            shifted[:, 1:] = ids[:, :-1].clone()
+            shifted[:, 0] = 3
+            return self.table(shifted)
+
+    torch.manual_seed(0)
+    unit = scaleprop.unit_scale(Shifted(), torch.randint(0, 10, (4, 6)))
+    ids = torch.tensor([[1, 2, 4, 5, 7, 8]] * 4)
+    unit(ids).sum().backward()
+    rows = unit.get_parameter("table.weight").grad.abs().sum(1)
+    assert set(rows.nonzero().flatten().tolist()) == {3, 1, 2, 4, 5, 7}

@@ -7,6 +7,7 @@ buffers, regions without gradient are inlined, and checks of dtypes that tracing
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from scaleprop.passes.capture import export_as_dynamic_as_possible, export_exact
 from scaleprop.passes.structures import register_structures
 from scaleprop.passes.unit.checkpoints import REGION, Options, Recorder, note_regions
 from scaleprop.passes.unit.module import UnitScaled, assemble
+from scaleprop.passes.unit.structure import is_float
 from scaleprop.rules import rule_for
 
 aten: Any = torch.ops.aten
@@ -226,6 +228,8 @@ def _write_nothing(graph: torch.fx.Graph) -> None:
         if _is_state(written):
             node.meta["counts"] = True
             continue
+        if not is_float(written):  # no multiplier comes between
+            continue
         packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
         bases = _bases(written)
         later = any(_is_state(base) or base.op == "placeholder" or _is_read_after(base, node)
@@ -250,10 +254,12 @@ def _bases(value: torch.fx.Node) -> list[torch.fx.Node]:
     found: list[torch.fx.Node] = []
     while value.op == "call_function" and value.args and isinstance(value.args[0], torch.fx.Node):
         target: Any = value.target
+        if target is operator.getitem:  # one of several results
+            target = value.args[0].target
         if isinstance(target, OpOverload) and not any(
                 returned.alias_info for returned in target._schema.returns):  # pyright: ignore[reportPrivateUsage]
             break
-        value = value.args[0]  # also of an item of several views
+        value = value.args[0]
         found.append(value)
     return found
 
