@@ -265,6 +265,7 @@ def _half_cleared(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("between", "why"), [
     (_filled, "writes into a value that is read again"),
     (_half_cleared, "writes into a value that is read again"),
+    (Through.apply, "Through: the backward that a torch.autograd.Function defines"),
     (lambda x: Through.apply(x), "Through: the backward that a torch.autograd.Function defines"),
 ])
 def test_what_a_graph_would_lose_is_refused(between: Any, why: str) -> None:
