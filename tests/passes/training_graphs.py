@@ -89,13 +89,14 @@ def lowered(model: nn.Module, *inputs: torch.Tensor, formats: Formats | None = N
 def trained(model: nn.Module, *inputs: torch.Tensor, formats: Formats) -> list[torch.Tensor]:
     """What a model returns, and the gradients of its parameters, lowered."""
     model.zero_grad()
+    tangent = ONE.to(next(model.parameters()).dtype)
 
     def backend(graph: torch.fx.GraphModule, given: list[Any]) -> Any:
         def transform(joint: torch.fx.GraphModule) -> None:
             places = joint.graph.find_nodes(op="placeholder")
             parameters = [node for node, value in zip(places, given, strict=False)
                           if isinstance(value, nn.Parameter)]
-            lower_products(joint, parameters, formats, [*given, ONE])
+            lower_products(joint, parameters, formats, [*given, tangent])
 
         return compile_joint(graph, given, transform, "eager")
 
