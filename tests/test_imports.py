@@ -24,8 +24,8 @@ LAYERS = (
     ("report", "calibration.statistics", "recipes"),
     ("passes", "calibration", "signature"),
     ("backends",),
-    ("fidelity", "graph_json", "storage", "analysis", "api", "optim", "training", "unit_scaling",
-     "adapters", ""),
+    ("fidelity", "graph_json", "storage", "analysis", "api", "optim", "qat", "training",
+     "unit_scaling", "adapters", ""),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
