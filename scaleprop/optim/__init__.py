@@ -34,6 +34,7 @@ Which state is which is decided by its name (``SQUARES``, and ``squares`` for ot
 from __future__ import annotations
 
 from scaleprop.optim.entries import KEPT, SQUARES
+from scaleprop.optim.oscillation import Oscillation
 from scaleprop.optim.state import ScaledState, scaled_state
 from scaleprop.optim.storage import FORMATS, StateFormat, decode_state, encode_state
 
@@ -41,6 +42,7 @@ __all__ = [
     "FORMATS",
     "KEPT",
     "SQUARES",
+    "Oscillation",
     "ScaledState",
     "StateFormat",
     "decode_state",
