@@ -7,7 +7,6 @@ overload's name to its function, which takes the operator's own arguments.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +17,10 @@ from scaleprop.errors import FormatError
 from scaleprop.formats.quantize import check_input, fake_quantize_tensor, quantize_parts
 from scaleprop.formats.rounding import parse_rounding
 from scaleprop.formats.scaled import PLAIN, ScaledFormat, parse
-from scaleprop.formats.tensor import dequantize_parts, normalized_axis, storage_layout
+from scaleprop.formats.tensor import dequantize_parts, storage_layout
 from scaleprop.ops import products
+from scaleprop.ops.hadamard import hadamard
 
-_MATRIX = 64  # largest Sylvester matrix that is multiplied by at once
 _CHUNK = 1 << 18  # values of a weight that are in float64 at a time: they stay in cache
 
 
@@ -114,60 +113,6 @@ def _row_chunks(w: Sequence[Tensor], w_format: str) -> Iterator[Sequence[Tensor]
         return
     for start in range(0, count, step):
         yield [part[start : start + step] if part.ndim else part for part in w]
-
-
-def hadamard(x: Tensor, block: int, signs: Tensor | None = None, axis: int = -1) -> Tensor:
-    """x·diag(signs)·H/√block on consecutive blocks of ``axis``; H in Sylvester's order.
-
-    block: a power of two that divides the axis. signs: ±1, [block] or [size of the axis].
-    float32 accumulation (float64 for float64), one rounding to x's dtype.
-
-    Raises:
-        FormatError: where block or signs do not fit.
-    """
-    check_hadamard(x, block, signs, axis)
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    moved = x.to(work).movedim(axis, -1)
-    split = moved.reshape(*moved.shape[:-1], moved.shape[-1] // block, block)
-    if signs is not None:
-        split = split * signs.to(work).reshape(-1, block)
-    mixed = _sylvester(split, block) * (1.0 / math.sqrt(block))
-    return mixed.reshape(moved.shape).to(x.dtype).movedim(-1, axis)
-
-
-def _sylvester(x: Tensor, size: int) -> Tensor:
-    """x·H on the last axis; H of large sizes is the Kronecker product of two smaller ones."""
-    if size <= _MATRIX:
-        return torch.matmul(x, sylvester_matrix(size, x.dtype, x.device))
-    inner = x.reshape(*x.shape[:-1], size // _MATRIX, _MATRIX)
-    inner = torch.matmul(inner, sylvester_matrix(_MATRIX, x.dtype, x.device))
-    outer = _sylvester(inner.transpose(-1, -2), size // _MATRIX)
-    return outer.transpose(-1, -2).reshape(x.shape)
-
-
-def sylvester_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """H[i, j] = (-1)^(number of ones in i & j), unscaled."""
-    index = torch.arange(size, device=device)
-    common = index.unsqueeze(1) & index
-    odd = torch.zeros_like(common)
-    for shift in range(max(size.bit_length() - 1, 1)):
-        odd = odd ^ (common >> shift)
-    return (1 - 2 * (odd & 1)).to(dtype)
-
-
-def check_hadamard(x: Tensor, block: int, signs: Tensor | None, axis: int) -> None:
-    """Raise ``FormatError`` for arguments that ``hadamard`` cannot take."""
-    normalized_axis(axis, x.ndim)
-    if not x.is_floating_point():
-        raise FormatError(f"hadamard: {x.dtype} is not a float dtype: convert first")
-    if block < 1 or block & (block - 1):
-        raise FormatError(f"hadamard: block {block} is not a power of two")
-    size = x.shape[axis]
-    if is_int(size) and size % block:
-        raise FormatError(f"hadamard: block {block} does not divide axis {axis} of size {size}: "
-                          "use a smaller block")
-    if signs is not None and tuple(signs.shape) not in ((block,), (size,)):
-        raise FormatError(f"hadamard: signs have shape {list(signs.shape)}: [{block}] or [{size}]")
 
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {

@@ -14,6 +14,7 @@ from scaleprop.formats.rounding import parse_rounding
 from scaleprop.formats.scaled import PLAIN, parse
 from scaleprop.formats.tensor import moved_shape, storage_layout
 from scaleprop.ops import implementations, products
+from scaleprop.ops.hadamard import check_hadamard, hadamard
 
 SCHEMAS = {
     "quantize": "(Tensor x, str format, int axis=-1, str rounding='nearest', Tensor? bits=None, "
@@ -24,7 +25,8 @@ SCHEMAS = {
                      "Tensor? bits=None, Tensor[]? scales=None) -> Tensor",
     "scaled_mm": "(Tensor[] x, Tensor[] w, Tensor? bias, str x_format, str w_format, SymInt k) "
                  "-> Tensor",
-    "hadamard": "(Tensor x, int block, Tensor? signs=None, int axis=-1) -> Tensor",
+    "hadamard": "(Tensor x, int block, Tensor? signs=None, int axis=-1, bool transpose=False) "
+                "-> Tensor",
     "cast": "(Tensor x, str element) -> Tensor",
     "gemm": "(Tensor a, Tensor b, float alpha, ScalarType dtype) -> Tensor",
     "power_scale": "(Tensor x, str element, int margin) -> Tensor",
@@ -56,9 +58,10 @@ def dequantize_kernel(parts: Sequence[Tensor], format: str, shape: Sequence[Any]
     return implementations.dequantize(parts, format, shape, axis, dtype).contiguous()
 
 
-def hadamard_kernel(x: Tensor, block: int, signs: Tensor | None = None, axis: int = -1) -> Tensor:
-    """``implementations.hadamard``, contiguous."""
-    return implementations.hadamard(x, block, signs, axis).contiguous()
+def hadamard_kernel(x: Tensor, block: int, signs: Tensor | None = None, axis: int = -1,
+                    transpose: bool = False) -> Tensor:
+    """``hadamard.hadamard``, contiguous."""
+    return hadamard(x, block, signs, axis, transpose).contiguous()
 
 
 def quantize_fake(x: Tensor, format: str, axis: int = -1, rounding: str = "nearest",
@@ -97,9 +100,10 @@ def scaled_mm_fake(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None
     return x[0].new_empty((*x[0].shape[:-1], w[0].shape[0]), dtype=torch.float32)
 
 
-def hadamard_fake(x: Tensor, block: int, signs: Tensor | None = None, axis: int = -1) -> Tensor:
+def hadamard_fake(x: Tensor, block: int, signs: Tensor | None = None, axis: int = -1,
+                  transpose: bool = False) -> Tensor:
     """As ``x``, contiguous."""
-    implementations.check_hadamard(x, block, signs, axis)
+    check_hadamard(x, block, signs, axis)
     return x.new_empty(x.shape)
 
 
@@ -181,19 +185,15 @@ def _scaled_mm_backward(ctx: Any, grad: Tensor) -> Any:
 
 
 def _hadamard_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
-    _, ctx.block, signs, ctx.axis = inputs
+    _, ctx.block, signs, ctx.axis, ctx.transpose = inputs
     ctx.save_for_backward(signs)
 
 
 def _hadamard_backward(ctx: Any, grad: Tensor) -> Any:
-    """The transpose: H is symmetric, so H/√block first and the signs after it."""
+    """The transpose, which is the inverse."""
     (signs,) = ctx.saved_tensors
-    result = torch.ops.scaleprop.hadamard(grad, ctx.block, None, ctx.axis)
-    if signs is not None:
-        moved = result.movedim(ctx.axis, -1)
-        repeated = signs.to(grad.dtype).repeat(moved.shape[-1] // signs.shape[0])
-        result = (moved * repeated).movedim(-1, ctx.axis)
-    return _as_called(ctx, result, None, None, None)
+    result = torch.ops.scaleprop.hadamard(grad, ctx.block, signs, ctx.axis, not ctx.transpose)
+    return _as_called(ctx, result, None, None, None, None)
 
 
 _KERNELS = {"quantize": quantize_kernel, "dequantize": dequantize_kernel,

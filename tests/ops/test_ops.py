@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -200,37 +199,6 @@ def test_fake_quantize_gradient_is_straight_through():
     assert not ops.quantize(x, "mxfp4")[0].requires_grad
 
 
-@pytest.mark.parametrize("block", [1, 2, 4, 16, 64, 128, 256, 1024])
-def test_hadamard_equals_scipy_on_integers(block):
-    x = torch.randint(-8, 9, (3, 2 * block)).float()
-    signs = torch.randint(0, 2, (block,)).float() * 2 - 1
-    matrix = torch.from_numpy(scipy.linalg.hadamard(block)).float()
-    root = torch.tensor(1.0 / np.sqrt(block), dtype=torch.float32)
-    expected = ((x.reshape(3, 2, block) * signs) @ matrix) * root
-    assert torch.equal(ops.hadamard(x, block, signs), expected.reshape(3, 2 * block))
-    plain = (x.reshape(3, 2, block) @ matrix) * root
-    assert torch.equal(ops.hadamard(x.t(), block, None, 0).t(), plain.reshape(3, 2 * block))
-
-
-def test_hadamard_is_orthogonal_and_its_gradient_the_transpose():
-    x = torch.randn(5, 128, dtype=torch.float64, requires_grad=True)
-    signs = torch.randint(0, 2, (128,)).double() * 2 - 1
-    y = ops.hadamard(x, 32, signs)
-    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
-    y.backward(y.detach())  # Rᵀ(R x) = x
-    torch.testing.assert_close(x.grad, x.detach())
-    assert torch.autograd.gradcheck(lambda t: ops.hadamard(t, 8, signs[:8]), x[:2, :16].detach()
-                                    .requires_grad_())
-
-
-def test_hadamard_accumulates_in_float32():
-    x = torch.randn(64, 4096)
-    exact = ops.hadamard(x.double(), 4096)
-    assert (ops.hadamard(x, 4096) - exact).abs().max() < 1e-6 * exact.abs().max()
-    narrow = x.bfloat16()
-    assert torch.equal(ops.hadamard(narrow, 4096), ops.hadamard(narrow.float(), 4096).bfloat16())
-
-
 @pytest.mark.parametrize("call, message", [
     (lambda x: ops.quantize(x, "mxfp5"), "did you mean mxfp"),
     (lambda x: ops.quantize(x.int(), "mxfp4"), "convert to float32"),
@@ -246,10 +214,6 @@ def test_hadamard_accumulates_in_float32():
     (lambda x: ops.scaled_mm(ops.quantize(x, "mxfp4"), [x], None, "mxfp4", "f32", 65),
      "last axis"),
     (lambda x: ops.scaled_mm([x], [x.unsqueeze(0)], None, "f32", "f32", 64), r"w is \[n, k\]"),
-    (lambda x: ops.hadamard(x, 12), "not a power of two"),
-    (lambda x: ops.hadamard(x, 128), "does not divide axis -1 of size 64"),
-    (lambda x: ops.hadamard(x, 16, torch.ones(3)), "signs have shape"),
-    (lambda x: ops.hadamard(x.int(), 16), "not a float dtype"),
 ])
 def test_bad_inputs(call, message):
     with pytest.raises(FormatError, match=message):

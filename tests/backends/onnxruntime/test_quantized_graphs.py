@@ -180,6 +180,13 @@ def test_hadamard(tmp_path: Path) -> None:
     torch.testing.assert_close(graph.build(y, tmp_path)(x), OPS.hadamard(x, 32, signs))
 
 
+def test_hadamard_of_another_order_transposed(tmp_path: Path) -> None:
+    x, signs = torch.randn(3, 80), torch.where(torch.rand(80) < 0.5, -1.0, 1.0)
+    graph = Graph()
+    y = graph.call(OPS.hadamard.default, graph.input(x), 20, graph.tensor("signs", signs), -1, True)
+    torch.testing.assert_close(graph.build(y, tmp_path)(x), OPS.hadamard(x, 20, signs, -1, True))
+
+
 @pytest.mark.parametrize(("name", "options", "says"), [
     ("e2m1[16x16]*e4m3*f32", {}, "1-D blocks"), ("nf4", {}, "codebook"),
     ("mxfp4:mse", {}, "scale rule"), ("mxfp4", {"rounding": "stochastic"}, "inductor"),

@@ -28,7 +28,7 @@ from scaleprop.backends.onnxruntime.registry import lowers
 from scaleprop.errors import LoweringError, describe
 from scaleprop.formats import ScaledTensor, parse
 from scaleprop.formats.scaled import PLAIN, ScaledFormat
-from scaleprop.ops.implementations import sylvester_matrix
+from scaleprop.ops.hadamard import hadamard_matrix
 
 logger = logging.getLogger(__name__)
 
@@ -142,24 +142,28 @@ def lower_scaled_mm(ctx: Context, node: Node, x: Sequence[Node] | Node,
 
 @lowers(OPS.hadamard.default)
 def lower_hadamard(ctx: Context, node: Node, x: Node, block: int, signs: Node | None = None,
-                   axis: int = -1) -> ir.Value:
-    """x·diag(signs)·H/√block: a float32 product with one constant matrix per block."""
+                   axis: int = -1, transpose: bool = False) -> ir.Value:
+    """x·diag(signs)·H/√block, or x·Hᵀ/√block·diag(signs): a float32 product with one constant
+    matrix per block."""
     e, rank = Emitter(ctx.builder), ctx.rank(x)
     size = _known_size(ctx, node, x, axis)
     order = [i for i in range(rank) if i != axis % rank] + [axis % rank]
     moved = axis % rank != rank - 1
     value = ctx.value(x, torch.float32)
     value = e("Transpose", value, perm=order) if moved else value
-    matrix = sylvester_matrix(block, torch.float32, torch.device("cpu")) / math.sqrt(block)
+    matrix = hadamard_matrix(block, torch.float32, torch.device("cpu")) / math.sqrt(block)
+    matrix = matrix.t().contiguous() if transpose else matrix
+    flips = None if signs is None else ctx.tensor(signs)
+    if signs is not None and flips is None:
+        raise LoweringError(f"{describe(node)}: signs are computed at run time; remedy: "
+                            f"register them as a buffer")
+    flipped = None if flips is None else e.f32(flips.float().reshape(-1, block).numpy())
     value = e.split_last(value, rank, size, block)
-    if signs is not None:
-        flips = ctx.tensor(signs)
-        if flips is None:
-            raise LoweringError(f"{describe(node)}: signs are computed at run time; remedy: "
-                                f"register them as a buffer")
-        value = e("Mul", value, e.f32(flips.float().reshape(-1, block).numpy()))
-    value = e.join_last(e("MatMul", value, e.f32(matrix.numpy())), rank, size, block)
-    ctx.lowered_as(node, f"MatMul by a {block}×{block} Sylvester matrix")
+    value = value if flipped is None or transpose else e("Mul", value, flipped)
+    value = e("MatMul", value, e.f32(matrix.numpy()))
+    value = e("Mul", value, flipped) if flipped is not None and transpose else value
+    value = e.join_last(value, rank, size, block)
+    ctx.lowered_as(node, f"MatMul by a {block}×{block} Hadamard matrix")
     return e("Transpose", value, perm=[order.index(i) for i in range(rank)]) if moved else value
 
 
