@@ -37,6 +37,7 @@ from scaleprop.optim.entries import KEPT, SQUARES
 from scaleprop.optim.oscillation import Oscillation
 from scaleprop.optim.state import ScaledState, scaled_state
 from scaleprop.optim.storage import FORMATS, StateFormat, decode_state, encode_state
+from scaleprop.optim.weights import StochasticWeights, round_stochastic, stochastic_weights
 
 __all__ = [
     "FORMATS",
@@ -45,7 +46,10 @@ __all__ = [
     "Oscillation",
     "ScaledState",
     "StateFormat",
+    "StochasticWeights",
     "decode_state",
     "encode_state",
+    "round_stochastic",
     "scaled_state",
+    "stochastic_weights",
 ]

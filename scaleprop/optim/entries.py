@@ -23,6 +23,10 @@ ALONE = frozenset({"cpu"})  # devices where each tensor is encoded by itself
 SCALE, GENERATOR = "exponent", "rounding_generator"  # keys in a state and a state_dict
 
 
+class Call(dict[str, Any]):
+    """The keyword arguments of a step; they live as long as it does, however it ends."""
+
+
 def key_of(name: str, kind: str, dtype: torch.dtype) -> str:
     """The entry of encoded data: it says how to read it, and is not taken for ``name`` itself."""
     return f"{name}/{kind}/{str(dtype).removeprefix('torch.')}"

@@ -15,6 +15,7 @@ from scaleprop.optim import entries
 from scaleprop.optim.entries import (
     GENERATOR,
     SQUARES,
+    Call,
     Codec,
     decode,
     decode_entry,
@@ -24,10 +25,6 @@ from scaleprop.optim.entries import (
 from scaleprop.optim.pieces import Pieces, can_cut, in_cache, length
 from scaleprop.optim.saving import Loading
 from scaleprop.optim.storage import FIRST, SECOND
-
-
-class _Call(dict[str, Any]):
-    """The keyword arguments of a step; they live as long as it does, however it ends."""
 
 
 class ScaledState:
@@ -40,7 +37,7 @@ class ScaledState:
         self.optimizer = optimizer
         self._codec = codec
         self._groups: list[dict[str, Any]] | None = None  # while a step has them taken away
-        self._call: weakref.ref[_Call] | None = None  # the outermost step under way
+        self._call: weakref.ref[Call] | None = None  # the outermost step under way
         self._loading = Loading(codec)
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -96,7 +93,7 @@ class ScaledState:
             return None  # a step that calls the step of its base class
         self._settle()
         _check_groups(optimizer, self.generator)
-        call = _Call(kwargs)
+        call = kwargs if isinstance(kwargs, Call) else Call(kwargs)
         self._call = weakref.ref(call)
         if self._can_part():
             return self._step_in_parts(args, call), call
