@@ -37,6 +37,7 @@ RULES: Mapping[str, str] = {
     "pow2": "smallest power of two that does not saturate, in any scale format",
     "exact": "amax/max, rounded to the scale format",
     "absmean": "mean |x|, rounded to the scale format (BitNet b1.58, XNOR-Net)",
+    "rms": "2^⌊log2(2.92247856/6·σ)⌋, σ the root of mean x² (Quartet, arXiv:2505.14669); FP4 only",
     "mse": "search for the scale of least squared error",
     "fouroversix": "per block, the better of amax→6 and amax→4 (arXiv:2512.02010); FP4 only",
 }
@@ -151,6 +152,8 @@ def _contradiction(fmt: ScaledFormat) -> str | None:
         return f"{fmt.scale.name} holds powers of two: use one of {', '.join(POWER_RULES)}, mse"
     if fmt.rule == "fouroversix" and (fmt.element.name != "e2m1" or not fmt.two_level):
         return "fouroversix is for e2m1 with a tensor scale, as in 'nvfp4:fouroversix'"
+    if fmt.rule == "rms" and (fmt.element.name != "e2m1" or fmt.two_level):
+        return "rms is for e2m1 with scales of one level, as in 'mxfp4:rms'"
     if fmt.rule == "absmean" and (fmt.zero_point or fmt.two_level):
         return "absmean has one level and no zero point: drop '+zp' and the tensor scale"
     return _zero_point_contradiction(fmt) or _granularity_contradiction(fmt)

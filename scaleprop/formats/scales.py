@@ -28,6 +28,7 @@ from scaleprop.formats.scaled import FLT_MAX, POWER_RULES, ScaledFormat
 # What the largest block scale becomes under a tensor scale: E4M3's maximum (TransformerEngine),
 # also for UE5M3, which keeps the rest as headroom; 256 under four-over-six, whose scales grow 1.5×.
 _TARGETS = {"e4m3": 448.0, "ue5m3": 448.0, "ue5m3x": 448.0}
+RMS_RATIO = 2.92247856 / 6.0  # of a normal distribution's best scale for E2M1 to its σ
 _MSE_RATIOS = tuple(1.0 - 0.03 * step for step in range(24))
 
 
@@ -61,19 +62,31 @@ def target(fmt: ScaledFormat) -> float:
     return 256.0 if fmt.rule == "fouroversix" else _TARGETS.get(fmt.scale.name, 1.0)
 
 
-def find_scales(grouped: Tensor, fmt: ScaledFormat, grouping: Grouping) -> Scales:
-    """The scales of ``grouped`` (float32 or float64) by the format's rule."""
+def find_scales(grouped: Tensor, fmt: ScaledFormat, grouping: Grouping,
+                tensor_amax: Tensor | None = None, headroom: float = 1.0) -> Scales:
+    """The scales of ``grouped`` (float32 or float64) by the format's rule.
+
+    tensor_amax: a scalar in place of the data's, for the scale of the whole tensor.
+    headroom: every amax is taken so many times as large.
+    """
     if fmt.zero_point:
         return _find_with_zero_point(grouped, fmt, grouping)
     amax = grouping.reduce(torch.amax, grouped.abs())
+    whole = None if tensor_amax is None else tensor_amax.to(torch.float32)
+    if headroom != 1.0:
+        amax, whole = amax * headroom, None if whole is None else whole * headroom
     if fmt.two_level:
-        return _find_two_level(grouped, fmt, grouping, amax, whole_amax(amax))
+        outer = whole_amax(amax) if whole is None else whole
+        return find_two_level(grouped, fmt, grouping, amax, outer)
+    amax = amax if whole is None else whole
     if fmt.rule == "mse":
         def error(candidate: Tensor) -> Tensor:
             return squared_error(grouped, Scales(candidate), fmt, grouping)
         return Scales(_search(amax, lambda a: one_level(a, fmt), error, fmt))
     if fmt.rule == "absmean":
         return Scales(_absmean(grouped, amax, fmt, grouping))
+    if fmt.rule == "rms":
+        return Scales(_rms(grouped, amax, fmt, grouping))
     return Scales(one_level(amax, fmt))
 
 
@@ -89,7 +102,7 @@ def one_level(amax: Tensor, fmt: ScaledFormat) -> Tensor:
 def finish(scale: Tensor, amax: Tensor, fmt: ScaledFormat) -> Tensor:
     """1.0 for scales of zero where E8M0 is not the format; NaN where amax is not finite."""
     if fmt.scale.has_zero:
-        empty = amax == 0 if fmt.rule in POWER_RULES else scale == 0
+        empty = amax == 0 if fmt.rule in (*POWER_RULES, "rms") else scale == 0
         scale = torch.where(empty, 1.0, scale)
     return torch.where(amax < torch.inf, scale, torch.nan).to(torch.float32)
 
@@ -127,9 +140,21 @@ def _wide_sum(grouped: Tensor, dims: tuple[int, ...], keepdim: bool) -> Tensor:
 
 
 def _absmean(grouped: Tensor, amax: Tensor, fmt: ScaledFormat, grouping: Grouping) -> Tensor:
-    total = grouping.reduce(_wide_sum, grouped.abs())
+    mean = _wide_mean(grouped.abs(), grouping)
+    return finish(round_scale(mean, fmt), amax, fmt)
+
+
+def _wide_mean(grouped: Tensor, grouping: Grouping) -> Tensor:
+    """Of each group, padding not counted, in float64."""
     size = grouping.reduce(_wide_sum, grouping.split(torch.ones_like(grouping.join(grouped))))
-    return finish(round_scale(total / size.clamp(min=1.0), fmt), amax, fmt)
+    return grouping.reduce(_wide_sum, grouped) / size.clamp(min=1.0)
+
+
+def _rms(grouped: Tensor, amax: Tensor, fmt: ScaledFormat, grouping: Grouping) -> Tensor:
+    sigma = _wide_mean(grouped.to(torch.float64).square(), grouping).sqrt()
+    low, high = max(fmt.scale.smallest, 2.0**-127), 2.0 ** (math.frexp(fmt.scale_bound)[1] - 1)
+    scale = power_of_two_below((sigma * RMS_RATIO).to(torch.float32)).clamp(low, high)
+    return finish(scale, amax, fmt)
 
 
 def whole_amax(amax: Tensor) -> Tensor:
@@ -149,8 +174,8 @@ def tensor_scale_of(amax: Tensor, fmt: ScaledFormat) -> Tensor:
     return torch.where(amax < torch.inf, scale, torch.nan)
 
 
-def _find_two_level(grouped: Tensor, fmt: ScaledFormat, grouping: Grouping, amax: Tensor,
-                    tensor_amax: Tensor) -> Scales:
+def find_two_level(grouped: Tensor, fmt: ScaledFormat, grouping: Grouping, amax: Tensor,
+                   tensor_amax: Tensor) -> Scales:
     """TransformerEngine's order of operations, in float32 whatever the data's dtype.
 
     S = min(target·max/amax_t, FLT_MAX); block scale = RN(min(amax_b·(S·fl(1/max)), target));
@@ -286,8 +311,8 @@ def given_scales(parts: Sequence[Tensor], grouped: Tensor, fmt: ScaledFormat,
     if fmt.two_level and len(parts) == 1:
         outer = _shaped(parts[0], (), "tensor scale", fmt).to(torch.float32)
         amax = grouping.reduce(torch.amax, grouped.abs())
-        found = _find_two_level(grouped, fmt, grouping, amax,
-                                outer * (target(fmt) * fmt.element.max))
+        found = find_two_level(grouped, fmt, grouping, amax,
+                               outer * (target(fmt) * fmt.element.max))
         return dataclasses.replace(found, tensor_scale=outer)
     if len(parts) != fmt.parts_count - 1:
         kinds = "scale" + ", tensor_scale" * fmt.two_level + ", zero_point" * fmt.zero_point

@@ -20,15 +20,19 @@ hadamard = torch.ops.scaleprop.hadamard.default
 cast = torch.ops.scaleprop.cast.default
 gemm = torch.ops.scaleprop.gemm.default
 power_scale = torch.ops.scaleprop.power_scale.default
+quantize_operand = torch.ops.scaleprop.quantize_operand.default
+eden_operand = torch.ops.scaleprop.eden_operand.default
 
 __all__ = [
     "IMPLEMENTATIONS",
     "cast",
     "dequantize",
+    "eden_operand",
     "fake_quantize",
     "gemm",
     "hadamard",
     "power_scale",
     "quantize",
+    "quantize_operand",
     "scaled_mm",
 ]

@@ -13,7 +13,7 @@ from scaleprop.formats.quantize import check_bits_range, check_input
 from scaleprop.formats.rounding import parse_rounding
 from scaleprop.formats.scaled import PLAIN, parse
 from scaleprop.formats.tensor import moved_shape, storage_layout
-from scaleprop.ops import implementations, products
+from scaleprop.ops import implementations, operands, products
 from scaleprop.ops.hadamard import check_hadamard, hadamard
 
 SCHEMAS = {
@@ -30,6 +30,12 @@ SCHEMAS = {
     "cast": "(Tensor x, str element) -> Tensor",
     "gemm": "(Tensor a, Tensor b, float alpha, ScalarType dtype) -> Tensor",
     "power_scale": "(Tensor x, str element, int margin) -> Tensor",
+    "quantize_operand": "(Tensor x, str format, int axis, str rounding='nearest', "
+                        "Tensor? bits=None, Tensor? tensor_amax=None, float prescale=1.0, "
+                        "float headroom=1.0, ScalarType dtype=bfloat16) -> (Tensor, Tensor)",
+    "eden_operand": "(Tensor x, str format, int axis, Tensor bits, int group=128, "
+                    "ScalarType dtype=bfloat16, str rounding='stochastic:16', "
+                    f"float headroom={operands.EDEN_HEADROOM}) -> (Tensor, Tensor)",
 }
 
 
@@ -122,6 +128,45 @@ def power_scale_fake(x: Tensor, element: str, margin: int) -> Tensor:
     return x.new_empty((), dtype=torch.float32)
 
 
+def quantize_operand_kernel(x: Tensor, format: str, axis: int, rounding: str = "nearest",
+                            bits: Tensor | None = None, tensor_amax: Tensor | None = None,
+                            prescale: float = 1.0, headroom: float = 1.0,
+                            dtype: torch.dtype = torch.bfloat16) -> operands.Pair:
+    """``operands.quantize_operand``, contiguous, after reading whether bits are in range."""
+    check_bits_range(parse_rounding(rounding), bits)
+    values, outer = operands.quantize_operand(x, format, axis, rounding, bits, tensor_amax,
+                                              prescale, headroom, dtype)
+    return values.contiguous(), outer
+
+
+def quantize_operand_fake(x: Tensor, format: str, axis: int, rounding: str = "nearest",
+                          bits: Tensor | None = None, tensor_amax: Tensor | None = None,
+                          prescale: float = 1.0, headroom: float = 1.0,
+                          dtype: torch.dtype = torch.bfloat16) -> operands.Pair:
+    """As ``x``, contiguous, in ``dtype``; and a scalar."""
+    fmt = parse(format)
+    operands.check_operand(x, fmt, axis, parse_rounding(rounding), bits, tensor_amax, dtype)
+    storage_layout(fmt, x.shape, axis)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=torch.float32)
+
+
+def eden_operand_kernel(x: Tensor, format: str, axis: int, bits: Tensor, group: int = 128,
+                        dtype: torch.dtype = torch.bfloat16, rounding: str = "stochastic:16",
+                        headroom: float = operands.EDEN_HEADROOM) -> operands.Pair:
+    """``operands.eden_operand``, contiguous, after reading whether bits are in range."""
+    check_bits_range(parse_rounding(rounding), bits)
+    values, outer = operands.eden_operand(x, format, axis, bits, group, dtype, rounding, headroom)
+    return values.contiguous(), outer
+
+
+def eden_operand_fake(x: Tensor, format: str, axis: int, bits: Tensor, group: int = 128,
+                      dtype: torch.dtype = torch.bfloat16, rounding: str = "stochastic:16",
+                      headroom: float = operands.EDEN_HEADROOM) -> operands.Pair:
+    """As ``x``, contiguous, in ``dtype``; and a scalar."""
+    operands.check_eden(x, parse(format), axis, parse_rounding(rounding), bits, group, dtype)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=torch.float32)
+
+
 def _as_called(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     """One gradient per argument that the call spelled out: torch drops those left at defaults."""
     return grads[: len(ctx.needs_input_grad)]
@@ -199,11 +244,13 @@ def _hadamard_backward(ctx: Any, grad: Tensor) -> Any:
 _KERNELS = {"quantize": quantize_kernel, "dequantize": dequantize_kernel,
             "fake_quantize": fake_quantize_kernel, "scaled_mm": implementations.scaled_mm,
             "hadamard": hadamard_kernel, "cast": products.cast, "gemm": products.gemm,
-            "power_scale": products.power_scale}
+            "power_scale": products.power_scale, "quantize_operand": quantize_operand_kernel,
+            "eden_operand": eden_operand_kernel}
 _FAKES = {"quantize": quantize_fake, "dequantize": dequantize_fake,
           "fake_quantize": fake_quantize_fake, "scaled_mm": scaled_mm_fake,
           "hadamard": hadamard_fake, "cast": cast_fake, "gemm": gemm_fake,
-          "power_scale": power_scale_fake}
+          "power_scale": power_scale_fake, "quantize_operand": quantize_operand_fake,
+          "eden_operand": eden_operand_fake}
 _GRADIENTS = {"quantize": (_quantize_setup, _quantize_backward),
               "dequantize": (_dequantize_setup, _dequantize_backward),
               "fake_quantize": (_fake_quantize_setup, _fake_quantize_backward),
