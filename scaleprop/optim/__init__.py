@@ -33,6 +33,7 @@ Which state is which is decided by its name (``SQUARES``, and ``squares`` for ot
 
 from __future__ import annotations
 
+from scaleprop.optim.clipping import StableClip
 from scaleprop.optim.entries import KEPT, SQUARES
 from scaleprop.optim.oscillation import Oscillation
 from scaleprop.optim.state import ScaledState, scaled_state
@@ -45,6 +46,7 @@ __all__ = [
     "SQUARES",
     "Oscillation",
     "ScaledState",
+    "StableClip",
     "StateFormat",
     "StochasticWeights",
     "decode_state",
