@@ -168,8 +168,10 @@ def _dge_clipped(gradient: Tensor, quantizer: Quantizer, k: float) -> Tensor:
     units = scales.normalize(quantizer.x)
     outside = (units < low) | (units > high)
     z = distance(torch.where(outside, 0.0, units), quantizer.fmt.element)
-    edge = (k * DGE_CLIP) ** (-k / (k - 1.0)) if k != 1.0 else 0.0
-    slope = z.clamp(min=edge) ** (1.0 / k - 1.0) / k
+    if k == 1.0:
+        return gradient * torch.where(outside, 0.0, torch.where(z.isnan(), z, 1.0))
+    edge = max((k * DGE_CLIP) ** (-k / (k - 1.0)), 2.0**-126)
+    slope = torch.exp(torch.log(z.clamp(min=edge)) * (1.0 / k - 1.0)) / k  # faster than a power
     return gradient * torch.where(outside, 0.0, slope)
 
 

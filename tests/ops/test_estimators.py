@@ -101,6 +101,12 @@ def test_the_mean_over_every_interval_is_1_or_as_published_0_593(item: str) -> N
         assert means[1] == pytest.approx(0.593, abs=6e-4)
 
 
+def test_a_number_close_to_1_is_nearly_straight_through_and_finite() -> None:
+    u = torch.tensor([0.5, 0.1, -2.5, 3.0])
+    found = in_units("dge-clipped:1.0001", torch.ones(4), u, "int4")
+    torch.testing.assert_close(found, torch.ones(4), rtol=1e-2, atol=0)
+
+
 def test_dge_is_the_derivative_of_its_smooth_steps() -> None:
     """f(t) = Δ/2·(1 + sign(2t/Δ - 1)·|2t/Δ - 1|^(1/k)), differentiated by autograd."""
     t = torch.rand(1000, dtype=torch.float64).requires_grad_()
