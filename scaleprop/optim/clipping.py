@@ -46,8 +46,8 @@ class StableClip:
         theta, gamma1, gamma2: θ, γ₁, γ₂; 0 for θ and 0 for both γ leave gradients as they are.
 
         Raises:
-            ConfigError: no parameters, several devices, options out of range, an optimizer whose
-                state cannot be made anew (Adagrad).
+            ConfigError: no parameters, several devices, tensor subclasses, options out of range,
+                an optimizer whose state cannot be made anew (Adagrad).
         """
         self.parameters, self.optimizer = list(parameters), optimizer
         self.reset_every, self.steps = reset_every, 0
@@ -62,6 +62,9 @@ class StableClip:
         if len(devices) != 1:
             raise ConfigError(f"StableClip clips parameters of one device, not of {len(devices)}: "
                               "make one for each")
+        if any(type(p.detach()) is not Tensor for p in self.parameters):
+            raise ConfigError("StableClip takes plain tensors: norms of sharded ones are not those "
+                              "of a shard")
         decays = (self.theta, self.gamma1, self.gamma2)
         if not all(0 <= decay < 1 for decay in decays) or self.reset_every < 1 or self.eps < 0:
             raise ConfigError(f"theta, gamma1, gamma2 = {decays}, reset_every={self.reset_every}, "

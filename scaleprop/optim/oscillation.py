@@ -54,8 +54,8 @@ class Oscillation:
         Four float32 copies of the parameters are kept, five with "ema". Momenta are left alone.
 
         Raises:
-            ConfigError: no parameters, some that are not floating, options out of range, a format
-                with a zero point. FormatError: an unknown format.
+            ConfigError: no parameters, some not plain or not floating, options out of range, a
+                format with a zero point. FormatError: an unknown format.
         """
         self.parameters = list(parameters)
         self.format, self.axis = parse(format), axis
@@ -74,6 +74,8 @@ class Oscillation:
         if not self.parameters or not all(p.is_floating_point() for p in self.parameters):
             raise ConfigError("Oscillation watches floating parameters: pass at least one, such as "
                               "the weights of linear layers")
+        if any(type(p.detach()) is not Tensor for p in self.parameters):
+            raise ConfigError("Oscillation takes plain tensors: blocks of sharded ones may be cut")
         if self.format.zero_point:
             raise ConfigError(f"format {str(self.format)!r} has a zero point: watch weights in a "
                               "symmetric one")

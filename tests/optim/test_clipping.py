@@ -206,3 +206,13 @@ def test_what_makes_no_sense_is_refused() -> None:
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ConfigError, match="dense"):
         optim.StableClip(embedding.parameters()).step()
+
+
+def test_tensor_subclasses_are_refused() -> None:
+    class Odd(Tensor):
+        @staticmethod
+        def __new__(cls) -> Odd:
+            return torch.ones(2, 32).as_subclass(cls)
+
+    with pytest.raises(ConfigError, match="plain tensors"):
+        optim.StableClip([Odd()])

@@ -191,3 +191,13 @@ def test_what_makes_no_sense_is_refused() -> None:
     saved = optim.Oscillation([weight], "mxfp4").state_dict()
     with pytest.raises(ConfigError, match="same parameters"):
         optim.Oscillation([weight], "mxfp4", toward="ema").load_state_dict(saved)
+
+
+def test_tensor_subclasses_are_refused() -> None:
+    class Odd(Tensor):
+        @staticmethod
+        def __new__(cls) -> Odd:
+            return torch.ones(2, 32).as_subclass(cls)
+
+    with pytest.raises(ConfigError, match="plain tensors"):
+        optim.Oscillation([Odd()], "mxfp4")

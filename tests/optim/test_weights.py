@@ -393,3 +393,12 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ConfigError, match="scaled_state again"):
         stochastic_weights(old)
     assert optim.StochasticWeights
+
+
+def test_tensor_subclasses_are_refused() -> None:
+    class Odd(Tensor):
+        pass
+
+    odd = torch.ones(2, 32, dtype=torch.bfloat16).as_subclass(Odd).requires_grad_()
+    with pytest.raises(ConfigError, match="plain tensors"):
+        stochastic_weights(torch.optim.SGD([odd]))
