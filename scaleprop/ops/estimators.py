@@ -15,12 +15,12 @@ and f' the estimate of Q':
 | `dge-clipped:k` | the same without the division, as published: its mean is 0.593 at k = 5        |
 | `tanh:c`        | g·(1 - tanh²(x/c)): c·tanh(x/c) is quantized instead of x                      |
 
-`absmax` (A. Hu et al., 2025; x̂ = d·Q(x/d), d = amax/max). Choices: elements that tie for the amax
-share its gradient equally, as ``torch.amax`` has it; a scale is rounded straight through (slope 1)
-to a float format, but has slope 0 where it is rounded to a power of two, where it stopped at a
-bound, and where it was given; the scale of the whole tensor in two-level formats is a constant;
-scales that were searched for (mse, four-over-six) grow with the amax, the winner held. Q is to
-nearest, whatever the rounding forward: stochastic rounding makes the expected sum 0.
+`absmax` (R. Hu et al., arXiv:2509.17791; x̂ = d·Q(x/d), d = amax/max). Choices: elements that tie
+for the amax share its gradient equally, as ``torch.amax`` has it; a scale is rounded straight
+through (slope 1) to a float format, but has slope 0 where it is rounded to a power of two, where it
+stopped at a bound, and where it was given; the scale of the whole tensor in two-level formats is a
+constant; scales that were searched for (mse, four-over-six) grow with the amax, the winner held. Q
+is to nearest, whatever the rounding forward: stochastic rounding makes the expected sum 0.
 
 DGE (R. Wang et al., arXiv:2501.17116): z runs from -1 at one end of an interval of the grid over 0
 at the boundary where rounding changes to 1 at the other. Where boundaries are not in the middle
