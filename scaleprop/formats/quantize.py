@@ -86,7 +86,7 @@ def _prepare(x: Tensor, fmt: ScaledFormat, axis: int, rounding: Rounding, bits: 
              scales: Sequence[Tensor] | None) -> _Work:
     wide = x if x.dtype == torch.float64 else x.to(torch.float32)
     moved = wide.movedim(axis, -1)
-    grouping = Grouping(fmt.granularity, tuple(moved.shape))
+    grouping = Grouping(fmt.granularity, tuple(moved.shape), axis)
     grouped = grouping.split(moved)
     if scales is None:
         found = find_scales(grouped, fmt, grouping)
@@ -123,7 +123,8 @@ def quantize_parts(x: Tensor, fmt: ScaledFormat, axis: int = -1, rounding: Round
                    bits: Tensor | None = None,
                    scales: Sequence[Tensor] | None = None) -> list[Tensor]:
     """The stored parts of ``x``: the traceable core of ``quantize``, arguments already checked."""
-    work = _prepare(x, fmt, axis, rounding or Rounding("nearest"), bits, scales)
+    moved = None if bits is None else bits.movedim(axis, -1)
+    work = _prepare(x.movedim(axis, -1), fmt, -1, rounding or Rounding("nearest"), moved, scales)
     rounded = _rounded(work, fmt)
     if fmt.zero_point:
         codes = rounded.nan_to_num(0.0).to(torch.uint8)

@@ -86,21 +86,25 @@ def _integer_nearest(x: Tensor, element: IntegerElement) -> Tensor:
 
 def _float_nearest(x: Tensor, element: FloatElement) -> Tensor:
     """Adding and subtracting 1.5·2^digits·ulp leaves the nearest multiple of the ulp."""
-    digits = 52 if x.dtype == torch.float64 else 23
     if x.dtype == torch.float32 and element.emax > 100:
         return _float_nearest(x.double(), element).to(x.dtype)
-    if x.is_cuda or element.emax > 100:
-        power = power_of_two_below(x).clamp(2.0**element.emin, 2.0**element.emax)
-    else:
-        power = _leading_power(x, digits).clamp(min=2.0**element.emin)
-    magic = power * (1.5 * 2.0 ** (digits - element.fraction_bits))
+    digits = 52 if x.dtype == torch.float64 else 23
+    magic = _power_below(x, element) * (1.5 * 2.0 ** (digits - element.fraction_bits))
     return torch.copysign((x + magic) - magic, x)
 
 
-def _leading_power(x: Tensor, digits: int) -> Tensor:
+def _power_below(x: Tensor, element: FloatElement) -> Tensor:
+    """2^⌊log2|x|⌋ of |x| ≤ ``element.max``, at least that of its smallest normal value."""
+    if x.is_cuda or element.emax > 100:
+        return power_of_two_below(x).clamp(2.0**element.emin, 2.0**element.emax)
+    return _leading_power(x).clamp(min=2.0**element.emin)
+
+
+def _leading_power(x: Tensor) -> Tensor:
     """2^⌊log2|x|⌋ in float arithmetic (S. M. Rump, SIAM J. Sci. Comput. 31, 2009): it vectorises
     where a bitcast does not. Needs |x| < 2^100, and multiply and subtract rounded separately, which
     CPU compilers do here and GPU compilers do not."""
+    digits = 52 if x.dtype == torch.float64 else 23
     scaled = x * (2.0**digits + 1.0)
     return (scaled - scaled * (1.0 - 2.0 ** -(digits + 1))).abs()
 
@@ -127,8 +131,8 @@ def stochastic(x: Tensor, element: ElementFormat, rounding: Rounding, bits: Tens
         size = x.clamp(min=element.magnitude(0))
     if element.emin - element.fraction_bits < -126 and x.dtype == torch.float32:
         return stochastic(x.double(), element, rounding, bits).to(x.dtype)
-    power = power_of_two_below(size).clamp(2.0**element.emin, 2.0**element.emax)
-    ulp = power * 2.0**-element.fraction_bits
+    size = size.clamp(max=element.max)
+    ulp = _power_below(size, element) * 2.0**-element.fraction_bits
     rounded = stochastic_multiple(size, ulp, rounding, bits).clamp(max=element.max)
     return torch.copysign(rounded, x) if element.signed else rounded
 

@@ -86,8 +86,8 @@ def find_scales(grouped: Tensor, fmt: ScaledFormat, grouping: Grouping,
     if fmt.rule == "absmean":
         return Scales(_absmean(grouped, amax, fmt, grouping))
     if fmt.rule == "rms":
-        return Scales(_rms(grouped, amax, fmt, grouping))
-    return Scales(one_level(amax, fmt))
+        return Scales(grouping.stored(_rms(grouped, amax, fmt, grouping)))
+    return Scales(grouping.stored(one_level(amax, fmt)))
 
 
 def one_level(amax: Tensor, fmt: ScaledFormat) -> Tensor:
@@ -206,22 +206,17 @@ def find_two_level(grouped: Tensor, fmt: ScaledFormat, grouping: Grouping, amax:
     if fmt.rule == "fouroversix":
         six = round_scale(base.clamp(max=_ceiling(fmt)), fmt)
         four = round_scale((base * 1.5).clamp(max=_ceiling(fmt)), fmt)
-        return _in_memory(complete(torch.where(error(four) < error(six), four, six)))
+        return _in_memory(complete(torch.where(error(four) < error(six), four, six)), grouping)
     if fmt.rule == "mse":
-        return _in_memory(complete(_search(single, scales, error, fmt)))
-    return _in_memory(complete(scales(single)))
+        return _in_memory(complete(_search(single, scales, error, fmt)), grouping)
+    return _in_memory(complete(scales(single)), grouping)
 
 
-def _in_memory(scales: Scales) -> Scales:
-    """The same scales, as buffers: Inductor would fuse their ~20 operations into the loop over
-    elements and repeat them there (NVFP4: 8.0× the time of a copy instead of 3.1×); it does not
-    fuse through ``as_strided``."""
-    def buffer(x: Tensor) -> Tensor:
-        x = x.contiguous()
-        return x.as_strided(x.shape, x.stride())
-
+def _in_memory(scales: Scales, grouping: Grouping) -> Scales:
+    """The same scales, as buffers."""
     assert scales.encode is not None and scales.tensor_scale is not None
-    return Scales(buffer(scales.scale), buffer(scales.tensor_scale), None, buffer(scales.encode))
+    outer = scales.tensor_scale.as_strided((), ())
+    return Scales(grouping.stored(scales.scale), outer, None, grouping.stored(scales.encode))
 
 
 def _ceiling(fmt: ScaledFormat) -> float:

@@ -9,6 +9,7 @@ these into joint graphs, where nothing is differentiated any more; they have no 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -64,8 +65,10 @@ def quantize_operand(x: Tensor, format: str, axis: int, rounding: str = "nearest
     """
     fmt, mode = parse(format), parse_rounding(rounding)
     check_operand(x, fmt, axis, mode, bits, tensor_amax, dtype)
+    if x.ndim == 2 and fmt.granularity.rows == fmt.granularity.columns > 1:
+        axis = 1  # square tiles: the same along either, and this is how data lie in memory
     moved = x.to(torch.float32).movedim(axis, -1)
-    grouping = Grouping(fmt.granularity, tuple(moved.shape))
+    grouping = Grouping(fmt.granularity, tuple(moved.shape), axis)
     grouped = grouping.split(moved)
     scales = find_scales(grouped, fmt, grouping, tensor_amax, headroom)
     units = scales.normalize(grouped)
@@ -87,7 +90,17 @@ def _operand(rounded: Tensor, scales: Scales, fmt: ScaledFormat, grouping: Group
         values, outer = rounded * scales.scale, scales.tensor_scale
     if outer is None:
         outer = torch.ones((), dtype=torch.float32, device=rounded.device)
-    return grouping.join(values).to(dtype).movedim(-1, axis), outer
+    return _joined(values.to(dtype), grouping).movedim(-1, axis), outer
+
+
+def _joined(values: Tensor, grouping: Grouping) -> Tensor:
+    """``grouping.join``. Where data need no padding, as another view of a buffer: Inductor then
+    goes through blocks, with a scale each, not through elements, with a division for its index."""
+    if grouping.axis not in (-1, len(grouping.shape) - 1) or not grouping.whole:
+        return grouping.join(values)
+    shape = tuple(grouping.shape)
+    strides = [math.prod(shape[index + 1:]) for index in range(len(shape))]
+    return values.contiguous().as_strided(shape, strides)
 
 
 def check_operand(x: Tensor, fmt: ScaledFormat, axis: int, rounding: Rounding, bits: Tensor | None,
