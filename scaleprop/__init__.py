@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from scaleprop.recipes import Recipe, Role
     from scaleprop.report import Report
+    from scaleprop.sweeps import Sweep, sweep
     from scaleprop.training import prepare_training, scale_report
     from scaleprop.unit_scaling import parameter_groups, unit_scale
 
@@ -40,6 +41,7 @@ _HOME = {
     ),
     **dict.fromkeys(("Recipe", "Role"), "scaleprop.recipes"),
     "Report": "scaleprop.report",
+    **dict.fromkeys(("Sweep", "sweep"), "scaleprop.sweeps"),
     **dict.fromkeys(("prepare_training", "scale_report"), "scaleprop.training"),
     **dict.fromkeys(("parameter_groups", "unit_scale"), "scaleprop.unit_scaling"),
 }
@@ -53,6 +55,7 @@ __all__ = [
     "Role",
     "ScaledFormat",
     "ScaledTensor",
+    "Sweep",
     "adapters",
     "analyze",
     "compile",
@@ -64,6 +67,7 @@ __all__ = [
     "prepare_training",
     "quantize",
     "scale_report",
+    "sweep",
     "unit_scale",
 ]
 

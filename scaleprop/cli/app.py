@@ -277,6 +277,32 @@ def bench_command(
     )
 
 
+@app.command("sweep")
+@click.argument("config", metavar="[CONFIG.toml]", required=False,
+                type=click.Path(path_type=Path))
+@click.option("--show", "shown", type=click.Path(path_type=Path), metavar="SWEEP.sqlite",
+              help="Report on the runs that a file has; run nothing.")
+@click.option("--path", type=click.Path(path_type=Path),
+              help="Where runs are kept; else what CONFIG says.")
+@click.option("--jobs", type=int, help="Processes; -1 for as many as there are cores.")
+@click.option("--fresh/--resume", default=False, show_default=True,
+              help="Forget the runs that the file has, or go on from them.")
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Also write the table.")
+@click.option("--plot", type=click.Path(path_type=Path),
+              help="Also draw gaps over costs: .svg, .png, or .html with the table.")
+@click.option("--markdown", type=click.Path(path_type=Path), help="Also write the table there.")
+@_common
+def sweep_command(emit: Any, **options: Any) -> int:
+    """Train by every combination of changes to a recipe; compare losses and costs.
+
+    CONFIG says factory, data, recipe and axes, as scaleprop.sweep takes them.
+    Exit status 1 where runs failed.
+    """
+    from scaleprop.cli.sweep import run_sweep
+
+    return run_sweep(emit=emit, **options)
+
+
 @app.command("formats")
 @click.argument("names", nargs=-1, metavar="[FORMAT]...")
 @_common

@@ -10,7 +10,12 @@ from scaleprop.errors import ConfigError
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8: to a temporary file in the same folder, then renamed over ``path``.
+    """Write ``text`` as UTF-8, as ``write_bytes`` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data``: to a temporary file in the same folder, then renamed over ``path``.
 
     Raises:
         ConfigError: where the folder is missing or not writable, or ``path`` is a folder.
@@ -23,8 +28,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         handle, temporary = tempfile.mkstemp(
             prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
         )
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp made it private
         os.replace(temporary, target)
     except OSError as error:

@@ -38,7 +38,7 @@
       row.hidden = !keep;
       count += keep;
     }
-    shown.textContent = `${count} of ${rows.length} tensors`;
+    shown.textContent = `${count} of ${rows.length} ${table.dataset.noun ?? "tensors"}`;
   };
 
   headers.forEach((header, column) =>

@@ -1,0 +1,119 @@
+"""A sweep as a table, in the terminal and in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from scaleprop.report.console import stdout_console
+from scaleprop.sweeps.progress import spelled
+from scaleprop.sweeps.results import Mean, Point, Sweep
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+ON_FRONT = "●"
+# heading → what it says
+NUMBERS = {
+    "loss": "± standard error over seeds",
+    "gap": "of the loss, to the baseline's from the same seed",
+    "gap %": "of the baseline's loss",
+    "cost": "modelled, of BF16's bytes and operations: less than 1 is a saving",
+    "operands": "bytes of factors as products read them, of BF16's",
+    "passes": "more traffic to quantize them, in readings of all factors in BF16",
+    "rotations": "their work, of the products' operations",
+}
+
+
+def columns(sweep: Sweep) -> tuple[str, ...]:
+    """Headings."""
+    return (*sweep.axes, *NUMBERS, "runs", "best")
+
+
+def rows(sweep: Sweep) -> list[tuple[str, ...]]:
+    """Cells: the baseline, then smallest gaps first."""
+    front = set(map(id, front_of(sweep)))
+    every = ([sweep.baseline] if sweep.baseline else []) + sweep.ranked()
+    return [(*_axes(sweep, point), *cells(point), point.status(sweep.seeds),
+             ON_FRONT if id(point) in front else "") for point in every]
+
+
+def front_of(sweep: Sweep) -> list[Point]:
+    """The Pareto front; none where costs are not known."""
+    if any(point.overhead is None for point in sweep.points):
+        return []
+    return sweep.pareto()
+
+
+def _axes(sweep: Sweep, point: Point) -> Iterable[str]:
+    if point is sweep.baseline and sweep.axes:
+        return (f"{point.recipe.name} (baseline)", *("" for _ in sweep.axes[1:]))
+    return (point.axes.get(axis, "") for axis in sweep.axes)
+
+
+def cells(point: Point) -> tuple[str, ...]:
+    """The numbers, spelled."""
+    cost = point.overhead
+    shares = ("", "", "", "") if cost is None else (
+        f"{cost.relative:.2f}", f"{cost.operands:.2f}", f"{cost.passes:.2f}",
+        f"{100 * cost.rotations:.1f}%")
+    percent = point.percent
+    return (_mean(point.loss, ""), _mean(point.gap, "+"),
+            f"{percent:+.2f}%" if math.isfinite(percent) else "", *shares)
+
+
+def _mean(mean: Mean, sign: str) -> str:
+    if mean.count == 0:
+        return ""
+    if not math.isfinite(mean.value):
+        return "diverged"
+    shown = f"{mean.value:{sign}.4f}"
+    return shown if math.isnan(mean.error) else f"{shown} ± {mean.error:.4f}"
+
+
+def markdown(sweep: Sweep) -> str:
+    """The table, what its columns are, and what was skipped."""
+    def line(parts: Sequence[str]) -> str:
+        return "| " + " | ".join(part.replace("|", "\\|") for part in parts) + " |\n"
+
+    headings = columns(sweep)
+    ruler = "|" + "".join("---:|" if name in NUMBERS else "---|" for name in headings) + "\n"
+    return line(headings) + ruler + "".join(map(line, rows(sweep))) + _skipped(sweep)
+
+
+def _skipped(sweep: Sweep) -> str:
+    if not sweep.skipped:
+        return ""
+    items = "".join(f"- {spelled(axes)}: {reason}\n" for axes, reason in sweep.skipped)
+    return f"\nSkipped, as no valid recipe:\n\n{items}"
+
+
+def show(sweep: Sweep, console: Console | None = None) -> None:
+    """Print ``sweep``.
+
+    Raises:
+        BackendUnavailable: without rich.
+    """
+    console = console or stdout_console()
+    console.print(_table(sweep))
+    for axes, reason in sweep.skipped:
+        console.print(f"skipped, {spelled(axes)}: {reason}", markup=False, highlight=False)
+    for point, seed, error in sweep.errors():
+        last = error.strip().splitlines()[-1]
+        console.print(f"failed, {spelled(point.axes)}, seed {seed}: {last}", markup=False,
+                      highlight=False)
+
+
+def _table(sweep: Sweep) -> Any:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns(sweep):
+        table.add_column(escape(name), justify="right" if name in NUMBERS else "left",
+                         overflow="fold")
+    for cells_ in rows(sweep):
+        table.add_row(*map(escape, cells_), style="bold" if cells_[-1] else "")
+    return table
