@@ -110,7 +110,7 @@ class LearnedStep(torch.nn.Module):
 
     def _grouped(self, x: Tensor) -> tuple[Tensor, Grouping]:
         moved = (x if x.dtype == torch.float64 else x.to(torch.float32)).movedim(self.axis, -1)
-        grouping = Grouping(self.format.granularity, tuple(moved.shape))
+        grouping = Grouping(self.format.granularity, tuple(moved.shape), self.axis)
         return grouping.split(moved), grouping
 
     def _rounded(self, units: Tensor) -> Tensor:

@@ -89,11 +89,11 @@ def _float_nearest(x: Tensor, element: FloatElement) -> Tensor:
     if x.dtype == torch.float32 and element.emax > 100:
         return _float_nearest(x.double(), element).to(x.dtype)
     digits = 52 if x.dtype == torch.float64 else 23
-    magic = _power_below(x, element) * (1.5 * 2.0 ** (digits - element.fraction_bits))
+    magic = power_below(x, element) * (1.5 * 2.0 ** (digits - element.fraction_bits))
     return torch.copysign((x + magic) - magic, x)
 
 
-def _power_below(x: Tensor, element: FloatElement) -> Tensor:
+def power_below(x: Tensor, element: FloatElement) -> Tensor:
     """2^⌊log2|x|⌋ of |x| ≤ ``element.max``, at least that of its smallest normal value."""
     if x.is_cuda or element.emax > 100:
         return power_of_two_below(x).clamp(2.0**element.emin, 2.0**element.emax)
@@ -132,7 +132,7 @@ def stochastic(x: Tensor, element: ElementFormat, rounding: Rounding, bits: Tens
     if element.emin - element.fraction_bits < -126 and x.dtype == torch.float32:
         return stochastic(x.double(), element, rounding, bits).to(x.dtype)
     size = size.clamp(max=element.max)
-    ulp = _power_below(size, element) * 2.0**-element.fraction_bits
+    ulp = power_below(size, element) * 2.0**-element.fraction_bits
     rounded = stochastic_multiple(size, ulp, rounding, bits).clamp(max=element.max)
     return torch.copysign(rounded, x) if element.signed else rounded
 

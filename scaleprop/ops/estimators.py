@@ -47,7 +47,7 @@ from scaleprop.errors import ConfigError, FormatError
 from scaleprop.formats.elements import CodebookElement, ElementFormat, FloatElement, IntegerElement
 from scaleprop.formats.grouping import Grouping
 from scaleprop.formats.quantize import check_input
-from scaleprop.formats.rounding import Rounding, nearest, power_of_two_below
+from scaleprop.formats.rounding import Rounding, nearest, power_below
 from scaleprop.formats.scaled import POWER_RULES, ScaledFormat, parse
 from scaleprop.formats.scales import Scales, find_scales, given_scales
 
@@ -188,7 +188,7 @@ def distance(units: Tensor, element: ElementFormat) -> Tensor:
         steps = units / element.unit
     else:
         assert isinstance(element, FloatElement)
-        power = power_of_two_below(units).clamp(2.0**element.emin, 2.0**element.emax)
+        power = power_below(units, element)
         steps = units.abs() / (power * 2.0**-element.fraction_bits)
     return ((steps - steps.floor()) * 2.0 - 1.0).abs()
 
@@ -290,7 +290,7 @@ def backward(name: str, gradient: Tensor, x: Tensor, format: str | ScaledFormat,
         raise FormatError(f"the gradient has shape {list(gradient.shape)}, x has {list(x.shape)}: "
                           "an estimator takes the gradient of what was quantized")
     moved = _wide(x).movedim(axis, -1)
-    grouping = Grouping(fmt.granularity, tuple(moved.shape))
+    grouping = Grouping(fmt.granularity, tuple(moved.shape), axis)
     quantizer = Quantizer(grouping.split(moved), fmt, grouping, scales)
     grouped = grouping.split(gradient.to(moved.dtype).movedim(axis, -1))
     result = found.backward(grouped, quantizer, number)

@@ -129,7 +129,7 @@ class Oscillation:
     def _rest(self, index: int) -> Tensor:
         """Middles of intervals, shaped as parameter number ``index``."""
         moved = self._weights[index].movedim(self.axis, -1)
-        grouping = Grouping(self.format.granularity, tuple(moved.shape))
+        grouping = Grouping(self.format.granularity, tuple(moved.shape), self.axis)
         grouped = grouping.split(moved)
         scales = find_scales(grouped, self.format, grouping)
         item = self.format.element
