@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scaleprop import adapters, optim
+    from scaleprop import adapters, optim, qat
     from scaleprop.analysis import analyze
     from scaleprop.api import CompiledModel, compile, load
     from scaleprop.formats import (
@@ -45,7 +45,7 @@ _HOME = {
     **dict.fromkeys(("prepare_training", "scale_report"), "scaleprop.training"),
     **dict.fromkeys(("parameter_groups", "unit_scale"), "scaleprop.unit_scaling"),
 }
-_MODULES = ("adapters", "optim")
+_MODULES = ("adapters", "optim", "qat")
 
 __all__ = [
     "CompiledModel",
@@ -65,6 +65,7 @@ __all__ = [
     "optim",
     "parameter_groups",
     "prepare_training",
+    "qat",
     "quantize",
     "scale_report",
     "sweep",

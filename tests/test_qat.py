@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+import scaleprop
 from scaleprop.errors import ConfigError, FormatError
 from scaleprop.formats import fake_quantize
 from scaleprop.qat import LearnedStep
@@ -154,6 +155,10 @@ def test_activations_have_a_step_for_all_batches() -> None:
 def test_a_step_is_one_float32(fmt: str) -> None:
     with pytest.raises(ConfigError, match="one float32 scale"):
         LearnedStep(torch.randn(4, 32), fmt)
+
+
+def test_it_is_found_in_the_package() -> None:
+    assert scaleprop.qat.LearnedStep is LearnedStep and "qat" in scaleprop.__all__
 
 
 def test_what_has_no_mean_size_is_refused() -> None:
