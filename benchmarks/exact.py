@@ -11,7 +11,7 @@ import torch.fx
 
 from scaleprop import _torch_compat as compat
 from scaleprop import ops
-from scaleprop.backends.dynamo import Inner, compile_joint, given_inputs
+from scaleprop.backends.graphs import Inner, compile_joint, given_inputs
 from scaleprop.passes.training import Formats, Lowered, lower_products
 
 aten: Any = torch.ops.aten

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from benchmarks import harness
 from benchmarks.exact import Exact, Step
 from benchmarks.models import ZOO
-from scaleprop.backends.dynamo import Inner, compile_joint
+from scaleprop.backends.graphs import Inner, compile_joint
 from scaleprop.passes.exponents import carry, has_scale
 from scaleprop.passes.structures import register_structures
 

@@ -23,7 +23,7 @@ import transformers as hf
 from benchmarks import harness
 from scaleprop import _torch_compat as compat
 from scaleprop import unit_scale
-from scaleprop.backends.dynamo import compile_joint, given_inputs
+from scaleprop.backends.graphs import compile_joint, given_inputs
 from scaleprop.passes.training.roles import gradient_values
 from scaleprop.passes.unit.forward import rms
 from scaleprop.rules import contraction_behind

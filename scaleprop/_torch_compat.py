@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -288,6 +289,51 @@ def compile_inductor(
     compiled: Any = compile_fx(module, example_inputs, decompositions=table,
                                config_patches={"joint_custom_pre_pass": Rewrite()})
     return compiled
+
+
+def with_inputs(
+    module: torch.fx.GraphModule, values: Mapping[str, torch.Tensor]
+) -> torch.fx.GraphModule:
+    """A copy of a Dynamo graph that takes ``values`` before its own inputs; it does not read them
+    yet. Dynamo goes on using the graph that it has."""
+    graph = torch.fx.Graph()
+    copies: dict[torch.fx.Node, torch.fx.Node] = {}
+    mode = fake_mode_of_inputs(module.graph)
+    for name, value in values.items():
+        node = graph.placeholder(name)
+        node._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
+        node.meta["example_value"] = mode.from_tensor(value, static_shapes=True)
+    graph.output(graph.graph_copy(module.graph, copies))
+    copied = torch.fx.GraphModule(module, graph)
+    copied.meta = dict(module.meta)
+    for node, copy in copies.items():
+        if hasattr(node, "_dynamo_source"):
+            copy._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(module, name):
+            setattr(copied, name, getattr(module, name))
+    return copied
+
+
+def fake_mode_of_inputs(graph: torch.fx.Graph) -> FakeTensorMode:
+    """The mode of the fake inputs that Dynamo gave a graph; a new one where it has none."""
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return symbolic_fake_mode()
+
+
+def source_name(node: torch.fx.Node) -> str:
+    """What an input of a Dynamo graph is called in the model, as in ``layers.0.weight``."""
+    source = getattr(node, "_dynamo_source", None)
+    keys = re.findall(r"\['([^']+)'\]", source.name if source is not None else "")
+    return ".".join(keys[1:] or keys) or str(node.target)  # the first one is the model itself
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass on this thread."""
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
 def compile_in_place(

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,44 +16,70 @@ import torch
 from scaleprop import _torch_compat as compat
 from scaleprop.backends.dynamo import (
     Exponents,
-    Inner,
     Options,
-    TrainingRecipe,
+    Report,
     compile_with,
     reports_of,
+    state_of,
 )
+from scaleprop.backends.graphs import Inner
+from scaleprop.backends.state import TrainingState
 from scaleprop.errors import ConfigError
 from scaleprop.passes.training import Lowered
+from scaleprop.passes.training.operands import Operands
+from scaleprop.recipes.training import TrainingRecipe
 
 logger = logging.getLogger(__name__)
 
 
-class ScaleReports(tuple[Lowered, ...]):
+class ScaleReports(tuple[Report, ...]):
     """What was done to each graph of a prepared model."""
 
     def show(self) -> None:
-        """Print a table of every cast, and why products stayed high.
+        """Print a table of every value that was cast, and why products stayed high.
 
         Raises:
             BackendUnavailable: without rich.
         """
-        from rich.table import Table
-
         from scaleprop.report.console import stdout_console
 
         console = stdout_console()
         for place, graph in enumerate(self):
-            table = Table(title=f"graph {place}: {len(graph.products)} products in low precision")
-            for name in ("value", "is", "element", "amax", "drift", "exponent", "why"):
-                table.add_column(name, overflow="fold")
-            for cast in graph.casts:
-                table.add_row(
-                    cast.value, cast.kind, cast.element,
-                    "?" if cast.amax is None else f"{cast.amax:.3g}", f"2^{cast.drift:.1f}",
-                    "at run time" if cast.exponent is None else f"2^{cast.exponent}", cast.why)
-            for node, why in graph.high.items():
-                table.add_row(node, "product", "high", "", "", "", why)
-            console.print(table)
+            title, names, rows = _quantized_rows(graph) if isinstance(graph, Operands) \
+                else _cast_rows(graph)
+            console.print(_table(f"graph {place}: {title}", names, rows, graph.high))
+
+
+def _table(
+    title: str, names: Sequence[str], rows: Sequence[Sequence[str]], high: Mapping[str, str]
+) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    for node, why in high.items():
+        table.add_row(node, "product", "high", *[""] * (len(names) - 4), why)
+    return table
+
+
+def _cast_rows(graph: Lowered) -> tuple[str, Sequence[str], Sequence[Sequence[str]]]:
+    rows = [(cast.value, cast.kind, cast.element,
+             "?" if cast.amax is None else f"{cast.amax:.3g}", f"2^{cast.drift:.1f}",
+             "at run time" if cast.exponent is None else f"2^{cast.exponent}", cast.why)
+            for cast in graph.casts]
+    return (f"{len(graph.products)} products in low precision",
+            ("value", "is", "element", "amax", "drift", "exponent", "why"), rows)
+
+
+def _quantized_rows(graph: Operands) -> tuple[str, Sequence[str], Sequence[Sequence[str]]]:
+    rows = [(each.value, each.role, each.operand.format, each.operand.rounding,
+             f"{each.operand.hadamard} {each.operand.signs}" if each.operand.hadamard else "",
+             each.operand.scaling, each.layer) for each in graph.quantized]
+    return (f"{len(rows)} operands in low precision",
+            ("value", "role", "format", "rounding", "rotation", "scaling", "layer, or why"), rows)
 
 
 @dataclasses.dataclass
@@ -67,7 +93,8 @@ class _Prepared:
     options: Options
     dynamic: bool | None
     fullgraph: bool
-    reports: list[Lowered] = dataclasses.field(default_factory=list[Lowered])
+    state: TrainingState
+    reports: list[Report] = dataclasses.field(default_factory=list[Report])
     measured: dict[str, tuple[float, float]] = dataclasses.field(
         default_factory=dict[str, tuple[float, float]])
 
@@ -77,8 +104,9 @@ _MOVED = 2.0  # a parameter's size, by a checkpoint: exponents leave room for mo
 
 
 def prepare_training(
-    model: torch.nn.Module, recipe: TrainingRecipe = "fp8", *, inner: Inner = "inductor",
-    exponents: Exponents = "measured", dynamic: bool | None = None, fullgraph: bool = False,
+    model: torch.nn.Module, recipe: str | TrainingRecipe = "fp8", *, inner: Inner = "inductor",
+    exponents: Exponents = "measured", seed: int = 0, dynamic: bool | None = None,
+    fullgraph: bool = False,
 ) -> torch.nn.Module:
     """Let ``model`` run forward and backward by ``recipe``, from its next call on.
 
@@ -88,21 +116,25 @@ def prepare_training(
     size than exponents were fixed for, these are found anew.
 
     Args:
-        recipe: ``fp8`` runs linear layers on E4M3 data and gradients in E5M2; ``fp8-unscaled``
-            the same without exponents, for unit-scaled models; ``bf16`` in bfloat16; ``fp32``
-            changes nothing. See ``scaleprop.backends.dynamo.Options``.
+        recipe: ``fp8`` runs linear layers on E4M3 data and gradients in E5M2; ``mxfp8``, ``nvfp4``
+            and others name what ``scaleprop.recipes.training_named`` lists; or one of your own.
         inner: what runs the rewritten graphs: ``inductor``, or ``eager``, to debug.
-        exponents: what they are chosen by: one batch ``measured``, or ``predicted``; see there.
+        exponents: what those of ``fp8`` are chosen by: one batch ``measured``, or ``predicted``;
+            see ``scaleprop.backends.dynamo.Options``.
+        seed: of stochastic rounding and random signs; ``training_state`` says how far they are.
         dynamic, fullgraph: as for ``torch.compile``.
 
     Raises:
         ConfigError: on an unknown recipe or inner compiler, or a model that Dynamo cannot trace.
     """
-    options = Options(recipe=recipe, inner=inner, exponents=exponents)
+    options = Options(recipe=recipe, inner=inner, exponents=exponents, seed=seed)
     _check(model)
-    if model not in _PREPARED:
+    before = _PREPARED.get(model)
+    if before is None:
         model.register_load_state_dict_post_hook(_measure_again)
-    _PREPARED[model] = _Prepared(options, dynamic, fullgraph)
+    # a recipe that follows another goes on counting steps
+    state = before.state if before and before.state.seed == seed else TrainingState(seed)
+    _PREPARED[model] = _Prepared(options, dynamic, fullgraph, state)
     _start(model)
     # no parameter and no module, so not in state_dict; a copy's own says that it is not prepared
     report: Any = functools.partial(scale_report, model)
@@ -140,7 +172,7 @@ def _compile(
         for name, size in _sizes(named).items():
             least, most = prepared.measured.get(name, (size, size))
             prepared.measured[name] = min(least, size), max(most, size)
-    return compile_with(module, inputs, prepared.options, prepared.reports.append)
+    return compile_with(module, inputs, prepared.options, prepared.state, prepared.reports.append)
 
 
 def _sizes(model: torch.nn.Module) -> dict[str, float]:
@@ -180,3 +212,17 @@ def scale_report(model: torch.nn.Module) -> ScaleReports:
         return ScaleReports(found)
     raise ConfigError(f"{type(model).__name__} was not given to scaleprop.prepare_training, nor "
                       'called since torch.compile(backend="scaleprop")')
+
+
+def training_state(model: torch.nn.Module) -> TrainingState:
+    """What ``model``'s training remembers from step to step: how many there were, which random
+    numbers go on from, and held and delayed scales. To be saved beside model and optimizer.
+
+    Raises:
+        ConfigError: where nothing is known of ``model``.
+    """
+    found = _PREPARED[model].state if model in _PREPARED else state_of(model)
+    if found is None:
+        raise ConfigError(f"{type(model).__name__} was not given to scaleprop.prepare_training, "
+                          'nor called since torch.compile(backend="scaleprop")')
+    return found

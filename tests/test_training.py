@@ -106,7 +106,7 @@ def test_training_follows_float32():
 
 def test_refusals_are_named():
     model, _ = model_and_inputs()
-    with pytest.raises(ConfigError, match="recipe='fp7'"):
+    with pytest.raises(ConfigError, match="unknown training recipe 'fp7'"):
         scaleprop.prepare_training(model, "fp7")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="Sequential was not given to"):
         scaleprop.scale_report(model)

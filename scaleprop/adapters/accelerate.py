@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from scaleprop.adapters.base import Preparation, library
-from scaleprop.backends.dynamo import Inner, TrainingRecipe
+from scaleprop.backends.graphs import Inner
 from scaleprop.errors import ConfigError
+from scaleprop.recipes.training import TrainingRecipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,7 +22,7 @@ else:
 
 
 def prepare(
-    accelerator: Accelerator, *objects: Any, recipe: TrainingRecipe = "fp8",
+    accelerator: Accelerator, *objects: Any, recipe: str | TrainingRecipe = "fp8",
     inner: Inner = "inductor", modules: Sequence[str] = (),
 ) -> Any:
     """What ``accelerator.prepare(*objects)`` returns; each model among them trains by ``recipe``.

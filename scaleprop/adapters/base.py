@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from scaleprop.backends.dynamo import Inner, Options, TrainingRecipe
+from scaleprop.backends.dynamo import Options
+from scaleprop.backends.graphs import Inner
 from scaleprop.errors import BackendUnavailable, ConfigError
 from scaleprop.extras import install_command
+from scaleprop.recipes.training import TrainingRecipe
 from scaleprop.training import prepare_training
 
 
@@ -23,7 +25,7 @@ class Preparation:
         ConfigError: on an unknown recipe or inner compiler, or patterns that are no list of names.
     """
 
-    def __init__(self, recipe: TrainingRecipe, inner: Inner, modules: Sequence[str]) -> None:
+    def __init__(self, recipe: str | TrainingRecipe, inner: Inner, modules: Sequence[str]) -> None:
         Options(recipe=recipe, inner=inner)
         if isinstance(modules, str):
             raise ConfigError(f"modules={modules!r} is one string: give a list of patterns, "
@@ -31,7 +33,7 @@ class Preparation:
         given: Any = modules
         if not isinstance(given, list | tuple) or any(type(one) is not str for one in modules):
             raise ConfigError(f"modules={given!r}: give a list of patterns of module names")
-        self.recipe: TrainingRecipe = recipe
+        self.recipe: str | TrainingRecipe = recipe
         self.inner: Inner = inner
         self.modules = tuple(modules)
 

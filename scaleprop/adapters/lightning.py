@@ -19,8 +19,9 @@ from weakref import WeakSet
 from torch import nn
 
 from scaleprop.adapters.base import Preparation, library
-from scaleprop.backends.dynamo import Inner, TrainingRecipe
+from scaleprop.backends.graphs import Inner
 from scaleprop.errors import ConfigError
+from scaleprop.recipes.training import TrainingRecipe
 
 if TYPE_CHECKING:
     from pytorch_lightning.plugins import Precision as Base
@@ -42,7 +43,7 @@ class Precision(Base):
 
     precision = "32-true"  # of parameters, inputs and outputs
 
-    def __init__(self, recipe: TrainingRecipe = "fp8", *, inner: Inner = "inductor",
+    def __init__(self, recipe: str | TrainingRecipe = "fp8", *, inner: Inner = "inductor",
                  modules: Sequence[str] = ()) -> None:
         self._preparation = Preparation(recipe, inner, modules)
         self._done: WeakSet[nn.Module] = WeakSet()

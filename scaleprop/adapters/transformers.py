@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from scaleprop.adapters.base import Preparation, library
-from scaleprop.backends.dynamo import Inner, TrainingRecipe
+from scaleprop.backends.graphs import Inner
 from scaleprop.errors import ConfigError
+from scaleprop.recipes.training import TrainingRecipe
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -33,7 +34,7 @@ class Callback(TrainerCallback):
             of ``modules`` is no module's name, or the trainer compiles the model itself.
     """
 
-    def __init__(self, recipe: TrainingRecipe = "fp8", *, inner: Inner = "inductor",
+    def __init__(self, recipe: str | TrainingRecipe = "fp8", *, inner: Inner = "inductor",
                  modules: Sequence[str] = ()) -> None:
         self._preparation = Preparation(recipe, inner, modules)
 

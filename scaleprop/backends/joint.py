@@ -11,7 +11,7 @@ import torch
 import torch.fx
 from torch._dynamo import config as dynamo_config
 
-from scaleprop.backends.dynamo import compile_joint, given_inputs
+from scaleprop.backends.graphs import compile_joint, given_inputs
 from scaleprop.errors import CaptureError, ConfigError, ScalePropError
 
 _REMEDY = "Remedy: call what breaks the graph outside the model, or analyze a part of it."

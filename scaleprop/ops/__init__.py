@@ -22,17 +22,31 @@ gemm = torch.ops.scaleprop.gemm.default
 power_scale = torch.ops.scaleprop.power_scale.default
 quantize_operand = torch.ops.scaleprop.quantize_operand.default
 eden_operand = torch.ops.scaleprop.eden_operand.default
+random_bits = torch.ops.scaleprop.random_bits.default
+random_signs = torch.ops.scaleprop.random_signs.default
+rotate = torch.ops.scaleprop.rotate.default
+unrotate = torch.ops.scaleprop.unrotate.default
+softened = torch.ops.scaleprop.softened.default
+estimate = torch.ops.scaleprop.estimate.default
+truncate = torch.ops.scaleprop.truncate.default
 
 __all__ = [
     "IMPLEMENTATIONS",
     "cast",
     "dequantize",
     "eden_operand",
+    "estimate",
     "fake_quantize",
     "gemm",
     "hadamard",
     "power_scale",
     "quantize",
     "quantize_operand",
+    "random_bits",
+    "random_signs",
+    "rotate",
     "scaled_mm",
+    "softened",
+    "truncate",
+    "unrotate",
 ]

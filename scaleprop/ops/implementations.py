@@ -18,7 +18,7 @@ from scaleprop.formats.quantize import check_input, fake_quantize_tensor, quanti
 from scaleprop.formats.rounding import parse_rounding
 from scaleprop.formats.scaled import PLAIN, ScaledFormat, parse
 from scaleprop.formats.tensor import dequantize_parts, storage_layout
-from scaleprop.ops import operands, products
+from scaleprop.ops import operands, products, steps
 from scaleprop.ops.hadamard import hadamard
 
 _CHUNK = 1 << 18  # values of a weight that are in float64 at a time: they stay in cache
@@ -126,4 +126,5 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Any]] = {
     "scaleprop::power_scale": products.power_scale,
     "scaleprop::quantize_operand": operands.quantize_operand,
     "scaleprop::eden_operand": operands.eden_operand,
+    **{f"scaleprop::{name}": function for name, function in steps.KERNELS.items()},
 }

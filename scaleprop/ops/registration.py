@@ -13,7 +13,7 @@ from scaleprop.formats.quantize import check_bits_range, check_input
 from scaleprop.formats.rounding import parse_rounding
 from scaleprop.formats.scaled import PLAIN, parse
 from scaleprop.formats.tensor import moved_shape, storage_layout
-from scaleprop.ops import implementations, operands, products
+from scaleprop.ops import implementations, operands, products, steps
 from scaleprop.ops.hadamard import check_hadamard, hadamard
 
 SCHEMAS = {
@@ -264,13 +264,14 @@ def register() -> None:
     Raises:
         FormatError: where an operator of this name exists already.
     """
-    for name, schema in SCHEMAS.items():
+    kernels, fakes = _KERNELS | steps.KERNELS, _FAKES | steps.KERNELS
+    for name, schema in (SCHEMAS | steps.SCHEMAS).items():
         qualified = f"scaleprop::{name}"
         if hasattr(torch.ops.scaleprop, name):
             raise FormatError(f"operator {qualified} is registered already")
         torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(qualified, "CompositeExplicitAutograd")(_KERNELS[name])
-        torch.library.register_fake(qualified)(_FAKES[name])
+        torch.library.impl(qualified, "CompositeExplicitAutograd")(kernels[name])
+        torch.library.register_fake(qualified)(fakes[name])
         if name in _GRADIENTS:
             setup, backward = _GRADIENTS[name]
             torch.library.register_autograd(qualified, backward, setup_context=setup)

@@ -21,6 +21,7 @@ from scaleprop.errors import ConfigError
 from scaleprop.formats import parse
 from scaleprop.formats.rounding import parse_rounding
 from scaleprop.formats.scaled import PLAIN
+from scaleprop.ops.estimators import parse_estimator
 
 SCHEMA_VERSION = 1
 PRODUCTS = {
@@ -74,6 +75,7 @@ class Operand:
             parse(self.format)
         if self.rounding != "eden":
             parse_rounding(self.rounding)
+        parse_estimator(self.estimator)
         for name, known in (("signs", get_args(Signs)), ("of", get_args(Source))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}={getattr(self, name)!r}; known: {', '.join(known)}")
@@ -250,6 +252,7 @@ def _check_pairs(who: str, operands: Mapping[str, Operand]) -> None:
         if each.of == "quantized" and role not in ("dgrad.w", "wgrad.x"):
             raise ConfigError(f"{who}: {role} cannot be of what fprop quantized; dgrad.w and "
                               "wgrad.x can")
-        if each.estimator != "ste" and role not in _FORWARD:
+        same = operands.get(f"fprop.{role.rpartition('.')[2]}") == each  # read once for both
+        if each.estimator != "ste" and role not in _FORWARD and not same:
             raise ConfigError(f"{who}: {role} has no gradient to estimate; {' and '.join(_FORWARD)}"
                               " have")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from scaleprop.backends.dynamo import compile_joint
+from scaleprop.backends.graphs import compile_joint
 from scaleprop.passes.exponents import Carried, carry, has_scale
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
-from scaleprop.backends.dynamo import Options, compile_joint, scaleprop
+from scaleprop.backends.dynamo import Options, scaleprop
+from scaleprop.backends.graphs import compile_joint
 from scaleprop.errors import ConfigError, PassError
 
 from .joint_graphs import Anywhere, compiled, step
@@ -138,7 +139,7 @@ def test_evaluation_without_gradients():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"recipe": "fp7"}, "recipe='fp7'"), ({"inner": "onnx"}, "inner='onnx'"),
+    [({"recipe": "fp7"}, "unknown training recipe 'fp7'"), ({"inner": "onnx"}, "inner='onnx'"),
      ({"receipt": "fp8"}, "unknown option 'receipt'")],
 )
 def test_wrong_options_are_named(options: dict[str, str], message: str):

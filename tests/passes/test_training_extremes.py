@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from scaleprop.backends.dynamo import compile_joint
+from scaleprop.backends.graphs import compile_joint
 from scaleprop.passes.exponents import carry, most
 from scaleprop.passes.training import Formats, lower_products
 from scaleprop.passes.training.choice import MOST, lost_within, within

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from scaleprop.backends.dynamo import compile_joint
+from scaleprop.backends.graphs import compile_joint
 from scaleprop.passes.training import Formats, Lowered, lower_products
 
 ONE = torch.ones(())  # the gradient of a loss

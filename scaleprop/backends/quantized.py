@@ -1,0 +1,125 @@
+"""Training graphs whose products read quantized operands, see ``recipes.TrainingRecipe``.
+
+The graph is given three inputs of scaleprop's own, the step and the memory of amax; a run passes
+them in from the model's ``TrainingState``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+
+from scaleprop import _torch_compat as compat
+from scaleprop.backends.graphs import Inner, compile_joint, given_inputs
+from scaleprop.backends.state import GraphState, TrainingState
+from scaleprop.passes.training.high import keep_high
+from scaleprop.passes.training.memory import Memory, Row
+from scaleprop.passes.training.operands import Operands, Settings, quantize_operands
+from scaleprop.passes.training.roles import find_products, is_tangent
+from scaleprop.passes.training.truncate import truncate_values
+from scaleprop.recipes.training import Operand, TrainingRecipe
+
+_INPUTS = ("scaleprop_step", "scaleprop_used", "scaleprop_seen", "scaleprop_seen_backward")
+_ROWS_PER_CALL = 6  # operands of a layer
+
+
+@dataclasses.dataclass
+class _Phase:
+    """One compiled phase of a graph. layer: the first that is quantized, "" where none is."""
+
+    run: Callable[..., Any]
+    layer: str = ""
+    rows: Sequence[Row] = ()
+    training: bool = False
+
+
+def compile_quantized(
+    module: torch.fx.GraphModule, example_inputs: Sequence[Any], recipe: TrainingRecipe,
+    inner: Inner, state: TrainingState, report: Callable[[Operands], None] | None = None,
+) -> Callable[..., Any]:
+    """Compile what Dynamo captured, once for each phase of ``recipe``.
+
+    Raises:
+        RuntimeError: wrapped by ``torch.compile``, what a transform raised.
+    """
+    work = _Work(module, example_inputs, inner, state, report)
+    starts = [0, *(phase.start for phase in recipe.phases)]
+    phases = [work.compiled(recipe, recipe.at(start)) for start in starts]
+    layer = next((phase.layer for phase in phases if phase.layer), "")
+
+    def run(*inputs: Any) -> Any:
+        step = state.next_step(layer, phases[0].training)
+        place = sum(step >= start for start in starts[1:])
+        phase = phases[place]
+        graph = state.of_graph(f"{layer}#{place}", phase.rows, work.capacity, work.device)
+        return phase.run(*graph.begin(step, phase.training), *inputs)
+
+    return run
+
+
+class _Work:
+    """One Dynamo graph, to be compiled in several ways."""
+
+    def __init__(
+        self, module: torch.fx.GraphModule, example_inputs: Sequence[Any], inner: Inner,
+        state: TrainingState, report: Callable[[Operands], None] | None,
+    ) -> None:
+        self.inputs, self.state, self.report = example_inputs, state, report
+        self.inner: Inner = inner
+        calls = sum(node.op == "call_function" for node in module.graph.nodes)
+        self.capacity = 1 << (_ROWS_PER_CALL * calls).bit_length()
+        self.device = next((value.device for value in example_inputs
+                            if isinstance(value, torch.Tensor)), torch.device("cpu"))
+        unused = GraphState((), self.capacity, self.device)
+        self.own: dict[str, torch.Tensor] = dict(
+            zip(_INPUTS, unused.begin(0, training=False), strict=True))
+        self.module = compat.with_inputs(module, self.own)
+        self.names = [compat.source_name(node)
+                      for node in module.graph.find_nodes(op="placeholder")]
+
+    def compiled(self, recipe: TrainingRecipe, operands: Mapping[str, Operand]) -> _Phase:
+        """The graph with these operands."""
+        inputs = [*self.own.values(), *self.inputs]
+        phase = _Phase(self.module)
+
+        def transform(joint: torch.fx.GraphModule) -> None:
+            self._transform(joint, recipe, operands, phase)
+
+        phase.run = compile_joint(compat.with_inputs(self.module, {}), inputs, transform,
+                                  self.inner)
+        return phase
+
+    def _transform(
+        self, joint: torch.fx.GraphModule, recipe: TrainingRecipe,
+        operands: Mapping[str, Operand], phase: _Phase,
+    ) -> None:
+        parameters, _ = given_inputs(joint.graph, [*self.own.values(), *self.inputs])
+        phase.training = any(is_tangent(node)
+                             for node in joint.graph.find_nodes(op="placeholder"))
+        if recipe.every:
+            truncate_values(joint.graph, recipe.every)
+            joint.recompile()
+            return
+        step, used, *seen = joint.graph.find_nodes(op="placeholder")[:len(_INPUTS)]
+        given = joint.graph.find_nodes(op="placeholder")[len(_INPUTS):]
+        memory = Memory(used, (seen[0], seen[1]))
+        products = keep_high(joint.graph, find_products(joint.graph, parameters), parameters,
+                             recipe.high)
+        found = quantize_operands(joint, products, parameters, Settings(
+            operands=operands, names=dict(zip(given, self.names, strict=False)),
+            seed=self.state.seed, step=step, memory=memory, rank=_rank()))
+        phase.rows = memory.rows
+        phase.layer = found.quantized[0].layer if found.quantized else ""
+        if self.report is not None:
+            self.report(found)
+
+
+def _rank() -> int:
+    """Which part of the batch this process has, where training is distributed."""
+    distributed = torch.distributed
+    return distributed.get_rank() if (
+        distributed.is_available() and distributed.is_initialized()) else 0

@@ -1,0 +1,109 @@
+"""Which layers a recipe keeps in high precision, told from the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+
+from scaleprop.passes.statistics.structure import Structure
+from scaleprop.passes.training.head import keep_head_high
+from scaleprop.passes.training.matrices import find_layers
+from scaleprop.passes.training.roles import (
+    Product,
+    Products,
+    gradient_values,
+)
+
+aten: Any = torch.ops.aten
+_CHOICES = frozenset((aten.topk.default, aten.sort.default, aten.sort.stable, aten.argmax.default,
+                      aten.max.dim))  # fmt: skip
+
+
+def keep_high(
+    graph: torch.fx.Graph, products: Products, parameters: Collection[torch.fx.Node],
+    rules: Sequence[str],
+) -> Products:
+    """``products`` without those that ``rules`` keep: ``head``, ``router``, ``first:n``,
+    ``last:n``; see ``recipes.TrainingRecipe``."""
+    high = dict(products.high)
+    branches: list[set[torch.fx.Node]] | None = None
+    for rule in rules:
+        kind, _, number = rule.partition(":")
+        if kind == "head":
+            high.update(keep_head_high(graph, products, parameters).high)
+        elif kind == "router":
+            high.update(_of_layers(graph, products, parameters, _routers(graph, products),
+                                   "it chooses what runs"))
+        else:
+            branches = _branches(graph, products, parameters) if branches is None else branches
+            chosen = branches[:int(number)] if kind == "first" else branches[-int(number):]
+            high.update(_of_layers(graph, products, parameters, set[torch.fx.Node]().union(*chosen),
+                                   f"in one of the {kind} {number} branches"))
+    return dataclasses.replace(
+        products, high=high,
+        found=tuple(product for product in products.found if product.node not in high))
+
+
+def _of_layers(
+    graph: torch.fx.Graph, products: Products, parameters: Collection[torch.fx.Node],
+    forward: Collection[torch.fx.Node], why: str,
+) -> dict[torch.fx.Node, str]:
+    """All products of the layers whose forward product is in ``forward``."""
+    found: dict[torch.fx.Node, str] = {}
+    for layer in find_layers(graph, products.found, parameters, {}):
+        if layer.fprop.node in forward:
+            parts = (layer.fprop, layer.dgrad, layer.wgrad)
+            found.update({part.node: why for part in parts if part is not None})
+    return found
+
+
+def _branches(
+    graph: torch.fx.Graph, products: Products, parameters: Collection[torch.fx.Node]
+) -> list[set[torch.fx.Node]]:
+    """Forward products of each residual branch, in order; of each layer where there are none."""
+    forward = [product.node for product in products.found if product.role == "fprop"]
+    structure = Structure(graph, parameters, gradient_values(graph))
+    found: list[set[torch.fx.Node]] = []
+    taken: set[torch.fx.Node] = set()
+    for residual in structure.residuals():
+        inside = _behind(residual.branch) - _behind(residual.skip) - taken
+        taken |= inside
+        found.append({node for node in forward if node in inside})
+    return [branch for branch in found if branch] or [{node} for node in forward]
+
+
+def _behind(node: torch.fx.Node) -> set[torch.fx.Node]:
+    found: set[torch.fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    return found
+
+
+def _routers(graph: torch.fx.Graph, products: Products) -> set[torch.fx.Node]:
+    """Forward products whose result is chosen from, with no product of a parameter between."""
+    forward: dict[torch.fx.Node, Product] = {
+        product.node: product for product in products.found if product.role == "fprop"}
+    found: set[torch.fx.Node] = set()
+    for choice in graph.nodes:
+        if choice.target not in _CHOICES:
+            continue
+        waiting: list[Any] = [choice.args[0]]
+        seen: set[Any] = set()
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in forward:
+                found.add(node)
+            else:
+                waiting.extend(node.all_input_nodes)
+    return found
