@@ -21,7 +21,6 @@ from scaleprop.formats.elements import (
     ElementFormat,
     FloatElement,
     IntegerElement,
-    scale_element,
 )
 from scaleprop.formats.grouping import Grouping, is_zero, static_shape
 from scaleprop.formats.quantize import check_input
@@ -33,7 +32,7 @@ from scaleprop.formats.rounding import (
     stochastic,
 )
 from scaleprop.formats.scaled import POWER_RULES, ScaledFormat, parse
-from scaleprop.formats.scales import Scales, find_scales, target
+from scaleprop.formats.scales import Scales, find_scales, find_two_level, target, whole_amax
 from scaleprop.formats.tensor import normalized_axis
 
 _BFLOAT16 = 8  # bits of its significand
@@ -79,18 +78,20 @@ def quantize_operand(x: Tensor, format: str, axis: int, rounding: str = "nearest
     if bits is not None:
         bits = grouping.split(bits.to(torch.int32).movedim(axis, -1))
     rounded = round_tensor(units, fmt.element, mode, bits)
-    return _operand(rounded, scales, fmt, grouping, axis, dtype)
+    values, outer = _operand(rounded, scales, fmt, grouping, dtype)
+    return values.movedim(-1, axis), outer
 
 
-def _operand(rounded: Tensor, scales: Scales, fmt: ScaledFormat, grouping: Grouping, axis: int,
+def _operand(rounded: Tensor, scales: Scales, fmt: ScaledFormat, grouping: Grouping,
              dtype: torch.dtype) -> Pair:
+    """Values, the quantized axis last, and outer."""
     if fmt.granularity.kind == "tensor":
         values, outer = rounded, scales.scale.reshape(())
     else:
         values, outer = rounded * scales.scale, scales.tensor_scale
     if outer is None:
         outer = torch.ones((), dtype=torch.float32, device=rounded.device)
-    return _joined(values.to(dtype), grouping).movedim(-1, axis), outer
+    return _joined(values.to(dtype), grouping), outer
 
 
 def _joined(values: Tensor, grouping: Grouping) -> Tensor:
@@ -178,18 +179,21 @@ def eden_operand(x: Tensor, format: str, axis: int, bits: Tensor, group: int = 1
     fmt, mode = parse(format), parse_rounding(rounding)
     check_eden(x, fmt, axis, mode, bits, group, dtype)
     moved = _padded(x.to(torch.float32).movedim(axis, -1), group)
-    grouping = Grouping(fmt.granularity, tuple(moved.shape))
+    grouping = Grouping(fmt.granularity, tuple(moved.shape), axis)
     grouped = grouping.split(moved)
-    amax = grouped.abs().amax() if moved.numel() else moved.new_zeros(())
-    scales = find_scales(grouped, fmt, grouping, amax * (target(fmt) / _EDEN_TARGET), headroom)
+    amax = grouping.reduce(torch.amax, grouped.abs()) * headroom
+    scales = find_two_level(grouped, fmt, grouping, amax,
+                            whole_amax(amax) * (target(fmt) / _EDEN_TARGET))
     rounded = nearest(scales.normalize(grouped), fmt.element)
-    share = _eden_share(grouped, scales.restore(rounded), group // fmt.granularity.columns)
+    share = grouping.stored(_eden_share(grouped, scales.restore(rounded),
+                                        group // fmt.granularity.columns))
     drawn = _block_bits(bits, x, axis, fmt.granularity.columns, group)
-    scale = stochastic(scales.scale * share, scale_element(fmt.scale.name), mode, drawn)
-    scale = scale.clamp(max=fmt.scale_bound)
-    folded = Scales(scale.as_strided(scale.shape, scale.stride()), scales.tensor_scale)
-    values, outer = _operand(rounded, folded, fmt, grouping, -1, dtype)
-    return values[..., : x.shape[axis]].movedim(-1, axis), outer
+    scale = stochastic(scales.scale * share, fmt.scale, mode, drawn).clamp(max=fmt.scale_bound)
+    folded = Scales(grouping.stored(scale), scales.tensor_scale)
+    values, outer = _operand(rounded, folded, fmt, grouping, dtype)
+    if not is_zero(moved.shape[-1] - x.shape[axis]):
+        values = values[..., : x.shape[axis]]
+    return values.movedim(-1, axis), outer
 
 
 def _eden_share(x: Tensor, restored: Tensor, blocks: int) -> Tensor:
@@ -197,12 +201,13 @@ def _eden_share(x: Tensor, restored: Tensor, blocks: int) -> Tensor:
 
     Summed in float64, so that the order does not show.
     """
-    wide = x.to(torch.float64)
-    sums = torch.stack([(wide * wide).sum(-1), (wide * restored.to(torch.float64)).sum(-1)])
-    whole = sums.reshape(*sums.shape[:-1], sums.shape[-1] // blocks, blocks).sum(-1, keepdim=True)
-    share = torch.where(whole[1] > 0, whole[0] / whole[1], 1.0).to(torch.float32)
-    spread = share.expand(*share.shape[:-1], blocks)
-    return spread.reshape(*sums.shape[1:], 1)
+    def total(left: Tensor, right: Tensor) -> Tensor:
+        product = left.to(torch.float64) * right.to(torch.float64)
+        return product.unflatten(-2, (-1, blocks)).sum((-2, -1), True)
+
+    along = total(x, restored)
+    share = torch.where(along > 0, total(x, x) / along, 1.0).to(torch.float32)
+    return share.expand(*share.shape[:-2], blocks, 1).flatten(-3, -2)
 
 
 def _padded(x: Tensor, multiple: int) -> Tensor:

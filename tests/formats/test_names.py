@@ -27,6 +27,8 @@ def formats(draw):
         rules += ["exact"] if second else ["exact", "absmean"]
     if item == "e2m1" and second:
         rules.append("fouroversix")
+    if item == "e2m1" and not second:
+        rules.append("rms")
     affine = item in ("int8", "int4", "int3", "int2") and not second and scale != "e8m0"
     zero_point = affine and draw(st.booleans())
     if zero_point:
@@ -81,6 +83,8 @@ def test_what_the_short_names_mean():
     ("int8[1x32]*e8m0+zp", "one float scale"),
     ("int8[tensor]*f32+zp:floor", "one float scale"),
     ("mxfp8:fouroversix", "fouroversix is for e2m1"),
+    ("mxfp8:rms", "rms is for e2m1"),
+    ("nvfp4:rms", "scales of one level"),
     ("e4m3[tensor]*f32*f32", "drop the tensor scale"),
     ("e2m1[1x16]*e4m3*f16", "the tensor scale is f32"),
     ("f32[tensor]*f32", "not a quantized element"),

@@ -245,6 +245,38 @@ def test_four_over_six_takes_the_better_of_two_scales():
     assert set(top.unique().tolist()) == {4.0, 6.0}
 
 
+@pytest.mark.parametrize("name", ["mxfp4:rms", "e2m1[row]*f32:rms", "e2m1[16x16]*e8m0:rms",
+                                  "e2m1[tensor]*f32:rms"])
+def test_rms_scales_are_quartets(name):
+    """2^⌊log2(2.92247856/6·σ)⌋; what lies beyond 6 saturates; padding does not count."""
+    x = torch.randn(33, 80) * torch.logspace(-3, 3, 33).unsqueeze(1)
+    scaled = quantize(x, name)
+    fmt = parse(name)
+    rows, columns = fmt.block or (33 if name.startswith("e2m1[tensor]") else 1, 80)
+    scale = scaled.scale.float().reshape(-(-33 // rows), -(-80 // columns))
+    for i, j in np.ndindex(*scale.shape):
+        group = x[i * rows:(i + 1) * rows, j * columns:(j + 1) * columns].double().numpy()
+        sigma = math.sqrt((group**2).sum() / group.size)
+        assert float(scale[i, j]) == 2.0 ** math.floor(math.log2(2.92247856 / 6 * sigma))
+    edge = 6 / 2.92247856
+    for factor, exponent in ((1 + 1e-6, 3), (1 - 1e-6, 2)):
+        same_all = torch.full((4, 32), 8 * edge * factor)
+        assert (quantize(same_all, "mxfp4:rms").scale.float() == 2.0**exponent).all()
+    peak = torch.tensor([[100.0] + [1.0] * 31])  # σ is 17.7: scale 8, and 100 becomes 48
+    assert fake_quantize(peak, "mxfp4:rms")[0, 0] == 48
+
+
+def test_rms_scales_of_zero_and_of_what_is_not_finite():
+    assert not fake_quantize(torch.zeros(2, 32), "mxfp4:rms").any()
+    assert quantize(torch.zeros(2, 32), "mxfp4:rms").scale.float().max() == 2.0**-127
+    assert (quantize(torch.zeros(2, 32), "e2m1[row]*f32:rms").scale == 1).all()
+    bad = torch.ones(2, 32)
+    bad[0, 3] = math.nan
+    assert fake_quantize(bad, "mxfp4:rms")[0].isnan().all()
+    huge = torch.full((1, 32), FLT_MAX)
+    assert fake_quantize(huge, "mxfp4:rms").isfinite().all()
+
+
 def test_absmean_of_bitnet_ignores_padding():
     x = torch.randn(8, 50)
     got = fake_quantize(x, "ternary[1x32]*f32")

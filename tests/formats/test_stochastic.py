@@ -1,16 +1,22 @@
 """Stochastic rounding: against gfloat with supplied bits, against fractions, and exact odds."""
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from format_support import gfloat_format, same, telling_inputs
+from format_support import FLOATS, SMALL, gfloat_format, grid, same, telling_inputs
 from gfloat import RoundMode, round_float, round_ndarray
 
 from scaleprop.errors import FormatError
 from scaleprop.formats import fake_quantize, quantize, reference
-from scaleprop.formats.elements import element
+from scaleprop.formats.elements import (
+    CodebookElement,
+    FloatElement,
+    IntegerElement,
+    element,
+)
 from scaleprop.formats.rounding import Rounding, stochastic
 
 MODES = {"stochastic": RoundMode.Stochastic, "stochastic_odd": RoundMode.StochasticOdd,
@@ -77,6 +83,81 @@ def test_all_random_bits_give_the_exact_odds(n):
         exact = rounded.double().mean(0)[:: 4]
         assert torch.equal(exact, x.double()[::4])
         assert abs(float((rounded.double().mean(0) - x).sum())) < 1e-6 * len(x) + high - low
+
+
+def _intervals(item, limit=300):
+    """(low, high) of neighbouring values, of magnitudes where values have a sign of their own."""
+    values = grid(item)
+    if isinstance(item, FloatElement | IntegerElement):
+        values = [value for value in values if value >= 0]
+    pairs = list(itertools.pairwise(values))
+    return pairs if len(pairs) <= limit else pairs[:100] + pairs[-100:]
+
+
+def _odds(mode, delta, n):
+    """How many of all 2^n random numbers send lo + delta·ulp up, as ``rounding.Rounding`` says."""
+    steps = delta * 2**n
+    below = steps.numerator // steps.denominator
+    rest = steps - below
+    half = Fraction(1, 2)
+    match mode:
+        case "stochastic":
+            return below + (rest > half or (rest == half and below % 2 == 1))
+        case "stochastic_odd":
+            return below + (rest > half or (rest == half and below % 2 == 0))
+        case "stochastic_fast":
+            return below + (rest >= half)
+        case _:
+            return below
+
+
+def _drawn(item, mode, n, deltas):
+    """Every interval × δ × random number: (lows, highs, x, what x is rounded to)."""
+    pairs = torch.tensor(_intervals(item), dtype=torch.float64)
+    low, high = pairs[:, :1], pairs[:, 1:]
+    x = low + torch.tensor([float(d) for d in deltas], dtype=torch.float64) * (high - low)
+    every = torch.arange(1 << n).reshape(-1, 1, 1).expand(-1, *x.shape)
+    return low, high, x, stochastic(x.expand_as(every), item, Rounding(mode, n), every)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "e8m0"])
+def test_odds_of_going_up_are_exact_between_all_values(name, mode):
+    """Every element, every pair of neighbours, δ in eighths of a random number's step, all r."""
+    item, n = element(name), 3
+    deltas = [Fraction(k, 8 << n) for k in range(8 << n)]
+    low, high, _, rounded = _drawn(item, mode, n, deltas)
+    assert bool(((rounded == low) | (rounded == high)).all())
+    expected = torch.tensor([_odds(mode, delta, n) for delta in deltas])
+    if isinstance(item, CodebookElement):  # δ of uneven neighbours is rounded: not on a boundary
+        keep = [delta * (8 << n) % 4 != 0 for delta in deltas]
+    else:
+        keep = [True] * len(deltas)
+    ups = ((rounded == high).sum(0) == expected)[:, torch.tensor(keep)]
+    assert bool(ups.all())
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+@pytest.mark.parametrize("name", [name for name in SMALL if name in FLOATS and name != "e8m0"
+                                  and element(name).fraction_bits])
+def test_all_random_numbers_round_as_in_gfloat(name, mode):
+    item, n = element(name), 3
+    deltas = [Fraction(k, 4 << n) for k in range(4 << n)]
+    _, _, x, rounded = _drawn(item, mode, n, deltas)
+    bits = np.arange(1 << n).reshape(-1, 1, 1) + np.zeros(x.shape, dtype=np.int64)
+    theirs = round_ndarray(gfloat_format(item), np.broadcast_to(x.numpy(), bits.shape).copy(),
+                           MODES[mode], sat=True, srbits=bits, srnumbits=n)
+    assert torch.equal(rounded, torch.from_numpy(np.asarray(theirs)))
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_eight_random_bits_have_exact_odds(mode):
+    item, n = element("e2m1"), 8
+    deltas = [Fraction(k, 4 << n) for k in range(4 << n)]
+    low, high, _, rounded = _drawn(item, mode, n, deltas)
+    expected = torch.tensor([_odds(mode, delta, n) for delta in deltas])
+    assert bool(((rounded == high).sum(0) == expected).all())
+    assert bool(((rounded == low) | (rounded == high)).all())
 
 
 def test_biases_of_the_fast_rules():

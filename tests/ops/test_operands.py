@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -91,10 +92,9 @@ def test_significand_bits_of_every_element():
 
 
 def transformer_engine(x, amax, headroom=1.0, prescale=1.0):
-    """numerics.md, section 2: TransformerEngine's chain on rows of whole blocks, in float32;
-    (elements before rounding, block scales, amax/2688)."""
+    """TransformerEngine's chain on rows of whole blocks, in float32, by its formulas: (elements
+    before rounding, block scales, amax/2688)."""
     f32 = np.float32
-    amax = f32(amax) * f32(headroom)
     blocks = x.reshape(x.shape[0], -1, 16)
     largest = np.abs(blocks).max(-1, keepdims=True) * f32(headroom)
     s = min(f32(2688) / amax, np.finfo(f32).max)
@@ -121,9 +121,10 @@ def nearest_e2m1(units):
 ])
 def test_nvfp4_by_its_formulas(options):
     x = torch.randn(32, 64) * 3
-    units, scale, outer = transformer_engine(
-        x.numpy(), options.get("tensor_amax", float(x.abs().max())),
-        options.get("headroom", 1.0), options.get("prescale", 1.0))
+    amax = np.float32(options.get("tensor_amax", float(x.abs().max())))
+    headroom = np.float32(options.get("headroom", 1.0))
+    units, scale, outer = transformer_engine(x.numpy(), amax * headroom, headroom,
+                                             options.get("prescale", 1.0))
     expected = (nearest_e2m1(units) * scale).reshape(32, 64)
     given = {key: torch.tensor(value) if key == "tensor_amax" else value
              for key, value in options.items()}
@@ -138,9 +139,32 @@ def test_headroom_leaves_no_nvfp4_value_beyond_the_largest():
     """E4M3 rounds a scale down by up to 1/17: data reach 6·17/16, and saturate."""
     x = torch.randn(512, 512).numpy()
     for headroom, most in ((1.0, 6 * 17 / 16), (17 / 16, 6.0)):
-        units, _, _ = transformer_engine(x, np.abs(x).max(), headroom)
+        amax = np.abs(x).max() * np.float32(headroom)
+        units, _, _ = transformer_engine(x, amax, headroom)
         assert np.abs(units).max() == pytest.approx(most, rel=0.02)
         assert np.abs(units).max() <= most * (1 + 1e-6)
+
+
+MX = {"mxfp8": (8, 448, ml_dtypes.float8_e4m3fn), "mxfp8_e5m2": (15, 57344, ml_dtypes.float8_e5m2),
+      "mxfp6": (2, 7.5, ml_dtypes.float6_e2m3fn), "mxfp6_e3m2": (4, 28, ml_dtypes.float6_e3m2fn),
+      "mxfp4": (2, 6, ml_dtypes.float4_e2m1fn)}
+
+
+@pytest.mark.parametrize("rule", ["floor", "rceil"])
+@pytest.mark.parametrize("name", list(MX))
+def test_mx_by_its_formulas(name, rule):
+    """OCP MX 1.0: 2^(⌊log2 amax⌋ - emax); NVIDIA: 2^⌈log2(amax/max)⌉; ml_dtypes rounds elements."""
+    emax, largest, dtype = MX[name]
+    x = torch.randn(64, 96) * torch.logspace(-20, 20, 64).unsqueeze(1)
+    blocks = x.numpy().reshape(64, 3, 32)
+    amax = np.abs(blocks).max(-1, keepdims=True).astype(np.float64)
+    mantissa, exponent = np.frexp(amax / largest)  # ⌈log2⌉: one less where it is a power of two
+    exponent = np.frexp(amax)[1] - 1 - emax if rule == "floor" else exponent - (mantissa == 0.5)
+    scale = np.ldexp(np.float32(1), exponent)
+    rounded = np.clip(blocks / scale, -largest, largest).astype(dtype).astype(np.float32)
+    values, outer = quantize_operand(x, f"{name}:{rule}", 1)
+    assert torch.equal(values.float(), torch.from_numpy((rounded * scale).reshape(64, 96)))
+    assert float(outer) == 1.0
 
 
 @pytest.mark.parametrize("prescale", [1.0, 0.75])
@@ -198,8 +222,8 @@ def test_16x16_tiles_are_transpose_consistent():
 
 
 def eden_of_formulas(x, bits, group, width, headroom):
-    """numerics.md, section 3: values and c, on rows of whole groups; c in float64."""
-    amax = np.abs(x).max() * np.float32(1.75)  # 448/256: the tensor scale aims at 256
+    """EDEN's definition: values, outer and c, on rows of whole groups; c in float64."""
+    amax = np.abs(x).max() * np.float32(headroom) * np.float32(1.75)  # 448/256: aims at 256
     units, scale, outer = transformer_engine(x, amax, headroom)
     rounded = nearest_e2m1(units)
     restored = (rounded * scale * outer).astype(np.float64).reshape(x.shape[0], -1, group)
@@ -234,6 +258,15 @@ def test_eden_of_broken_groups_is_that_of_zeros_appended():
     assert torch.equal(eden_operand(x, "nvfp4", 1, bits[:, :13])[0], whole[:, :200])
     zero, outer = eden_operand(torch.zeros(3, 200), "nvfp4", 1, bits[:, :13])
     assert not zero.any() and outer == 1.0
+
+
+@pytest.mark.parametrize("shape", [(0, 128), (4, 0), (1, 1)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_empty_and_tiny(shape, axis):
+    x, bits = torch.randn(shape), torch.zeros(shape, dtype=torch.int32)
+    for values, outer in (ops.quantize_operand(x, "nvfp4", axis), ops.quantize_operand(x, "fp8", 0),
+                          ops.eden_operand(x, "nvfp4", axis, bits)):
+        assert values.shape == x.shape and outer.isfinite()
 
 
 def test_eden_keeps_the_length_along_the_data():
@@ -280,17 +313,25 @@ def test_implementations_trace_with_symbolic_sizes(axis):
             assert torch.equal(traced[0], eager[0]) and torch.equal(traced[1], eager[1])
 
 
-def test_compiles_without_fallbacks_to_the_same_values():
+@pytest.mark.parametrize("shape, made", [
+    ((50, 70), [("mxfp4", 0), ("nvfp4_2d", 0), ("fp8", 0)]),
+    ((64, 96), [("nvfp4", 1), ("nvfp4_2d", 0), ("mxfp4:rms", 1), ("eden", 1)]),
+])
+def test_compiles_without_fallbacks_to_the_same_values(shape, made):
+    """Broken blocks, and whole ones, which are joined by another view of their memory."""
     torch._dynamo.reset()
-    x = torch.randn(50, 70)
-    bits = torch.randint(0, 256, x.shape, dtype=torch.int32)
+    x = torch.randn(shape)
+    bits = torch.randint(0, 256, shape, dtype=torch.int32)
+
+    def operand(x, bits, name, axis):
+        if name == "eden":
+            return eden_operand(x, "nvfp4", axis, bits, 32, rounding="stochastic:8")
+        if name in ("mxfp4", "nvfp4"):
+            return quantize_operand(x, name, axis, "stochastic", bits, prescale=0.75)
+        return quantize_operand(x, name, axis)
 
     def operands(x, bits):
-        made = [quantize_operand(x, name, axis, "stochastic", bits, prescale=0.75)
-                for name, axis in (("mxfp4", 0), ("nvfp4", 1))]
-        made += [quantize_operand(x, name, axis)
-                 for name, axis in (("fp8", 0), ("nvfp4_2d", 0), ("mxfp4:rms", 1))]
-        return [*made, eden_operand(x, "nvfp4", 1, bits, 32, rounding="stochastic:8")]
+        return [operand(x, bits, name, axis) for name, axis in made]
 
     found, (code,) = run_and_get_code(torch.compile(operands, fullgraph=True), x, bits)
     assert not re.search(r"extern_kernels\.|torch\.ops\.aten\.\w", code)
