@@ -48,7 +48,7 @@ from scaleprop.recipes.training import Operand, TrainingRecipe
 BALANCE = 281.25
 BF16_BYTES = 2
 PLAIN_BITS: Mapping[str, int] = {"f32": 32, "bf16": 16, "f16": 16}
-EDEN_BITS = 8  # random bits a scale, not an element
+EDEN_BITS = 16  # random bits a scale, none an element; as the training graphs draw
 
 Product = Literal["fprop", "dgrad", "wgrad"]
 

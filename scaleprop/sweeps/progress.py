@@ -28,37 +28,46 @@ class _Nobody:
 
 
 class _Bars:
-    """One bar of runs, and one of the steps of the run in this process."""
+    """One bar of runs, one of the steps of the run in this process, and a line on each."""
 
-    def __init__(self, bars: Any, total: int, steps: int) -> None:
-        self._bars, self._steps = bars, steps
+    def __init__(self, bars: Any, lines: Any, total: int, steps: int) -> None:
+        self._bars, self._lines, self._steps = bars, lines, steps
         self._failed = self._diverged = 0
-        self._runs = bars.add_task("runs", total=total, note="")
+        self._runs = bars.add_task("runs", total=total)
         self._one: Any = None
         self._key = ""
 
     def step(self, task: Task, steps: int, loss: float) -> None:
-        from rich.markup import escape
-
         if self._one is None:
-            self._one = self._bars.add_task("steps", total=self._steps, note="")
+            self._one = self._bars.add_task("steps", total=self._steps)
         if self._key != task.key:
             self._key = task.key
             self._bars.reset(self._one)
-        note = escape(f"{spelled(task.axes)} seed {task.seed}: loss {loss:.4f}")
-        self._bars.update(self._one, completed=steps, note=note)
+        self._bars.update(self._one, completed=steps)
+        self._lines[1] = f"now:  {_run(task)}: loss {loss:.4f}"
 
     def finished(self, task: Task, outcome: Outcome) -> None:
-        from rich.markup import escape
-
         self._failed += outcome.status == "failed"
         self._diverged += outcome.status == "diverged"
-        bad = "".join(f", {count} {what}" for count, what in (
+        bad = "".join(f"; {count} {what}" for count, what in (
             (self._diverged, "diverged"), (self._failed, "failed")) if count)
-        note = f"{spelled(task.axes)} seed {task.seed}: {outcome.status}"
-        if outcome.status == "done":
-            note += f", loss {outcome.loss:.4f}"
-        self._bars.update(self._runs, advance=1, note=escape(note + bad))
+        how = f"loss {outcome.loss:.4f}" if outcome.status == "done" else outcome.status
+        self._bars.update(self._runs, advance=1)
+        self._lines[0] = f"last: {_run(task)}: {how}{bad}"
+
+
+def _run(task: Task) -> str:
+    """The labels alone: the axes are in the table."""
+    return f"{' · '.join(task.axes.values()) or 'baseline'} · seed {task.seed}"
+
+
+class _Lines(list[str]):
+    """Lines below the bars, cut where the terminal ends."""
+
+    def __rich__(self) -> Any:
+        from rich.text import Text
+
+        return Text("\n".join(filter(None, self)), style="dim", no_wrap=True, overflow="ellipsis")
 
 
 @contextlib.contextmanager
@@ -69,7 +78,8 @@ def watching(enabled: bool, total: int, steps: int) -> Generator[Watch]:
         yield _Nobody()
         return
     try:
-        from rich.console import Console
+        from rich.console import Console, Group
+        from rich.live import Live
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -85,10 +95,12 @@ def watching(enabled: bool, total: int, steps: int) -> Generator[Watch]:
     if not console.is_terminal:
         yield _Nobody()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-               TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=console, transient=True) as bars:
-        yield _Bars(bars, total, steps)
+    bars = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24),
+                    MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+                    console=console)
+    lines = _Lines(["", ""])
+    with Live(Group(bars, lines), console=console, transient=True, refresh_per_second=4):
+        yield _Bars(bars, lines, total, steps)
 
 
 def spelled(axes: Mapping[str, str]) -> str:

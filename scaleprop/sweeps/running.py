@@ -17,7 +17,7 @@ from scaleprop.extras import install_command
 from scaleprop.recipes.training import TrainingRecipe
 from scaleprop.recipes.training_named import training_recipe
 from scaleprop.sweeps.axes import Axes, Combination, combinations
-from scaleprop.sweeps.overhead import Gemm, overhead
+from scaleprop.sweeps.overhead import Gemm, linear_gemms, overhead
 from scaleprop.sweeps.progress import Watch, watching
 from scaleprop.sweeps.results import Sweep
 from scaleprop.sweeps.runs import Outcome, Task, perform
@@ -41,6 +41,7 @@ def sweep(
     validation: Function | None = None,
     clip: float | None = None,
     options: Mapping[str, Any] | None = None,
+    shapes: Sequence[tuple[int, int, int]] | None = None,
     path: str | os.PathLike[str] | None = "sweep.sqlite",
     fresh: bool = False,
     jobs: int | None = 1,
@@ -71,6 +72,8 @@ def sweep(
             the mean of the last tenth of training.
         clip: the largest norm of all gradients.
         options: more of ``prepare_training``, such as ``{"inner": "eager"}``.
+        shapes: (tokens, outputs, inputs) of linear layers that costs are counted for, such as a
+            larger model's, none of which stays high; without them, those of ``factory``'s model.
         path: an SQLite file on a local disk; None keeps nothing.
         fresh: forget the runs that the file has.
         jobs: processes; more than 1, or None for what ``joblib.parallel_config`` says, needs
@@ -95,7 +98,8 @@ def sweep(
     tasks = _tasks(identity, base, grid, numbers, threads)
     store = Store(path)
     try:
-        gemms = _gemms(settings, numbers[0], [task.recipe for task in tasks])
+        gemms = (_gemms(settings, numbers[0], [task.recipe for task in tasks])
+                 if shapes is None else _given(shapes))
         plan = _plan(base, grid, numbers, gemms, steps)
         store.begin(identity, plan, fresh=fresh)
         known = store.outcomes()
@@ -145,6 +149,22 @@ def _gemms(settings: Settings, seed: int, recipes: Sequence[TrainingRecipe]) -> 
     with torch.random.fork_rng():
         batch = next(settings.batches(seed))
         return gemms_of(settings.model(seed), lambda model: settings.loss_of(model, batch), rules)
+
+
+def _given(shapes: Sequence[tuple[int, int, int]]) -> list[Gemm]:
+    """The products of layers of these shapes.
+
+    Raises:
+        ConfigError: for what is no shape.
+    """
+    found: list[Gemm] = []
+    for place, shape in enumerate(shapes):
+        sizes = list(shape) if isinstance(shape, Sequence) else []  # pyright: ignore[reportUnnecessaryIsInstance]
+        if len(sizes) != 3 or not all(isinstance(size, int) for size in sizes):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"shapes: {shape!r} is not (tokens, outputs, inputs)")
+        tokens, outputs, inputs = sizes
+        found.extend(linear_gemms(tokens, outputs, inputs, f"layer {place}"))
+    return found
 
 
 def _plan(

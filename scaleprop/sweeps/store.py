@@ -190,10 +190,11 @@ class Store:
         """Key → what its run gave, or that it is running."""
         with self._lock, self._named_errors():
             rows = self._connection.execute(
-                "SELECT key, status, losses, validation, seconds_per_step, error FROM runs"
-            ).fetchall()
+                "SELECT key, status, losses, validation, seconds_per_step, error, owner, renewed"
+                " FROM runs").fetchall()
         return {key: Outcome(status, _losses(losses), validation, seconds, error or "")
-                for key, status, losses, validation, seconds, error in rows}
+                for key, status, losses, validation, seconds, error, *claim in rows
+                if status != "running" or claim[0] == self.owner or self._is_alive(*claim)}
 
     @contextlib.contextmanager
     def renewing(self) -> Generator[None]:

@@ -116,7 +116,7 @@ def test_rotations_of_their_own():
     assert fused.rotation_bytes == 0 and apart.rotation_bytes == 4 * 2 * (X + W + DY)
     assert fused.rotations == 128 * 2 * (X + W + DY) / WORK
     eden = Operand(format="nvfp4", rounding="eden", hadamard=128, signs="step")
-    assert costs(all_of(eden), fused=False).random_bytes == 2 * 2 * (X + W + DY) / 16
+    assert costs(all_of(eden), fused=False).random_bytes == 4 * 2 * (X + W + DY) / 16
 
 
 def test_of_what_fprop_quantized_codes_are_read():
@@ -194,10 +194,14 @@ def test_products_are_read_off_the_graph():
         for gemm in mine:
             assert {(each.rows, each.along) for each in gemm.factors} == {(m, k), (n, k)}
     assert len({gemm.left.value for gemm in low if gemm.product == "fprop"}) == 1
-    mx = all_of(Operand(format="mxfp4"))
-    # x along both axes, and a's and b's weights and gradients along theirs
-    elements = 2 * 7 * 8 + 2 * (2 * 12 * 8) + 2 * (2 * 7 * 12)
-    assert overhead(mx, low).quantize_bytes > 2 * elements
+    # one input of both; blocks of 32 are cut off at 8
+    shared = overhead(recipe({"fprop.x": Operand(format="mxfp8")}), low)
+    assert shared.quantize_bytes == 7 * 8 * (2 + 1) + 7
+    # weights in tiles are the same for fprop and dgrad, of each layer
+    tiles = Operand(format="nvfp4_2d")
+    weights = overhead(recipe({"fprop.w": tiles, "dgrad.w": tiles}), low)
+    assert weights.quantize_bytes == 2 * (12 * 8 * (2 + 1 / 2) + 1 + 4)
+    assert weights.operand_bytes == weights.bf16_bytes - 4 * (12 * 8 * (2 - 1 / 2) - 1 - 4)
     head = [gemm for gemm in found if gemm.high]
     assert {gemm.product for gemm in head} == {"fprop", "dgrad", "wgrad"}
     assert {each.elements for gemm in head for each in gemm.factors} == {7 * 12, 5 * 12, 7 * 5}

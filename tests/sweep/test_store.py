@@ -25,8 +25,10 @@ TASK = Task("k", {}, BASE, 0)
 def test_a_claim_is_one_processs_until_it_is_gone(tmp_path: Path):
     first, second = Store(tmp_path / "runs.sqlite"), Store(tmp_path / "runs.sqlite")
     assert first.claim(TASK) and not second.claim(TASK)
+    assert first.outcomes()["k"].status == second.outcomes()["k"].status == "running"
     dead = f"{first.owner.split(' ')[0]} {_dead_pid()} x"
     _set(first, owner=dead)
+    assert first.outcomes() == {}
     assert second.claim(TASK), "its process is gone"
     _set(first, owner="elsewhere 1 x")
     assert not first.claim(TASK), "another machine may be running it"

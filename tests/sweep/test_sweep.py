@@ -19,7 +19,7 @@ import torch
 import scaleprop
 from scaleprop.errors import BackendUnavailable, ConfigError, ScalePropError
 from scaleprop.recipes.training import TrainingRecipe
-from scaleprop.sweeps import Sweep, running
+from scaleprop.sweeps import Sweep, linear_gemms, overhead, running
 from scaleprop.sweeps.runs import Outcome, Task
 from tests.sweep import tiny
 from tests.sweep.tiny import BASE, outcomes_in, run
@@ -146,9 +146,9 @@ def test_a_killed_sweep_loses_only_what_was_running(tmp_path: Path, monkeypatch:
     partly = Sweep.load(path)
     kinds = [each.status for point in (partly.baseline, *partly.points) if point
              for each in point.outcomes.values()]
-    assert kinds == ["done", "done", "running"]
+    assert kinds == ["done", "done"]
     assert [point.status([0]) for point in partly.points] == [
-        "1 of 1", "0 of 1, 1 running", "0 of 1, 1 missing", "0 of 1, 1 missing"]
+        "1 of 1", *["0 of 1, 1 missing"] * 3]
     before = {key: each for key, each in outcomes_in(path).items() if each.status == "done"}
     sweep = run(path, data="tests.sweep.tiny:killed")
     assert {point.status([0]) for point in sweep.points} == {"1 of 1"}
@@ -207,6 +207,16 @@ def test_loss_data_optimizer_and_clip_are_the_users():
     partial = functools.partial(tiny.sized, 64)
     named = run(axes={}, baseline=None, factory=partial)
     assert named.settings["factory"] == f"{TINY}:sized(64)"
+
+
+def test_costs_may_be_of_other_shapes():
+    shapes = [(4096, 1024, 2048), (4096, 2048, 1024)]
+    (point,) = run(axes={}, baseline=None, shapes=shapes).points
+    gemms = [gemm for place, shape in enumerate(shapes)
+             for gemm in linear_gemms(*shape, f"layer {place}")]
+    assert point.overhead == overhead(BASE, gemms)
+    (own,) = run(axes={}, baseline=None).points
+    assert own.overhead is not None and own.cost > 1 > point.cost
 
 
 def test_random_numbers_of_the_caller_stay():
@@ -305,7 +315,8 @@ def test_a_process_that_dies_has_a_name(monkeypatch: Any):
     ({"recipe": "nvfp5"}, "unknown training recipe 'nvfp5'"),
     ({"baseline": "bf61"}, "unknown training recipe 'bf61'"),
     ({"axes": {"fprop.q": [1]}}, "nothing of a recipe is called"), ({"axes": [1]}, "axes="),
-    ({"options": {"inner": {1}}}, "options="),
+    ({"options": {"inner": {1}}}, "options="), ({"shapes": [(1, 2)]}, r"\(1, 2\) is not"),
+    ({"shapes": [(0, 1, 1)]}, "at least 1"), ({"shapes": [3]}, "shapes: 3 is not"),
 ])
 def test_arguments_that_make_no_sense(changes: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
