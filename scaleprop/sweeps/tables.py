@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ON_FRONT = "●"
+_WIDE = 130  # characters that all columns need
+_DETAILS = ("operands", "passes", "rotations")
 # heading → what it says
 NUMBERS = {
     "loss": "± standard error over seeds",
@@ -96,7 +98,10 @@ def show(sweep: Sweep, console: Console | None = None) -> None:
         BackendUnavailable: without rich.
     """
     console = console or stdout_console()
-    console.print(_table(sweep))
+    narrow = console.width < _WIDE
+    console.print(_table(sweep, _DETAILS if narrow else ()))
+    if narrow:
+        console.print(f"{', '.join(_DETAILS)}: with {_WIDE} columns, or in a file", style="dim")
     for axes, reason in sweep.skipped:
         console.print(f"skipped, {spelled(axes)}: {reason}", markup=False, highlight=False)
     for point, seed, error in sweep.errors():
@@ -105,15 +110,19 @@ def show(sweep: Sweep, console: Console | None = None) -> None:
                       highlight=False)
 
 
-def _table(sweep: Sweep) -> Any:
+def _table(sweep: Sweep, without: Sequence[str]) -> Any:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns(sweep):
+    headings = columns(sweep)
+    shown = [place for place, name in enumerate(headings) if name not in without]
+    for place in shown:
+        name, is_axis = headings[place], place < len(sweep.axes)
         table.add_column(escape(name), justify="right" if name in NUMBERS else "left",
-                         overflow="fold")
+                         overflow="fold", no_wrap=not is_axis)
     for cells_ in rows(sweep):
-        table.add_row(*map(escape, cells_), style="bold" if cells_[-1] else "")
+        table.add_row(*(escape(cells_[place]) for place in shown),
+                      style="bold" if cells_[-1] else "")
     return table

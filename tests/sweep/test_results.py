@@ -21,6 +21,7 @@ from scaleprop.sweeps.overhead import Overhead, linear_gemms, overhead
 from scaleprop.sweeps.picture import ticks
 from scaleprop.sweeps.results import Mean, Point, Sweep
 from scaleprop.sweeps.runs import Outcome
+from scaleprop.sweeps.tables import show
 
 RECIPE = TrainingRecipe(name="made-up", description="",
                         operands=dict.fromkeys(OPERANDS[:6], Operand(format="mxfp8")))
@@ -135,6 +136,16 @@ def test_the_terminal_shows_the_same(capsys: pytest.CaptureFixture[str]):
     assert "bf16 (baseline)" in printed and "+0.1000 ± 0.0100" in printed and "[red]" in printed
     assert "skipped, format=f0, a|b<=v9: no such <thing>" in printed
     assert "failed, format=[red], a|b<=x, seed 0: KeyError: 'x'" in printed
+
+
+def test_a_narrow_terminal_cuts_no_numbers(capsys: pytest.CaptureFixture[str]):
+    from rich.console import Console
+
+    long = point(0.3, 2.0, format="x" * 90, **{"a|b<": "y"})
+    show(made_up(*GRID, long), Console(width=90))
+    printed = capsys.readouterr().out
+    assert printed.count(" ± 0.0100") == 2 * 7 + 1 and "rotations: with 130" in printed
+    assert max(map(len, printed.splitlines())) <= 90
 
 
 def test_a_real_overhead_is_shown():
