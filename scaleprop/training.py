@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -25,8 +26,11 @@ from scaleprop.backends.dynamo import (
 from scaleprop.backends.graphs import Inner
 from scaleprop.backends.state import TrainingState
 from scaleprop.errors import ConfigError
+from scaleprop.formats import fake_quantize
+from scaleprop.ops import estimators
 from scaleprop.passes.training import Lowered
 from scaleprop.passes.training.operands import Operands
+from scaleprop.passes.training.rewrite import Quantized
 from scaleprop.recipes.training import TrainingRecipe
 
 logger = logging.getLogger(__name__)
@@ -226,3 +230,42 @@ def training_state(model: torch.nn.Module) -> TrainingState:
         raise ConfigError(f"{type(model).__name__} was not given to scaleprop.prepare_training, "
                           'nor called since torch.compile(backend="scaleprop")')
     return found
+
+
+def deployable(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a prepared model, ordinary and in evaluation mode, whose weights are what its
+    forward products multiply: values of the recipe's formats, in the parameters' dtype.
+
+    A compiler that quantizes them to the same formats, as ``scaleprop.compile`` with a recipe of
+    these does, finds the same codes. Activations are the recipe's no more.
+
+    Raises:
+        ConfigError: where ``model`` was not called yet, or its weights are rotated, stochastic, or
+            scaled by more than their own data.
+    """
+    reports = scale_report(model)
+    if not reports:
+        raise ConfigError(f"{type(model).__name__} was not called since it was prepared: nothing "
+                          "is known of its layers")
+    made = copy.deepcopy(model).eval()
+    made.__dict__.pop("scale_report", None)
+    made._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage]
+    parameters = dict(made.named_parameters(remove_duplicate=False))
+    weights = {each.layer.partition(":")[0]: each for report in reports
+               if isinstance(report, Operands) for each in report.quantized
+               if each.role == "fprop.w"}
+    with torch.no_grad():
+        for name, each in weights.items():
+            parameters[name].copy_(_multiplied(parameters[name], each))
+    return made
+
+
+def _multiplied(weight: torch.Tensor, each: Quantized) -> torch.Tensor:
+    """What a forward product multiplies for a weight."""
+    operand = each.operand
+    if operand.hadamard or operand.stochastic or operand.scaling != "current":
+        raise ConfigError(f"{each.layer} is multiplied rotated, rounded stochastically or at a "
+                          "scale of other steps: no weight alone is what the product reads")
+    matrix = weight if weight.ndim == 2 else weight.flatten(1)
+    soft = estimators.forward(operand.estimator, matrix, operand.format, each.axis)
+    return fake_quantize(soft, operand.format, each.axis).reshape(weight.shape)

@@ -16,9 +16,11 @@ import torch.fx
 from scaleprop import _torch_compat as compat
 from scaleprop.backends.graphs import Inner, compile_joint, given_inputs
 from scaleprop.backends.state import GraphState, TrainingState
+from scaleprop.passes.training.attention import ROLES, spell_attention
 from scaleprop.passes.training.high import keep_high
 from scaleprop.passes.training.memory import Memory, Row
-from scaleprop.passes.training.operands import Operands, Settings, quantize_operands
+from scaleprop.passes.training.operands import Operands, quantize_operands
+from scaleprop.passes.training.rewrite import Settings
 from scaleprop.passes.training.roles import find_products, is_tangent
 from scaleprop.passes.training.truncate import truncate_values
 from scaleprop.recipes.training import Operand, TrainingRecipe
@@ -89,8 +91,10 @@ class _Work:
         def transform(joint: torch.fx.GraphModule) -> None:
             self._transform(joint, recipe, operands, phase)
 
-        phase.run = compile_joint(compat.with_inputs(self.module, {}), inputs, transform,
-                                  self.inner)
+        module = compat.with_inputs(self.module, {})
+        if any(role in operands for role in ROLES):
+            spell_attention(module)
+        phase.run = compile_joint(module, inputs, transform, self.inner)
         return phase
 
     def _transform(
@@ -111,7 +115,7 @@ class _Work:
                              recipe.high)
         found = quantize_operands(joint, products, parameters, Settings(
             operands=operands, names=dict(zip(given, self.names, strict=False)),
-            seed=self.state.seed, step=step, memory=memory, rank=_rank()))
+            seed=self.state.seed, step=step, memory=memory, rank=_rank()), recipe.convolutions)
         phase.rows = memory.rows
         phase.layer = found.quantized[0].layer if found.quantized else ""
         if self.report is not None:

@@ -1,0 +1,140 @@
+"""Attention by training recipe, against products of quantized factors written out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import scaleprop
+from scaleprop.ops.hadamard import hadamard
+from scaleprop.ops.operands import quantize_operand
+from scaleprop.passes.training.attention import in_products
+from scaleprop.recipes.training import Operand, TrainingRecipe
+
+BATCH, HEADS, TOKENS, WIDTH = 2, 3, 10, 32
+
+
+class Attention(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        shape = (BATCH, HEADS, TOKENS, WIDTH)
+        self.q, self.k, self.v = (nn.Parameter(torch.randn(shape)) for _ in range(3))
+        self.options = options
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = F.scaled_dot_product_attention(self.q * x, self.k * x, self.v * x, **self.options)
+        return (found * x).square().mean()
+
+
+def recipe(**options: Any) -> TrainingRecipe:
+    dy = {**options, "format": options["format"].replace("e4m3", "e5m2")}
+    return TrainingRecipe(name="attention", description="", high=(), operands={
+        "attention.x": Operand(**options), "attention.dy": Operand(**dy)})
+
+
+def step(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    loss = model(x)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def by_hand(made: TrainingRecipe, x: torch.Tensor, causal: bool) -> list[torch.Tensor]:
+    def q(value: torch.Tensor, role: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Data and its outer scale, along the last axis."""
+        operand = made.operands[role]
+        if operand.hadamard:
+            value = F.pad(value, (0, -value.shape[-1] % operand.hadamard))
+            value = hadamard(value, operand.hadamard)
+        flat = value.reshape(-1, value.shape[-1])
+        data, outer = quantize_operand(flat, operand.format, 1, dtype=torch.float32)
+        return data.reshape(value.shape), outer
+
+    def product(a: torch.Tensor, one: str, b: torch.Tensor, other: str) -> torch.Tensor:
+        (left, outer), (right, more) = q(a, one), q(b.mT, other)
+        return (left @ right.mT) * (outer * more)
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, a: Any, b: Any) -> Any:
+            ctx.save_for_backward(a, b)
+            return product(a, "attention.x", b, "attention.x")
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> Any:
+            a, b = ctx.saved_tensors
+            return (product(dy, "attention.dy", b.mT, "attention.x"),
+                    product(a.mT, "attention.x", dy, "attention.dy"))
+
+    torch.manual_seed(0)
+    model = Attention()
+    scores = Product.apply(model.q * x, (model.k * x).mT) * (1 / math.sqrt(WIDTH))
+    if causal:
+        scores = scores.masked_fill(~torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril(), -math.inf)
+    found = Product.apply(scores.softmax(-1), model.v * x)
+    loss = (found * x).square().mean()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("options", [
+    {"format": "mxfp8"}, {"format": "nvfp4"}, {"format": "e4m3[tensor]*f32"},
+    {"format": "nvfp4", "hadamard": 16}], ids=str)
+def test_a_step_is_the_products_written_out(options: dict[str, Any], causal: bool):
+    x = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
+    made = recipe(**options)
+    torch.manual_seed(0)
+    model = scaleprop.prepare_training(Attention(is_causal=causal), made, inner="eager")
+    torch.manual_seed(0)
+    exact = step(Attention(is_causal=causal), x)
+    got, want = step(model, x), by_hand(made, x, causal)
+    for a, b, c in zip(got, want, exact, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() and (b - c).norm() > 1e-3 * c.norm()
+    (report,) = model.scale_report()
+    assert len(report.quantized) == 12 and not report.high
+
+
+BOOLEAN = torch.rand(TOKENS, TOKENS, generator=torch.Generator().manual_seed(2)) > 0.5
+BOOLEAN[3] = False  # attends to nothing
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": BOOLEAN},
+    {"attn_mask": torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(3))},
+    {"attn_mask": BOOLEAN.expand(BATCH, 1, TOKENS, TOKENS), "scale": 2.0}], ids=str)
+def test_attention_in_products_is_the_fused_one(options: dict[str, Any]):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(BATCH, HEADS, TOKENS, WIDTH, generator=draw, dtype=torch.float64)
+               .requires_grad_() for _ in range(3))
+    options = {name: value.double() if torch.is_tensor(value) and value.is_floating_point()
+               else value for name, value in options.items()}
+    results = []
+    for attend in (in_products, F.scaled_dot_product_attention):
+        found = attend(q, k, v, **options)
+        results.append([found, *torch.autograd.grad(found.square().sum(), (q, k, v))])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_grouped_queries_share_their_keys():
+    draw = torch.Generator().manual_seed(0)
+    q = torch.randn(BATCH, 6, TOKENS, WIDTH, generator=draw)
+    k, v = (torch.randn(BATCH, 2, TOKENS, WIDTH, generator=draw) for _ in range(2))
+    torch.testing.assert_close(
+        in_products(q, k, v, enable_gqa=True),
+        F.scaled_dot_product_attention(q, k, v, enable_gqa=True), rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_drops_weights():
+    v = torch.eye(TOKENS).expand(1, 1, TOKENS, TOKENS)
+    torch.manual_seed(0)
+    found = in_products(torch.zeros(1, 1, 4000, 8), torch.zeros(1, 1, TOKENS, 8), v, dropout_p=0.25)
+    kept = found[found > 0]
+    assert abs(len(kept) / found.numel() - 0.75) < 0.01
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / TOKENS / 0.75))
