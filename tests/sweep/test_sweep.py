@@ -336,6 +336,18 @@ def test_functions_without_a_name_cannot_be_resumed(tmp_path: Path):
 def test_data_that_end_fail_the_run():
     sweep = run(axes={}, baseline=None, data=tiny.ended)
     assert "data ended after 2 of 4 batches" in sweep.errors()[0][2]
+    sweep = run(axes={}, baseline=None, validation=list)
+    assert "validation returned no batch" in sweep.errors()[0][2]
+
+
+def test_validation_is_of_the_trained_model_without_its_dropout():
+    """Of a learning rate of zero, the loss of the first weights; dropout would make it another."""
+    sweep = run(axes={}, baseline=None, recipe="fp32", factory=tiny.dropping,
+                optimizer=tiny.standing, validation=tiny.held_out)
+    torch.manual_seed(0)
+    model = tiny.dropping().eval()
+    expected = statistics.fmean(float(model(*batch).detach()) for batch in tiny.held_out())
+    assert sweep.points[0].loss.value == pytest.approx(expected, rel=1e-6)
 
 
 def test_settings_are_frozen():

@@ -40,6 +40,16 @@ def sized(width: int) -> nn.Module:
     return Model(width)
 
 
+def dropping() -> nn.Module:
+    model = Model()
+    model.layers.append(nn.Dropout(0.5))
+    return model
+
+
+def standing(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.0)
+
+
 def data(seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     draw = torch.Generator().manual_seed(seed)
     while True:
