@@ -17,7 +17,8 @@ from torch import Tensor
 from scaleprop.errors import FormatError
 from scaleprop.formats.tensor import normalized_axis
 
-_MATRIX = 64  # largest matrix that is multiplied by at once
+_WHOLE = 192  # sizes up to it are multiplied by at once, as measured; others in two steps,
+_STEP = 64  # of Sylvester matrices up to this size
 _PRIMES = {12: 11, 20: 19, 28: 13}  # order that is no power of two → field of its Paley matrix
 
 
@@ -34,28 +35,46 @@ def hadamard(x: Tensor, block: int, signs: Tensor | None = None, axis: int = -1,
     """
     check_hadamard(x, block, signs, axis)
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    moved = x.to(work).movedim(axis, -1)
-    split = moved.reshape(*moved.shape[:-1], moved.shape[-1] // block, block)
-    flips = None if signs is None else signs.to(work).reshape(-1, block)
-    if flips is not None and not transpose:
-        split = split * flips
-    mixed = _mixed(split, block, transpose) * (1.0 / math.sqrt(block))
-    if flips is not None and transpose:
-        mixed = mixed * flips
-    return mixed.reshape(moved.shape).to(x.dtype).movedim(-1, axis)
+    index = normalized_axis(axis, x.ndim)
+    blocks, after = x.shape[index] // block, x.shape[index + 1:]
+    split = x.to(work).reshape(*x.shape[:index], blocks, block, math.prod(after))
+    flips = None if signs is None else signs.to(work).reshape(-1, block, 1)
+    flat = split.flatten(0, -3)
+    if flips is not None and block <= _WHOLE and signs is not None and signs.shape[0] == block:
+        mixed = _times(flat, _signed(block, flips[0], transpose))
+    elif flips is None:
+        mixed = _mixed(flat, block, transpose)
+    elif transpose:
+        mixed = _mixed(flat, block, True).reshape(split.shape) * flips
+    else:
+        mixed = _mixed((split * flips).flatten(0, -3), block, False)
+    # first the view: of the product in memory, so that a compiler's loops over it stay simple
+    return (mixed.reshape(x.shape) * (1.0 / math.sqrt(block))).to(x.dtype)
+
+
+def _signed(block: int, signs: Tensor, transpose: bool) -> Tensor:
+    """diag(signs)·H, or Hᵀ·diag(signs); signs [block, 1]."""
+    matrix = hadamard_matrix(block, signs.dtype, signs.device) * signs
+    return matrix.t() if transpose else matrix
 
 
 def _mixed(x: Tensor, size: int, transpose: bool) -> Tensor:
-    """x·H or x·Hᵀ on the last axis; H of large sizes is the Kronecker product of two smaller ones,
-    the inner a Sylvester matrix, which is its own transpose."""
-    if size <= _MATRIX:
+    """x·H or x·Hᵀ on the middle axis of x [n, size, m]; H of large sizes is the Kronecker product
+    of two smaller ones, the inner a Sylvester matrix, which is its own transpose."""
+    if size <= _WHOLE:
         matrix = hadamard_matrix(size, x.dtype, x.device)
-        return torch.matmul(x, matrix.t() if transpose else matrix)
-    step = min(size // _order(size), _MATRIX)
-    inner = x.reshape(*x.shape[:-1], size // step, step)
-    inner = torch.matmul(inner, sylvester_matrix(step, x.dtype, x.device))
-    outer = _mixed(inner.transpose(-1, -2), size // step, transpose)
-    return outer.transpose(-1, -2).reshape(x.shape)
+        return _times(x, matrix.t() if transpose else matrix)
+    step = min(size // _order(size), _STEP)
+    inner = x.reshape(-1, step, x.shape[-1])
+    inner = _times(inner, sylvester_matrix(step, x.dtype, x.device))
+    return _mixed(inner.reshape(-1, size // step, step * x.shape[-1]), size // step, transpose)
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    """Σ_k x[n, k, m]·matrix[k, j], [n, j, m]: with no copy of x, whatever m."""
+    if x.shape[-1] == 1:
+        return torch.mm(x.squeeze(-1), matrix).unsqueeze(-1)
+    return torch.bmm(matrix.t().expand(x.shape[0], -1, -1), x)
 
 
 def hadamard_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -106,7 +106,7 @@ def test_compiled_with_symbolic_sizes():
     torch._dynamo.reset()
 
     def draw(step, x):
-        return random_bits(x.shape, 7, 8, step, 8) + x
+        return random_bits(x.shape, 7, 8, step, 8, (3 * x.shape[0], 0)) + x
 
     compiled = torch.compile(draw, fullgraph=True, dynamic=True)
     for rows, columns in ((37, 53), (64, 16), (3, 100)):

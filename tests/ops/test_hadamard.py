@@ -85,6 +85,27 @@ def test_transposed_with_signs_of_the_whole_axis():
     torch.testing.assert_close(ops.hadamard(y, 12, signs, -1, True), x)
 
 
+@pytest.mark.parametrize("block", [12, 192, 256, 320])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("each", [False, True])
+def test_any_axis_is_the_last_one_of_the_moved_tensor(block, transpose, each):
+    """Blocks of one matrix and of two; signs of a block and of the whole axis."""
+    signs = torch.randint(0, 2, (2 * block if each else block,)).double() * 2 - 1
+    right = matrix(block).t() if transpose else matrix(block)
+    repeated = signs if each else signs.repeat(2)
+    for axis in (0, 1, 2, -2):
+        shape = [2, 3, 4]
+        shape[axis] = 2 * block
+        x = torch.randn(shape, dtype=torch.float64)
+        moved = x.movedim(axis, -1)
+        rows = (moved if transpose else moved * repeated).unflatten(-1, (2, block))
+        expected = (rows @ right / block**0.5).flatten(-2)
+        expected = (expected * repeated if transpose else expected).movedim(-1, axis)
+        torch.testing.assert_close(hadamard(x, block, signs, axis, transpose), expected)
+        strided = moved.contiguous().movedim(-1, axis)
+        torch.testing.assert_close(hadamard(strided, block, signs, axis, transpose), expected)
+
+
 @pytest.mark.parametrize("block, transpose", [(20, False), (20, True), (24, True), (16, True)])
 def test_gradient_is_the_transpose(block, transpose):
     x = torch.randn(2, 2 * block, dtype=torch.float64, requires_grad=True)
