@@ -336,6 +336,14 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
+def use_threads(count: int) -> None:
+    """Let this process use so many threads to compute, and processes to compile."""
+    from torch._inductor import config
+
+    torch.set_num_threads(count)
+    config.compile_threads = count
+
+
 def compile_in_place(
     model: torch.nn.Module, backend: Callable[..., Any], *, dynamic: bool | None = None,
     fullgraph: bool = False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 import statistics
 import time
 import traceback
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from scaleprop import _torch_compat as compat
 from scaleprop.errors import ConfigError
 from scaleprop.recipes.training import TrainingRecipe
 from scaleprop.sweeps.settings import Settings
@@ -69,8 +69,7 @@ class Task:
 def perform(settings: Settings, task: Task, listener: Listener | None = None) -> Outcome:
     """Run ``task``. Errors of the user's code are part of the outcome."""
     if task.threads is not None:
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(task.threads)
-        torch.set_num_threads(task.threads)
+        compat.use_threads(task.threads)
     with contextlib.ExitStack() as stack:
         if task.threads is None:  # the caller's random numbers stay what they were
             stack.enter_context(torch.random.fork_rng())

@@ -20,7 +20,8 @@ import scaleprop
 from scaleprop.errors import BackendUnavailable, ConfigError, ScalePropError
 from scaleprop.recipes.training import TrainingRecipe
 from scaleprop.sweeps import Sweep, linear_gemms, overhead, running
-from scaleprop.sweeps.runs import Outcome, Task
+from scaleprop.sweeps.runs import Outcome, Task, perform
+from scaleprop.sweeps.settings import Settings
 from tests.sweep import tiny
 from tests.sweep.tiny import BASE, outcomes_in, run
 
@@ -263,6 +264,15 @@ def test_jobs_are_processes_that_give_the_same(found: tuple[Path, Sweep]):
         assert point is not None and other is not None
         assert point.recipe.operands == other.recipe.operands
         assert point.outcomes[0].losses == pytest.approx(other.outcomes[0].losses)
+
+
+def test_a_process_has_its_share_of_threads(monkeypatch: Any):
+    given: list[int] = []
+    monkeypatch.setattr("scaleprop._torch_compat.use_threads", given.append)
+    settings = Settings(factory=tiny.factory, data=tiny.data, steps=1, options=tiny.FAST)
+    for threads, expected in ((None, []), (3, [3])):
+        task = Task("k", {}, BASE, 0, threads)
+        assert perform(settings, task).status == "done" and given == expected
 
 
 def test_threads_and_nonsense_are_no_processes(monkeypatch: Any):
