@@ -34,14 +34,15 @@ def final_losses(
 ) -> dict[int, float]:
     """Mean validation loss at the end of training, for every log2 of the learning rate."""
     seen, held_out = train_lm.split(text)
-    model, starts = train_lm.prepared(recipe, seeds, seen, settings)
+    model, starts = train_lm.prepared(train_lm.RECIPES[recipe], seeds, seen, settings)
     found: dict[int, float] = {}
     for exponent in exponents:
         tried = dataclasses.replace(settings, rate=2.0**exponent)
         losses: list[float] = []
         for seed, start in enumerate(starts):
             model.load_state_dict(start)
-            run = train_lm.train(model, recipe, seed, seen, held_out, tried)
+            run = train_lm.train(model, train_lm.RECIPES[recipe], (recipe, seed), seen,
+                                 held_out, tried)
             losses.append(run.validation[-1][1])
         found[exponent] = statistics.fmean(losses)
     return found

@@ -26,6 +26,7 @@ import torch
 import transformers
 
 import scaleprop
+from scaleprop.recipes.training import TrainingRecipe
 
 HELD_OUT = 32  # batches of validation text
 EVERY = 40  # steps between validations
@@ -51,7 +52,7 @@ class Recipe:
     """How a run differs: what its graphs become, and by which scheme the model is unit-scaled
     before; then gradients' sizes are no measure of anything, and are not clipped."""
 
-    precision: str
+    precision: str | TrainingRecipe
     scheme: Literal["unit", "u-mup", "mus"] | None = None
 
     def change(self, model: torch.nn.Module, ids: torch.Tensor) -> torch.nn.Module:
@@ -130,11 +131,10 @@ def batches(text: torch.Tensor, seed: int, settings: Settings) -> Iterator[torch
 
 
 def prepared(
-    name: str, seeds: int, text: torch.Tensor, settings: Settings
+    recipe: Recipe, seeds: int, text: torch.Tensor, settings: Settings
 ) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]:
     """A model to train by one recipe, and the weights that each seed starts from. They share
     compiled code: the exponents that fp8 fixes for the first one's first batch are those of all."""
-    recipe = RECIPES[name]
     torch._dynamo.reset()
     models: list[torch.nn.Module] = []
     for seed in range(seeds):
@@ -150,22 +150,23 @@ def split(text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def runs(
-    name: str, seeds: int, text: torch.Tensor, settings: Settings
+    name: str, seeds: int, text: torch.Tensor, settings: Settings, recipe: Recipe | None = None
 ) -> Iterator[Run]:
-    """Train ``seeds`` models by one recipe."""
+    """Train ``seeds`` models by one recipe, by default the one of this name."""
+    recipe = recipe or RECIPES[name]
     seen, held_out = split(text)
-    model, starts = prepared(name, seeds, seen, settings)
+    model, starts = prepared(recipe, seeds, seen, settings)
     for seed, start in enumerate(starts):
         model.load_state_dict(start)
-        yield train(model, name, seed, seen, held_out, settings)
+        yield train(model, recipe, (name, seed), seen, held_out, settings)
 
 
 def train(
-    model: torch.nn.Module, name: str, seed: int, text: torch.Tensor, held_out: torch.Tensor,
-    settings: Settings,
+    model: torch.nn.Module, recipe: Recipe, run: tuple[str, int], text: torch.Tensor,
+    held_out: torch.Tensor, settings: Settings,
 ) -> Run:
-    """Train ``model`` where it is, and validate on the way."""
-    recipe = RECIPES[name]
+    """Train ``model`` where it is, and validate on the way. run: its name and its seed."""
+    name, seed = run
     groups = recipe.groups(model, settings.rate)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(

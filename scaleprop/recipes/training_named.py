@@ -144,7 +144,8 @@ FP4_ALL_THE_WAY = TrainingRecipe(
     description="NVFP4 throughout: nearest forward, gradients and what they multiply into weights' "
                 "stochastic; end with ``with_tail``",
     source="Chmiel et al., 2025, arXiv:2505.19115")
-_INT4 = Operand(format="int4[tensor]*f32", estimator="tanh")
+# at the scale of least error the largest weights saturate on either side: all 15 levels are used
+_INT4 = Operand(format="int4[tensor]*f32:mse", estimator="tanh")
 INT4_CNN = TrainingRecipe(
     name="int4-cnn", operands={"fprop.w": _INT4, "dgrad.w": _INT4}, high=(), convolutions=True,
     description="weights of linear layers and convolutions in 15 levels, one scale a tensor, "

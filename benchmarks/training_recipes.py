@@ -1,0 +1,149 @@
+"""Trains a small Llama by every recipe: loss gap to BF16, and what a step takes.
+
+    python -m benchmarks.training_recipes [--seeds 3] [--steps 160] [--recipes mxfp8,nvfp4,…]
+                                          [--redo] [--plot docs/training_recipes.svg]
+
+The model and text of ``examples/train_lm``, one size smaller; the recipes of a seed start from the
+same weights and see the same tokens. Gap: of the validation loss at the end to that of ``bf16``
+with the same seed, mean and standard error over seeds. Step time: ÷ that of ``bf16``, steps of both
+in turns, medians. Recipes that are done are not run again unless ``--redo`` says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import scaleprop
+from benchmarks import harness
+from examples import train_lm
+
+BASELINE = "bf16"
+SETTINGS = train_lm.Settings(vocabulary=1024, width=128, layers=3, context=128, batch=8, steps=160,
+                             rate=4e-3)
+# int4-cnn is for convolutions; the unit-scaled ones have other models, and are in train_lm
+RECIPES = ("fp32", "fp8", "fp8-current", "fp8-delayed", "fp8-block", "fp8-amax", "fp8-cscale",
+           "mxfp8", "mxfp6", "mxfp4-tseng", "mxfp4-tetrajet", "mxfp4-quartet", "mxfp4-plain",
+           "nvfp4", "nvfp4-quartet2", "ue5m3", "fp4-all-the-way")
+
+
+def recipe_of(name: str) -> Any:
+    """A named recipe; ``mxfp4-plain``: MXFP4 rounded to nearest, nothing rotated."""
+    if name != "mxfp4-plain":
+        return name
+    from scaleprop.recipes.training import OPERANDS, Operand, TrainingRecipe
+
+    return TrainingRecipe(name=name, description="MXFP4, nearest, no rotation",
+                          operands=dict.fromkeys(OPERANDS[:6], Operand(format="mxfp4")))
+
+
+def trained(name: str, seeds: int, text: torch.Tensor, settings: train_lm.Settings) -> list[float]:
+    """The validation loss at the end, of each seed."""
+    recipe = train_lm.Recipe(recipe_of(name))
+    return [run.validation[-1][1] for run in train_lm.runs(name, seeds, text, settings, recipe)]
+
+
+def stepper(name: str, ids: torch.Tensor, settings: train_lm.Settings) -> Callable[[], object]:
+    """Forward and backward of one batch."""
+    torch.manual_seed(0)
+    model = scaleprop.prepare_training(train_lm.Language(settings), recipe_of(name))
+
+    def step() -> None:
+        model.zero_grad()
+        model(ids).backward()
+
+    step()
+    return step
+
+
+def timed(name: str, text: torch.Tensor, settings: train_lm.Settings) -> dict[str, Any]:
+    """Steps of the recipe and of BF16, in turns."""
+    torch._dynamo.reset()
+    ids = next(train_lm.batches(text, 0, settings))
+    steps = {each: stepper(each, ids, settings) for each in dict.fromkeys((BASELINE, name))}
+    found = harness.measure(steps, harness.Plan(rounds=9))
+    return {key: timing.to_dict() for key, timing in found.items()}
+
+
+def gaps(row: dict[str, Any], base: dict[str, Any]) -> tuple[float, float]:
+    """Mean of the relative gaps and its standard error, per cent."""
+    each = [100.0 * (loss / other - 1.0)
+            for loss, other in zip(row["losses"], base["losses"], strict=True)]
+    error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else float("nan")
+    return statistics.fmean(each), error
+
+
+def table(results: harness.Results) -> str:
+    """Markdown, the smallest gap first."""
+    base = results.sections[BASELINE]
+    rows: list[tuple[float, list[object]]] = []
+    for name, row in results.sections.items():
+        gap, error = gaps(row, base)
+        timings = {key: harness.Timing.from_dict(one) for key, one in row["timings"].items()}
+        ratio: object = "1" if name == BASELINE else harness.speedup(
+            timings[BASELINE], timings[name], "wall")
+        losses = ", ".join(f"{loss:.4f}" for loss in row["losses"])
+        rows.append((gap, [name, losses, f"{gap:+.2f} ± {error:.2f}", ratio]))
+    header = ["recipe", "validation loss, each seed", "gap to bf16, %", "step ÷ bf16's"]
+    body = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+    return "\n".join(["# Training recipes on a small language model", "",
+                      f"Machine: {harness.machine_line(results.data['machine'])}", "",
+                      harness.markdown_table(header, body)])
+
+
+def plot(results: harness.Results, path: Path) -> None:
+    """Gaps with their standard errors, one bar a recipe."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "scaleprop"  # the same picture for the same numbers
+    from matplotlib import pyplot
+
+    base = results.sections[BASELINE]
+    found = sorted((*gaps(row, base), name) for name, row in results.sections.items()
+                   if name != BASELINE)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.barh([name for *_, name in found], [gap for gap, *_ in found],
+              xerr=[error for _, error, _ in found], color="C0")
+    axes.axvline(0.0, color="black", linewidth=1)
+    axes.set(xlabel="validation loss, gap to BF16, %")
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, time, write."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=SETTINGS.steps)
+    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--redo", action="store_true")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--results", type=Path, default=harness.RESULTS)
+    options = parser.parse_args(arguments)
+    settings = dataclasses.replace(SETTINGS, steps=options.steps)
+    results = harness.Results("training_recipes", options.results, options.redo)
+    text = train_lm.tokens(settings.vocabulary)
+    for name in dict.fromkeys((BASELINE, *options.recipes.split(","))):
+        done = results.sections.get(name)
+        if done is None or len(done["losses"]) < options.seeds or done["steps"] != settings.steps:
+            losses = trained(name, options.seeds, text, settings)
+            results.add(name, {"losses": losses, "steps": settings.steps,
+                               "timings": timed(name, text, settings)})
+        results.write_markdown(table(results))
+    print(table(results))
+    if options.plot:
+        plot(results, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
