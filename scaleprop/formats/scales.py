@@ -146,6 +146,9 @@ def _absmean(grouped: Tensor, amax: Tensor, fmt: ScaledFormat, grouping: Groupin
 
 def _wide_mean(grouped: Tensor, grouping: Grouping) -> Tensor:
     """Of each group, padding not counted, in float64."""
+    if grouping.whole:
+        return grouping.reduce(lambda x, dims, keepdim: x.mean(dims, keepdim, dtype=torch.float64),
+                               grouped)
     size = grouping.reduce(_wide_sum, grouping.split(torch.ones_like(grouping.join(grouped))))
     return grouping.reduce(_wide_sum, grouped) / size.clamp(min=1.0)
 
