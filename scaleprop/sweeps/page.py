@@ -13,7 +13,7 @@ from scaleprop.report.html import number_cell, page
 from scaleprop.sweeps.picture import Drawing, Mark, ticks
 from scaleprop.sweeps.progress import spelled
 from scaleprop.sweeps.results import Point, Sweep
-from scaleprop.sweeps.tables import NUMBERS, ON_FRONT, cells, front_of
+from scaleprop.sweeps.tables import NUMBERS, ON_FRONT, cells, failures, front_of
 
 _WIDTH, _HEIGHT = 760, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 16, 44  # margins
@@ -169,8 +169,7 @@ def _row(sweep: Sweep, point: Point, front: bool) -> str:
 
 def _notes(sweep: Sweep) -> str:
     notes = [f"skipped, {spelled(axes)}: {reason}" for axes, reason in sweep.skipped]
-    notes += [f"failed, {spelled(point.axes)}, seed {seed}: {error.strip().splitlines()[-1]}"
-              for point, seed, error in sweep.errors()]
+    notes += failures(sweep)
     meaning = "".join(f"<li>{escape(name)}: {escape(what)}</li>" for name, what in NUMBERS.items())
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return (f"<h2>Columns</h2>\n<ul>{meaning}<li>s a step: of the emulation on the machine that "

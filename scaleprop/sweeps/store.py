@@ -63,6 +63,7 @@ class Store:
         self.path = None if path is None else Path(path)
         self.owner = f"{socket.gethostname()} {os.getpid()} {uuid.uuid4().hex}"
         self._lock = threading.RLock()
+        self._claimed = False
         if self.path is not None and not write and not self.path.is_file():
             raise ConfigError(f"no sweep {str(self.path)!r}. Remedy: run one with this path")
         with self._named_errors():
@@ -96,8 +97,9 @@ class Store:
     def close(self) -> None:
         """Give back what is claimed, and close."""
         with self._lock, contextlib.suppress(sqlite3.Error):
-            self._connection.execute("DELETE FROM runs WHERE owner = ? AND status = 'running'",
-                                     (self.owner,))
+            if self._claimed:
+                self._connection.execute("DELETE FROM runs WHERE owner = ? AND status = 'running'",
+                                         (self.owner,))
         self._connection.close()
 
     @contextlib.contextmanager
@@ -174,6 +176,7 @@ class Store:
                 " VALUES (?, ?, ?, ?, 'running', ?, ?)",
                 (task.key, json.dumps(dict(task.axes)), json.dumps(task.recipe.to_dict()),
                  task.seed, self.owner, time.time()))
+        self._claimed = True
         return True
 
     def finish(self, key: str, outcome: Outcome) -> None:

@@ -104,10 +104,18 @@ def show(sweep: Sweep, console: Console | None = None) -> None:
         console.print(f"{', '.join(_DETAILS)}: with {_WIDE} columns, or in a file", style="dim")
     for axes, reason in sweep.skipped:
         console.print(f"skipped, {spelled(axes)}: {reason}", markup=False, highlight=False)
+    for line in failures(sweep):
+        console.print(line, markup=False, highlight=False)
+
+
+def failures(sweep: Sweep) -> list[str]:
+    """A line for each error, however many runs had it."""
+    found: dict[str, list[str]] = {}
     for point, seed, error in sweep.errors():
         last = error.strip().splitlines()[-1]
-        console.print(f"failed, {spelled(point.axes)}, seed {seed}: {last}", markup=False,
-                      highlight=False)
+        found.setdefault(last, []).append(f"{spelled(point.axes)}, seed {seed}")
+    return [f"failed, {runs[0]}{f' and {len(runs) - 1} more' if len(runs) > 1 else ''}: {error}"
+            for error, runs in found.items()]
 
 
 def _table(sweep: Sweep, without: Sequence[str]) -> Any:

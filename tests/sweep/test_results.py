@@ -131,11 +131,12 @@ def test_the_table_is_markdown():
 def test_the_terminal_shows_the_same(capsys: pytest.CaptureFixture[str]):
     failed = dataclasses.replace(point(0.3, 2.0, format="[red]", **{"a|b<": "x"}),
                                  outcomes={0: Outcome("failed", error="Traceback\nKeyError: 'x'")})
-    made_up(*GRID, failed, skipped=SKIPPED).show()
+    again = dataclasses.replace(failed, outcomes={3: failed.outcomes[0], 4: failed.outcomes[0]})
+    made_up(*GRID, failed, again, skipped=SKIPPED).show()
     printed = capsys.readouterr().out
     assert "bf16 (baseline)" in printed and "+0.1000 ± 0.0100" in printed and "[red]" in printed
     assert "skipped, format=f0, a|b<=v9: no such <thing>" in printed
-    assert "failed, format=[red], a|b<=x, seed 0: KeyError: 'x'" in printed
+    assert "failed, format=[red], a|b<=x, seed 0 and 2 more: KeyError: 'x'" in printed
 
 
 def test_a_narrow_terminal_cuts_no_numbers(capsys: pytest.CaptureFixture[str]):
