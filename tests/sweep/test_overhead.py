@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import scaleprop
 from scaleprop.errors import ConfigError
 from scaleprop.recipes.training import OPERANDS, Operand, Phase, TrainingRecipe
 from scaleprop.sweeps.overhead import BALANCE, Factor, Gemm, Overhead, linear_gemms, overhead
@@ -205,3 +206,36 @@ def test_products_are_read_off_the_graph():
     head = [gemm for gemm in found if gemm.high]
     assert {gemm.product for gemm in head} == {"fprop", "dgrad", "wgrad"}
     assert {each.elements for gemm in head for each in gemm.factors} == {7 * 12, 5 * 12, 7 * 5}
+
+
+class Residual(nn.Module):
+    """Three residual branches of two layers, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+            for _ in range(3))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        for branch in self.branches:
+            x = x + branch(x)
+        return nn.functional.cross_entropy(self.head(x), y)
+
+
+@pytest.mark.parametrize("high", [(), ("head",), ("head", "last:1"), ("first:2",)])
+def test_what_is_counted_low_is_what_training_quantizes(high: tuple[str, ...]):
+    batch = torch.randn(6, 8), torch.zeros(6, dtype=torch.long)
+    found = gemms_of(Residual(), lambda model: model(*batch), high)
+    low = [gemm for gemm in found if not gemm.high.intersection(high)]
+    model = scaleprop.prepare_training(
+        Residual(), all_of(Operand(format="mxfp8"), high=high), inner="eager")
+    model(*batch).backward()
+    (report,) = scaleprop.scale_report(model)
+    roles = sorted(f"{gemm.product}.{each.kind}" for gemm in low for each in gemm.factors)
+    assert sorted(each.role for each in report.quantized) == roles
+    assert len(found) == 7 * 3
+    mx = all_of(Operand(format="mxfp8"), high=high)
+    full = overhead(mx, [dataclasses.replace(gemm, high=frozenset()) for gemm in low])
+    assert overhead(mx, found).quantize_bytes == full.quantize_bytes
