@@ -10,7 +10,9 @@ import json
 import math
 import os
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,8 +145,8 @@ def name_of(function: Any, what: str, *, strict: bool = True) -> str:
     """``module:function``; of a partial, with its arguments.
 
     Raises:
-        ConfigError: for a lambda or a function inside another, if ``strict``: two of the same name
-            may be different ones.
+        ConfigError: for a lambda, a function inside another or an object's method, if ``strict``:
+            two of the same name may be different ones.
     """
     if isinstance(function, str):
         return function
@@ -156,11 +158,26 @@ def name_of(function: Any, what: str, *, strict: bool = True) -> str:
                               "arguments that print as what they are")
         return f"{parts[0]}({', '.join(parts[1:])})"
     name = getattr(function, "__qualname__", "")
-    if strict and (not name or "<" in name):
+    owner = getattr(function, "__self__", None)
+    of_object = owner is not None and not isinstance(owner, type | types.ModuleType)
+    if strict and (not name or "<" in name or of_object):
         raise ConfigError(f"{what} {name or function!r} has no name by which its runs could be "
                           "found again. Remedy: a function of a module, functools.partial of one, "
                           "'module:function', or path=None to keep nothing")
-    return f"{getattr(function, '__module__', '?')}:{name or type(function).__name__}"
+    return f"{_module_of(function)}:{name or type(function).__name__}"
+
+
+def _module_of(function: Any) -> str:
+    """A script's own functions are called as they would be if it were imported: two scripts are two
+    sweeps."""
+    name = getattr(function, "__module__", None) or "?"
+    if name != "__main__":
+        return name
+    main = sys.modules["__main__"]
+    if (spec := getattr(main, "__spec__", None)) is not None:
+        return spec.name
+    file = getattr(main, "__file__", None)
+    return Path(file).stem if file else name
 
 
 def resolve(spec: str, what: str) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import sqlite3
 import statistics
 import subprocess
@@ -337,10 +338,25 @@ def test_functions_without_a_name_cannot_be_resumed(tmp_path: Path):
     def inner() -> torch.nn.Module:
         return tiny.factory()
 
-    for nameless in (inner, lambda: tiny.factory(), functools.partial(tiny.sized, object())):
+    for nameless in (inner, lambda: tiny.factory(), functools.partial(tiny.sized, object()),
+                     tiny.Model().children):
         with pytest.raises(ConfigError, match="Remedy"):
             run(tmp_path / "runs.sqlite", factory=nameless)
     assert len(run(axes={}, factory=inner).points) == 1
+
+
+@pytest.mark.parametrize(("command", "name"), [
+    (["model.py"], "model:factory"), (["-m", "package.model"], "package.model:factory")])
+def test_scripts_are_called_by_their_names(command: list[str], name: str, tmp_path: Path):
+    code = ("from scaleprop.sweeps.settings import name_of\ndef factory(): ...\n"
+            "print(name_of(factory, 'factory'))")
+    (tmp_path / "package").mkdir()
+    for path in ("model.py", "package/model.py"):
+        (tmp_path / path).write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
+                          check=True, env=environment)
+    assert done.stdout.strip() == name
 
 
 def test_data_that_end_fail_the_run():
