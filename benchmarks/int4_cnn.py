@@ -99,8 +99,8 @@ def exported(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> tuple[float,
     compiled = scaleprop.compile(deployable(model), (x,), recipe=EXPORT, backend="onnxruntime")
     with tempfile.TemporaryDirectory() as folder:
         path = compiled.export(Path(folder) / "cnn.onnx")
-        halves = [layer.weight.numel() / 2 for layer in model.modules()
-                  if isinstance(layer, nn.Conv2d | nn.Linear)]
+        halves = [-(-layer.weight[0].numel() // 2) * len(layer.weight)  # rows are whole bytes
+                  for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
         packed = sum(each.data_type == onnx.TensorProto.UINT8 and len(each.raw_data) in halves
                      for each in onnx.load(path).graph.initializer)
         return accuracy(compiled, x, y), packed, Path(path).stat().st_size

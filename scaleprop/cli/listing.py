@@ -73,6 +73,13 @@ def recipes(name: str | None = None) -> list[dict[str, Any]]:
     return [recipe.to_dict() for recipe in found]
 
 
+def training_recipes() -> list[dict[str, Any]]:
+    """The training recipes that ship, each as ``TrainingRecipe.to_dict`` spells it."""
+    from scaleprop.recipes.training_named import NAMED
+
+    return [recipe.to_dict() for recipe in NAMED]
+
+
 def passes() -> list[dict[str, Any]]:
     """One row per pass, in the order in which they usually run: what it does, its options."""
     from scaleprop.passes.pipeline import describe_passes

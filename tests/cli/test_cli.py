@@ -16,6 +16,8 @@ from scaleprop.cli.doctor import CPU_FEATURES, cpu
 from scaleprop.cli.timing import interleaved_medians
 from scaleprop.formats import named_formats, parse
 from scaleprop.recipes import Recipe, named_recipes
+from scaleprop.recipes.training import TrainingRecipe
+from scaleprop.recipes.training_named import NAMED
 from scaleprop.report import Report
 
 MODELS = """
@@ -115,6 +117,15 @@ def test_recipes_round_trip(capsys: pytest.CaptureFixture[str]) -> None:
     shown = Done(["recipes", "int8"], capsys)
     assert "static" in shown.out
     assert "mxfp4" not in shown.out
+
+
+def test_training_recipes_round_trip(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = Done(["recipes", "--training", "--json"], capsys).json["recipes"]
+    assert [TrainingRecipe.from_dict(row) for row in rows] == list(NAMED)
+    shown = Done(["recipes", "nvfp4", "--training"], capsys)
+    assert "nvfp4_2d" in shown.out and "mxfp8" not in shown.out
+    wrong = Done(["recipes", "nvfp5", "--training"], capsys)
+    assert wrong.status == 2 and "did you mean 'nvfp4'" in wrong.err
 
 
 def test_passes_lists_options(capsys: pytest.CaptureFixture[str]) -> None:
