@@ -248,15 +248,17 @@ def compile_eager(
     example_inputs: Sequence[Any],
     rewrite: Callable[[torch.fx.GraphModule], None],
     table: dict[Any, Callable[..., Any]],
+    run_by: Callable[[torch.fx.GraphModule], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any]:
-    """Forward and backward of a Dynamo graph, run operator by operator after ``rewrite``."""
+    """Forward and backward of a Dynamo graph, run operator by operator after ``rewrite``, or by
+    what ``run_by`` makes of each of both."""
 
     def partition(joint: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
         rewrite(joint)
         return min_cut_rematerialization_partition(joint, inputs, **options)
 
     def run(graph: torch.fx.GraphModule, _: Any) -> Any:
-        return make_boxed_func(graph.forward)
+        return make_boxed_func(graph.forward if run_by is None else run_by(graph))
 
     def infer(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         rewrite(graph)
@@ -349,7 +351,16 @@ def compile_in_place(
     fullgraph: bool = False,
 ) -> None:
     """``model.compile``, also where the module's class is torch's own: Dynamo skips the frames of
-    ``Sequential`` and ``Linear`` when they come first, and would run them as they are.
+    ``Sequential`` and ``Linear`` when they come first, and would run them as they are."""
+    model._compiled_call_impl = compiled_call(  # pyright: ignore[reportPrivateUsage]
+        model, backend, dynamic=dynamic, fullgraph=fullgraph)
+
+
+def compiled_call(
+    model: torch.nn.Module, backend: Callable[..., Any], *, dynamic: bool | None = None,
+    fullgraph: bool = False,
+) -> Callable[..., Any]:
+    """What ``model`` calls once it is compiled; ``model`` is not changed.
 
     Dynamo stops compiling, without an error, what has been compiled too often. It counts by code
     object and by region, so every model has its own of both: else the ninth block of a model whose
@@ -361,8 +372,19 @@ def compile_in_place(
 
     call.__code__ = call.__code__.replace()
     compile_: Any = torch.compile  # its overloads lack an argument
-    model._compiled_call_impl = compile_(  # pyright: ignore[reportPrivateUsage]
-        call, backend=backend, dynamic=dynamic, fullgraph=fullgraph, isolate_recompiles=True)
+    return compile_(call, backend=backend, dynamic=dynamic, fullgraph=fullgraph,
+                    isolate_recompiles=True)
+
+
+@contextmanager
+def called_as(model: torch.nn.Module, call: Callable[..., Any]) -> Generator[None]:
+    """``model(…)`` is ``call(…)`` within."""
+    before = model._compiled_call_impl  # pyright: ignore[reportPrivateUsage]
+    model._compiled_call_impl = call  # pyright: ignore[reportPrivateUsage]
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = before  # pyright: ignore[reportPrivateUsage]
 
 
 def is_recompilation() -> bool:

@@ -218,6 +218,17 @@ def scale_report(model: torch.nn.Module) -> ScaleReports:
                       'called since torch.compile(backend="scaleprop")')
 
 
+def training_options(model: torch.nn.Module) -> Options:
+    """What ``model`` was prepared with.
+
+    Raises:
+        ConfigError: where it was not given to ``prepare_training``.
+    """
+    if model not in _PREPARED:
+        raise ConfigError(f"{type(model).__name__} was not given to scaleprop.prepare_training")
+    return _PREPARED[model].options
+
+
 def training_state(model: torch.nn.Module) -> TrainingState:
     """What ``model``'s training remembers from step to step: how many there were, which random
     numbers go on from, and held and delayed scales. To be saved beside model and optimizer.

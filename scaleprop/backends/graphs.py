@@ -27,6 +27,8 @@ _FUSED: dict[Any, Callable[..., Any]] = {
     for name, function in ops.IMPLEMENTATIONS.items()}
 
 Inner = Literal["inductor", "eager"]
+# makes of a graph, forward or backward, what is called in its place: to look on as it runs
+Runner = Callable[[torch.fx.GraphModule], Callable[..., Any]]
 # rewrites a joint graph (or a forward one, without gradients) in place
 Transform = Callable[[torch.fx.GraphModule], None]
 
@@ -81,7 +83,7 @@ def compile_joint(
     module: torch.fx.GraphModule,
     example_inputs: Sequence[Any],
     transform: Transform,
-    inner: Inner,
+    inner: Inner | Runner,
 ) -> Callable[..., Any]:
     """Compile what Dynamo captured, with ``transform`` applied to its joint graph."""
 
@@ -90,6 +92,9 @@ def compile_joint(
         with torch.no_grad(), compat.fake_mode_of(joint.graph):
             respell(joint, compat.inductor_table() | _FUSED, lambda op, table: op in table)
 
+    if callable(inner):
+        return compat.compile_eager(module, example_inputs, _loud(transform), training_table(),
+                                    inner)
     if inner == "eager":
         return compat.compile_eager(module, example_inputs, _loud(transform), training_table())
     return compat.compile_inductor(module, example_inputs, _loud(respelled), training_table())

@@ -14,7 +14,7 @@ import torch
 import torch.fx
 
 from scaleprop import _torch_compat as compat
-from scaleprop.backends.graphs import Inner, compile_joint, given_inputs
+from scaleprop.backends.graphs import Inner, Runner, compile_joint, given_inputs
 from scaleprop.backends.state import GraphState, TrainingState
 from scaleprop.passes.training.attention import ROLES, spell_attention
 from scaleprop.passes.training.high import keep_high
@@ -41,7 +41,8 @@ class _Phase:
 
 def compile_quantized(
     module: torch.fx.GraphModule, example_inputs: Sequence[Any], recipe: TrainingRecipe,
-    inner: Inner, state: TrainingState, report: Callable[[Operands], None] | None = None,
+    inner: Inner | Runner, state: TrainingState,
+    report: Callable[[Operands], None] | None = None,
 ) -> Callable[..., Any]:
     """Compile what Dynamo captured, once for each phase of ``recipe``.
 
@@ -57,8 +58,9 @@ def compile_quantized(
         step = state.next_step(layer, phases[0].training)
         place = sum(step >= start for start in starts[1:])
         phase = phases[place]
-        graph = state.of_graph(f"{layer}#{place}", phase.rows, work.capacity, work.device)
-        return phase.run(*graph.begin(step, phase.training), *inputs)
+        graph = state.of_graph(f"{layer}#{place}", phase.rows, work.device)
+        own = graph.begin(step, phase.training, graph.places(phase.rows), work.capacity)
+        return phase.run(*own, *inputs)
 
     return run
 
@@ -67,18 +69,18 @@ class _Work:
     """One Dynamo graph, to be compiled in several ways."""
 
     def __init__(
-        self, module: torch.fx.GraphModule, example_inputs: Sequence[Any], inner: Inner,
-        state: TrainingState, report: Callable[[Operands], None] | None,
+        self, module: torch.fx.GraphModule, example_inputs: Sequence[Any],
+        inner: Inner | Runner, state: TrainingState, report: Callable[[Operands], None] | None,
     ) -> None:
         self.inputs, self.state, self.report = example_inputs, state, report
-        self.inner: Inner = inner
+        self.inner: Inner | Runner = inner
         calls = sum(node.op == "call_function" for node in module.graph.nodes)
         self.capacity = 1 << (_ROWS_PER_CALL * calls).bit_length()
         self.device = next((value.device for value in example_inputs
                             if isinstance(value, torch.Tensor)), torch.device("cpu"))
-        unused = GraphState((), self.capacity, self.device)
+        unused = GraphState((), self.device)
         self.own: dict[str, torch.Tensor] = dict(
-            zip(_INPUTS, unused.begin(0, training=False), strict=True))
+            zip(_INPUTS, unused.begin(0, False, unused.places(()), self.capacity), strict=True))
         self.module = compat.with_inputs(module, self.own)
         self.names = [compat.source_name(node)
                       for node in module.graph.find_nodes(op="placeholder")]

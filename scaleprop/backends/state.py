@@ -20,6 +20,7 @@ from scaleprop.passes.training.memory import Row
 
 MARGIN = 2.0**2  # how much larger than the first one a fixed amax is taken
 _STEP = "step"
+_WAITING = 4  # how many steps later a backward pass may come for its amax to count
 
 
 @dataclasses.dataclass
@@ -53,71 +54,97 @@ class _History:
 
 
 class GraphState:
-    """Amax of one graph. rows: whose, in the graph's order; capacity: of its inputs."""
+    """Amax of the operands of a graph, and of others that it is compiled to beside it: without
+    gradients, for other shapes. rows: whose."""
 
-    def __init__(self, rows: Sequence[Row], capacity: int, device: torch.device) -> None:
-        self.rows, self.capacity = tuple(rows), capacity
-        self._step: int | None = None  # that ``seen`` is of
-        self._used = torch.zeros(capacity, device=device)
-        self._seen = torch.zeros(2, capacity, device=device)
+    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
+        self.rows, self.device = tuple(rows), device
+        # what the graphs of the last steps write their amax to: step, [2, capacity], whose it is
+        self._written: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         self._histories = [_history(scaling, list(found), device) for scaling, found in
                            itertools.groupby(sorted(enumerate(rows), key=_scaling), key=_scaling)]
 
-    def begin(self, step: int, training: bool) -> tuple[torch.Tensor, ...]:
-        """The inputs of the next run: step, amax to use, where to write amax forward, backward."""
-        device = self._used.device
-        if self._histories:
-            if training and step != self._step:
-                self._keep()
-                self._step = step
-            self._used = torch.zeros_like(self._used)  # earlier ones may wait for their backward
-            for history in self._histories:
-                self._used[history.rows] = history.to_use(step)
-        return torch.tensor([step], device=device), self._used, self._seen[0], self._seen[1]
+    def places(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Where ``rows`` are among all; what is not yet there is added."""
+        if added := [row for row in rows if row not in self.rows]:
+            before = self.histories()
+            self.__dict__.update(GraphState((*self.rows, *added), self.device).__dict__ | {
+                "_written": self._written})
+            for row, values in self._by_row().items():
+                values.copy_(before.get(row, values))
+        return torch.tensor([self.rows.index(row) for row in rows], dtype=torch.int64,
+                            device=self.device)
 
-    def _keep(self) -> None:
-        if self._step is None:
+    def begin(
+        self, step: int, training: bool, places: torch.Tensor, capacity: int
+    ) -> tuple[torch.Tensor, ...]:
+        """The inputs of a run of a graph with the rows at ``places``: step, amax to use, where to
+        write amax forward, backward. The last three are the run's own: others may come between its
+        forward and its backward pass."""
+        used, seen = (torch.zeros(size, device=self.device) for size in (capacity, (2, capacity)))
+        if len(places):
+            if training and all(step != of for of, *_ in self._written[-1:]):
+                self.keep(step)
+            whole = torch.zeros(len(self.rows), device=self.device)
+            for history in self._histories:
+                whole[history.rows] = history.to_use(step)
+            used[:len(places)] = whole[places]
+            if training:
+                self._written.append((step, seen, places))
+        return torch.tensor([step], device=self.device), used, seen[0], seen[1]
+
+    def keep(self, step: int) -> None:
+        """Take in what the steps before ``step`` saw: again what has waited for its backward."""
+        found = [seen.detach().amax(0)[:len(places)] for _, seen, places in self._written]
+        if not found:
             return
-        seen = self._seen.amax(0)
+        whole = torch.cat(found)
+        whole = torch.where(whole.isfinite(), whole, 0.0)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # one collective for all operands, as TransformerEngine has it
-            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
-        for history in self._histories:
-            history.keep(seen[history.rows], self._step)
-        self._seen.zero_()
-        self._step = None
+            torch.distributed.all_reduce(whole, torch.distributed.ReduceOp.MAX)
+        by_step: dict[int, torch.Tensor] = {}
+        parts = whole.split([len(part) for part in found])
+        for (of, _, places), part in zip(self._written, parts, strict=True):
+            seen = by_step.setdefault(of, torch.zeros(len(self.rows), device=self.device))
+            seen[places] = seen[places].maximum(part)
+        for of, seen in by_step.items():
+            for history in self._histories:
+                history.keep(seen[history.rows], of)
+        self._written = [each for each in self._written if each[0] > step - _WAITING]
+
+    def _by_row(self) -> dict[Row, torch.Tensor]:
+        return {self.rows[row]: history.values[place] for history in self._histories
+                for place, row in enumerate(history.rows.tolist())}
+
+    def histories(self) -> dict[Row, torch.Tensor]:
+        """Copies."""
+        return {row: values.clone() for row, values in self._by_row().items()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Row → its history, that of the last step included."""
-        self._keep()
-        return {self.rows[row].name: history.values[place].clone() for history in self._histories
-                for place, row in enumerate(history.rows.tolist())}
+        if self._written:
+            self.keep(self._written[-1][0])
+        return {row.name: values for row, values in self.histories().items()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Go on from what ``state_dict`` gave.
 
         Raises:
-            ConfigError: where it is of other operands.
+            ConfigError: where it has none of an operand, or a history of another length.
         """
-        expected = {row.name for row in self.rows}
-        if set(state) != expected:
-            raise ConfigError(f"the training state is of other operands: {_differ(state, expected)}"
-                              ". Remedy: the model and recipe that it was saved with")
-        self._step = None
-        self._seen.zero_()
-        for history in self._histories:
-            for place, row in enumerate(history.rows.tolist()):
-                found = state[self.rows[row].name]
-                if found.shape != history.values[place].shape:
-                    raise ConfigError(f"{self.rows[row].name} has a history of {len(found)} steps, "
-                                      f"not of {history.values.shape[1]}")
-                history.values[place] = found
-
-
-def _differ(state: Mapping[str, Any], expected: set[str]) -> str:
-    missing, extra = sorted(expected - set(state)), sorted(set(state) - expected)
-    return "; ".join(f"{what} {', '.join(names[:3])}{' …' * (len(names) > 3)}"
-                     for what, names in (("without", missing), ("with", extra)) if names)
+        if missing := sorted({row.name for row in self.rows} - set(state)):
+            raise ConfigError("the training state is of other operands: without "
+                              f"{', '.join(missing[:3])}{' …' * (len(missing) > 3)}. Remedy: the "
+                              "model and recipe that it was saved with")
+        for row, values in self._by_row().items():
+            found = state[row.name]
+            if found.shape != values.shape:
+                raise ConfigError(f"{row.name} has a history of {len(found)} steps, not of "
+                                  f"{len(values)}. Remedy: the recipe that it was saved with")
+        self._written = []
+        for row, values in self._by_row().items():
+            values.copy_(state[row.name])
 
 
 def _scaling(numbered: tuple[int, Row]) -> str:
@@ -143,6 +170,7 @@ class TrainingState:
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         self._steps: dict[str, int] = {}  # of the last forward pass in training
+        self._forward: set[str] = set()  # layers that were trained outside a backward pass
         self._graphs: dict[str, GraphState] = {}
         self._loaded: dict[str, dict[str, torch.Tensor]] = {}
 
@@ -150,34 +178,54 @@ class TrainingState:
         """Which step a run of the graph that begins with ``layer`` is of, from 0.
 
         A pass that is run again for the backward one, as activation checkpointing does, is of the
-        same step; so is one without gradients.
+        same step. One without gradients is of the step to come: reentrant checkpointing runs its
+        forward pass so, and the step is counted when that is run again.
         """
         step = self._steps.get(layer, -1)
-        if training and not compat.in_backward():
-            step += 1
-            self._steps[layer] = step
-        return max(step, 0)
+        again = compat.in_backward()
+        if not training or (again and layer in self._forward):
+            return max(step, 0) if again else step + 1
+        if not again:
+            self._forward.add(layer)
+        self._steps[layer] = step + 1
+        return step + 1
 
-    def of_graph(
-        self, name: str, rows: Sequence[Row], capacity: int, device: torch.device
-    ) -> GraphState:
-        """The amax of the graph of this name."""
+    def of_graph(self, name: str, rows: Sequence[Row], device: torch.device) -> GraphState:
+        """The amax of the graph of this name; where its operands are scaled in other ways than
+        before, as by another recipe, they begin anew.
+
+        Raises:
+            ConfigError: where a state that was loaded is of other operands.
+        """
         found = self._graphs.get(name)
-        if found is not None and found.rows == tuple(rows) and found.capacity == capacity:
-            return found
-        made = self._graphs[name] = GraphState(rows, capacity, device)
+        ways = {row.name: row.scaling for row in found.rows} if found is not None else {}
+        if found is None or any(ways.get(row.name, row.scaling) != row.scaling for row in rows):
+            found = self._graphs[name] = GraphState((), device)
+        found.places(rows)
         if name in self._loaded:
-            made.load_state_dict(self._loaded.pop(name))
-        elif found is not None and found.rows == made.rows:
-            made.load_state_dict(found.state_dict())
-        return made
+            self._load(name)
+        return found
+
+    def _load(self, name: str) -> None:
+        """Have the graph go on from what was loaded for it; what its operands are not yet compiled
+        for stays loaded."""
+        graph, loaded = self._graphs[name], self._loaded[name]
+        graph.load_state_dict(loaded)
+        if set(loaded) == {row.name for row in graph.rows}:
+            del self._loaded[name]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Tensors by name: for ``torch.save`` or safetensors, beside the model's and the
-        optimizer's."""
+        optimizer's.
+
+        Where amax is carried and training is distributed, ranks agree on it first: to be called on
+        all of them, as FSDP's is, even if one alone saves it.
+        """
         found = {"seed": torch.tensor(self.seed)}
         found.update({f"{layer}|{_STEP}": torch.tensor(step)
                       for layer, step in self._steps.items()})
+        for name, loaded in self._loaded.items():
+            found.update({f"{name}|{row}": value for row, value in loaded.items()})
         for name, graph in self._graphs.items():
             found.update({f"{name}|{row}": value for row, value in graph.state_dict().items()})
         return found
@@ -186,7 +234,7 @@ class TrainingState:
         """Go on from there; graphs that are not compiled yet do when they are.
 
         Raises:
-            ConfigError: where it is no training state, or of other operands.
+            ConfigError: where it is no training state, of another seed, or of other operands.
         """
         if "seed" not in state or int(state["seed"]) != self.seed:
             raise ConfigError(f"not the training state of a run with seed {self.seed}")
@@ -197,8 +245,6 @@ class TrainingState:
                 self._steps[name] = int(value)
             elif bar:
                 by_graph.setdefault(name, {})[rest] = value
-        for name, found in by_graph.items():
-            if name in self._graphs:
-                self._graphs[name].load_state_dict(found)
-            else:
-                self._loaded[name] = found
+        self._loaded = by_graph
+        for name in [name for name in by_graph if name in self._graphs]:
+            self._load(name)

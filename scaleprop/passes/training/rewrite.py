@@ -35,6 +35,7 @@ _PLAIN_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.floa
 _EDEN_BITS = 16
 _EVERYWHERE = 0  # the stream of signs that all layers share
 _GET: Any = operator.getitem
+QUANTIZED = "scaleprop_quantized"  # in a node's meta: (layer, role, operand) that it makes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,9 @@ class Rewrite:
         value, axis = matrix.base, matrix.axis
         if operand.format in PLAIN:
             dtype = _PLAIN_DTYPES[operand.format]
-            return Data(self.call(_COPY, (value,), at, kwargs={"dtype": dtype}))
+            made = self.call(_COPY, (value,), at, kwargs={"dtype": dtype})
+            made.meta[QUANTIZED] = (layer, role, operand)
+            return Data(made)
         if operand.of == "quantized":
             value = self._again(layer, matrix, role, at)
         if operand.hadamard:
@@ -181,6 +184,7 @@ class Rewrite:
             made = self.call(ops.quantize_operand, (
                 value, operand.format, axis, operand.rounding, bits, amax, operand.prescale,
                 operand.headroom, dtype), at)
+        made.meta[QUANTIZED] = (layer, role, operand)
         outer = self.call(_GET, (made, 1), at) if _has_outer(operand) else None
         return Data(self.call(_GET, (made, 0), at), outer, operand.prescale)
 
