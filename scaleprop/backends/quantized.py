@@ -59,7 +59,7 @@ def compile_quantized(
         place = sum(step >= start for start in starts[1:])
         phase = phases[place]
         graph = state.of_graph(f"{layer}#{place}", phase.rows, work.device)
-        own = graph.begin(step, phase.training, graph.places(phase.rows), work.capacity)
+        own = graph.begin(step, phase.training, phase.rows, work.capacity)
         return phase.run(*own, *inputs)
 
     return run
@@ -78,9 +78,8 @@ class _Work:
         self.capacity = 1 << (_ROWS_PER_CALL * calls).bit_length()
         self.device = next((value.device for value in example_inputs
                             if isinstance(value, torch.Tensor)), torch.device("cpu"))
-        unused = GraphState((), self.device)
-        self.own: dict[str, torch.Tensor] = dict(
-            zip(_INPUTS, unused.begin(0, False, unused.places(()), self.capacity), strict=True))
+        unused = GraphState(self.device).begin(0, False, (), self.capacity)
+        self.own: dict[str, torch.Tensor] = dict(zip(_INPUTS, unused, strict=True))
         self.module = compat.with_inputs(module, self.own)
         self.names = [compat.source_name(node)
                       for node in module.graph.find_nodes(op="placeholder")]

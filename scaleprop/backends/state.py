@@ -7,10 +7,10 @@ a resumed run needs to go on as if it had not stopped.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -41,8 +41,7 @@ class _History:
         return self.values.amax(1)
 
     def keep(self, seen: torch.Tensor, step: int) -> None:
-        """Take in the amax of the data of ``step``; NaN and Inf are not data."""
-        seen = torch.where(seen.isfinite(), seen, 0.0)
+        """Take in the amax of the data of ``step``; 0 where there was none."""
         if self.kind == "delayed":
             self.values[:, step % self.values.shape[1]] = seen
         elif self.kind == "static":
@@ -55,96 +54,124 @@ class _History:
 
 class GraphState:
     """Amax of the operands of a graph, and of others that it is compiled to beside it: without
-    gradients, for other shapes. rows: whose."""
+    gradients, for other shapes."""
 
-    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
-        self.rows, self.device = tuple(rows), device
+    def __init__(self, device: torch.device) -> None:
+        self.rows: tuple[Row, ...] = ()
+        self.device = device
         # what the graphs of the last steps write their amax to: step, [2, capacity], whose it is
         self._written: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        self._histories = [_history(scaling, list(found), device) for scaling, found in
-                           itertools.groupby(sorted(enumerate(rows), key=_scaling), key=_scaling)]
+        self._histories: list[_History] = []
+        self._places: dict[tuple[Row, ...], torch.Tensor] = {}
 
-    def places(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Where ``rows`` are among all; what is not yet there is added."""
-        if added := [row for row in rows if row not in self.rows]:
-            before = self.histories()
-            self.__dict__.update(GraphState((*self.rows, *added), self.device).__dict__ | {
-                "_written": self._written})
+    def add(self, rows: Sequence[Row]) -> tuple[Row, ...]:
+        """Begin a history for each of ``rows`` that has none; these."""
+        added = tuple(row for row in dict.fromkeys(rows) if row not in self.rows)
+        if added:
+            before = self._by_row()
+            self.rows += added
+            self._histories = [
+                _history(scaling, list(found), self.device) for scaling, found in
+                itertools.groupby(sorted(enumerate(self.rows), key=_scaling), key=_scaling)]
             for row, values in self._by_row().items():
                 values.copy_(before.get(row, values))
-        return torch.tensor([self.rows.index(row) for row in rows], dtype=torch.int64,
-                            device=self.device)
+        return added
+
+    def like(self) -> GraphState:
+        """One of the same operands that saw nothing."""
+        made = GraphState(self.device)
+        made.add(self.rows)
+        return made
+
+    def _place(self, rows: tuple[Row, ...]) -> torch.Tensor:
+        if rows not in self._places:
+            self._places[rows] = torch.tensor([self.rows.index(row) for row in rows],
+                                              dtype=torch.int64, device=self.device)
+        return self._places[rows]
 
     def begin(
-        self, step: int, training: bool, places: torch.Tensor, capacity: int
+        self, step: int, training: bool, rows: Sequence[Row], capacity: int
     ) -> tuple[torch.Tensor, ...]:
-        """The inputs of a run of a graph with the rows at ``places``: step, amax to use, where to
+        """The inputs of a run of a graph with these rows: step, amax to use, where to
         write amax forward, backward. The last three are the run's own: others may come between its
         forward and its backward pass."""
         used, seen = (torch.zeros(size, device=self.device) for size in (capacity, (2, capacity)))
-        if len(places):
-            if training and all(step != of for of, *_ in self._written[-1:]):
-                self.keep(step)
+        if rows:
+            places = self._place(tuple(rows))
+            histories = self._histories
+            if self._written and self._written[-1][0] != step:
+                # others may not evaluate: no collective, and nothing is kept
+                histories = self.keep(step) if training else self._alone()
             whole = torch.zeros(len(self.rows), device=self.device)
-            for history in self._histories:
+            for history in histories:
                 whole[history.rows] = history.to_use(step)
-            used[:len(places)] = whole[places]
+            used[:len(rows)] = whole[places]
             if training:
                 self._written.append((step, seen, places))
         return torch.tensor([step], device=self.device), used, seen[0], seen[1]
 
-    def keep(self, step: int) -> None:
-        """Take in what the steps before ``step`` saw: again what has waited for its backward."""
-        found = [seen.detach().amax(0)[:len(places)] for _, seen, places in self._written]
-        if not found:
-            return
-        whole = torch.cat(found)
-        whole = torch.where(whole.isfinite(), whole, 0.0)
+    def keep(self, step: int) -> list[_History]:
+        """Take in what the steps before ``step`` saw, on any rank: again what has waited for its
+        backward pass."""
+        found = self._seen()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # one collective for all operands, as TransformerEngine has it
-            torch.distributed.all_reduce(whole, torch.distributed.ReduceOp.MAX)
-        by_step: dict[int, torch.Tensor] = {}
-        parts = whole.split([len(part) for part in found])
-        for (of, _, places), part in zip(self._written, parts, strict=True):
-            seen = by_step.setdefault(of, torch.zeros(len(self.rows), device=self.device))
-            seen[places] = seen[places].maximum(part)
-        for of, seen in by_step.items():
-            for history in self._histories:
-                history.keep(seen[history.rows], of)
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        self._take(found, self._histories)
         self._written = [each for each in self._written if each[0] > step - _WAITING]
+        return self._histories
+
+    def _alone(self) -> list[_History]:
+        """What ``keep`` would make of what this rank saw."""
+        histories = copy.deepcopy(self._histories)
+        self._take(self._seen(), histories)
+        return histories
+
+    def _seen(self) -> torch.Tensor:
+        """All that was written and not yet let go, one run after another; NaN and Inf are no
+        data."""
+        whole = torch.cat([seen.detach().amax(0)[:len(places)]
+                           for _, seen, places in self._written])
+        return torch.where(whole.isfinite(), whole, 0.0)
+
+    def _take(self, found: torch.Tensor, histories: Sequence[_History]) -> None:
+        by_step: dict[int, torch.Tensor] = {}
+        parts = found.split([len(places) for *_, places in self._written])
+        for (step, _, places), part in zip(self._written, parts, strict=True):
+            seen = by_step.setdefault(step, torch.zeros(len(self.rows), device=self.device))
+            seen.scatter_reduce_(0, places, part, "amax")
+        for step, seen in by_step.items():
+            for history in histories:
+                history.keep(seen[history.rows], step)
 
     def _by_row(self) -> dict[Row, torch.Tensor]:
         return {self.rows[row]: history.values[place] for history in self._histories
                 for place, row in enumerate(history.rows.tolist())}
 
-    def histories(self) -> dict[Row, torch.Tensor]:
-        """Copies."""
-        return {row: values.clone() for row, values in self._by_row().items()}
-
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Row → its history, that of the last step included."""
         if self._written:
             self.keep(self._written[-1][0])
-        return {row.name: values for row, values in self.histories().items()}
+        return {row.name: values.clone() for row, values in self._by_row().items()}
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what ``state_dict`` gave.
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], rows: Sequence[Row]) -> None:
+        """Have these ``rows`` go on from what ``state_dict`` gave.
 
         Raises:
             ConfigError: where it has none of an operand, or a history of another length.
         """
-        if missing := sorted({row.name for row in self.rows} - set(state)):
+        if missing := sorted({row.name for row in rows} - set(state)):
             raise ConfigError("the training state is of other operands: without "
                               f"{', '.join(missing[:3])}{' …' * (len(missing) > 3)}. Remedy: the "
                               "model and recipe that it was saved with")
-        for row, values in self._by_row().items():
-            found = state[row.name]
-            if found.shape != values.shape:
-                raise ConfigError(f"{row.name} has a history of {len(found)} steps, not of "
-                                  f"{len(values)}. Remedy: the recipe that it was saved with")
+        mine = self._by_row()
+        for row in rows:
+            if state[row.name].shape != mine[row].shape:
+                raise ConfigError(f"{row.name} has a history of {len(state[row.name])} steps, not "
+                                  f"of {len(mine[row])}. Remedy: the recipe that it was saved with")
         self._written = []
-        for row, values in self._by_row().items():
-            values.copy_(state[row.name])
+        for row in rows:
+            mine[row].copy_(state[row.name])
 
 
 def _scaling(numbered: tuple[int, Row]) -> str:
@@ -200,18 +227,18 @@ class TrainingState:
         found = self._graphs.get(name)
         ways = {row.name: row.scaling for row in found.rows} if found is not None else {}
         if found is None or any(ways.get(row.name, row.scaling) != row.scaling for row in rows):
-            found = self._graphs[name] = GraphState((), device)
-        found.places(rows)
-        if name in self._loaded:
-            self._load(name)
+            found = self._graphs[name] = GraphState(device)
+        if (added := found.add(rows)) and name in self._loaded:
+            self._load(name, added)
         return found
 
-    def _load(self, name: str) -> None:
-        """Have the graph go on from what was loaded for it; what its operands are not yet compiled
-        for stays loaded."""
-        graph, loaded = self._graphs[name], self._loaded[name]
-        graph.load_state_dict(loaded)
-        if set(loaded) == {row.name for row in graph.rows}:
+    def _load(self, name: str, rows: Sequence[Row]) -> None:
+        """Have rows of a graph go on from what was loaded for it; the others, which it may yet be
+        compiled for, stay loaded."""
+        self._graphs[name].load_state_dict(self._loaded[name], rows)
+        for row in rows:
+            self._loaded[name].pop(row.name, None)
+        if not self._loaded[name]:
             del self._loaded[name]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -238,13 +265,17 @@ class TrainingState:
         """
         if "seed" not in state or int(state["seed"]) != self.seed:
             raise ConfigError(f"not the training state of a run with seed {self.seed}")
+        steps: dict[str, int] = {}
         by_graph: dict[str, dict[str, torch.Tensor]] = {}
         for key, value in state.items():
             name, bar, rest = key.partition("|")
             if bar and rest == _STEP:
-                self._steps[name] = int(value)
+                steps[name] = int(value)
             elif bar:
                 by_graph.setdefault(name, {})[rest] = value
-        self._loaded = by_graph
+        for name in set(by_graph) & set(self._graphs):  # before anything is changed
+            self._graphs[name].like().load_state_dict(by_graph[name], self._graphs[name].rows)
+        self._steps, self._loaded = steps, by_graph
+        self._graphs = {name: graph.like() for name, graph in self._graphs.items()}
         for name in [name for name in by_graph if name in self._graphs]:
-            self._load(name)
+            self._load(name, self._graphs[name].rows)
