@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         fake_quantize,
         quantize,
     )
+    from scaleprop.monitors import Monitor
     from scaleprop.recipes import Recipe, Role
     from scaleprop.report import Report
     from scaleprop.sweeps import Sweep, sweep
@@ -39,6 +40,7 @@ _HOME = {
          "dequantize", "fake_quantize", "quantize"),
         "scaleprop.formats",
     ),
+    "Monitor": "scaleprop.monitors",
     **dict.fromkeys(("Recipe", "Role"), "scaleprop.recipes"),
     "Report": "scaleprop.report",
     **dict.fromkeys(("Sweep", "sweep"), "scaleprop.sweeps"),
@@ -50,6 +52,7 @@ _MODULES = ("adapters", "optim", "qat")
 __all__ = [
     "CompiledModel",
     "ElementFormat",
+    "Monitor",
     "Recipe",
     "Report",
     "Role",

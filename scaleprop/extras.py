@@ -9,7 +9,7 @@ EXTRAS: Mapping[str, str] = {
     "onnx": "onnx", "onnx_ir": "onnx", "onnxruntime": "onnx", "ml_dtypes": "onnx",
     "click": "cli", "rich": "cli", "matplotlib": "report", "safetensors": "save",
     "transformers": "adapters", "pytorch_lightning": "adapters", "accelerate": "adapters",
-    "triton": "cuda", "joblib": "sweep",
+    "triton": "cuda", "joblib": "sweep", "tensorboard": "monitor",
 }  # fmt: skip
 
 

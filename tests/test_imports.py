@@ -25,14 +25,14 @@ LAYERS = (
     ("passes", "calibration", "signature"),
     ("backends",),
     ("fidelity", "graph_json", "storage", "analysis", "api", "optim", "qat", "training",
-     "unit_scaling", "sweeps", "adapters", ""),
+     "monitors", "unit_scaling", "sweeps", "adapters", ""),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 HEAVY = ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "rich", "click", "matplotlib",
          "transformers", "accelerate", "pytorch_lightning", "triton", "torchao", "ml_dtypes",
-         "joblib")
+         "joblib", "tensorboard")
 
 
 def module_name(path: Path) -> str:
