@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 Exponents = Literal["measured", "predicted"]
 _SIZES: Mapping[Exponents, Sizes] = {"measured": measured_amax, "predicted": predicted_amax}
 Report = Lowered | Operands
-# of graphs compiled by name: parameter → what was done to those that read it, and their state
+# of graphs compiled by name: parameter → what was done to those that read it; their state by seed
 _REPORTS: Any = WeakTensorKeyDictionary()
 _STATES: Any = WeakTensorKeyDictionary()
 
@@ -98,17 +98,35 @@ def scaleprop(
     if mode is not None:
         raise ConfigError(f"backend 'scaleprop' has no mode {mode!r}. Remedy: set what it stands "
                           "for in torch._inductor.config.")
-    parameters = [value for value in example_inputs if isinstance(value, torch.nn.Parameter)]
     checked = Options.of(options)
-    known = next((_STATES[each] for each in parameters if each in _STATES), None)
-    state = known or TrainingState(checked.seed)
+    state = _OfModels(checked.seed)
 
     def report(lowered: Report) -> None:
-        for parameter in parameters:
-            _REPORTS.setdefault(parameter, []).append(lowered)
-            _STATES.setdefault(parameter, state)
+        state.reports.append(lowered)
+        state.of_run(example_inputs)
 
     return compile_with(module, example_inputs, checked, state, report)
+
+
+class _OfModels(TrainingState):
+    """Stands for the states of all models that a graph is run for: those of one class share it."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.reports: list[Report] = []
+
+    def of_run(self, inputs: Sequence[Any]) -> TrainingState:
+        """The state of the model whose parameters are among ``inputs``, from now on known."""
+        parameters = [value for value in inputs if isinstance(value, torch.nn.Parameter)]
+        if not parameters:
+            return self
+        found = next((_STATES[each][self.seed] for each in parameters
+                      if self.seed in _STATES.get(each, {})), None) or TrainingState(self.seed)
+        for parameter in parameters:
+            _STATES.setdefault(parameter, {}).setdefault(self.seed, found)
+            known = _REPORTS.setdefault(parameter, [])
+            known.extend(each for each in self.reports if not any(each is old for old in known))
+        return found
 
 
 def reports_of(model: torch.nn.Module) -> list[Report]:
@@ -118,8 +136,18 @@ def reports_of(model: torch.nn.Module) -> list[Report]:
 
 
 def state_of(model: torch.nn.Module) -> TrainingState | None:
-    """The training state of ``model``, compiled by name; None where it was not yet."""
-    return next((_STATES[each] for each in model.parameters() if each in _STATES), None)
+    """The training state of ``model``, compiled by name; None where it was not yet.
+
+    Raises:
+        ConfigError: where it has several: graphs that share no parameter, or other seeds.
+    """
+    found = {id(state): state for parameter in model.parameters()
+             for state in _STATES.get(parameter, {}).values()}
+    if len(found) > 1:
+        raise ConfigError(f"{type(model).__name__} was compiled in {len(found)} parts with a "
+                          "training state each: what belongs together is not known by name. "
+                          "Remedy: scaleprop.prepare_training(model, recipe)")
+    return next(iter(found.values()), None)
 
 
 def compile_with(

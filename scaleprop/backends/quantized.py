@@ -55,10 +55,11 @@ def compile_quantized(
     layer = next((phase.layer for phase in phases if phase.layer), "")
 
     def run(*inputs: Any) -> Any:
-        step = state.next_step(layer, phases[0].training)
+        mine = state.of_run(inputs)
+        step = mine.next_step(layer, phases[0].training)
         place = sum(step >= start for start in starts[1:])
         phase = phases[place]
-        graph = state.of_graph(f"{layer}#{place}", phase.rows, work.device)
+        graph = mine.of_graph(f"{layer}#{place}", phase.rows, work.device)
         own = graph.begin(step, phase.training, phase.rows, work.capacity)
         return phase.run(*own, *inputs)
 

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -200,6 +201,10 @@ class TrainingState:
         self._forward: set[str] = set()  # layers that were trained outside a backward pass
         self._graphs: dict[str, GraphState] = {}
         self._loaded: dict[str, dict[str, torch.Tensor]] = {}
+
+    def of_run(self, inputs: Sequence[Any]) -> TrainingState:
+        """The state that a run of a graph with these inputs is of."""
+        return self
 
     def next_step(self, layer: str, training: bool) -> int:
         """Which step a run of the graph that begins with ``layer`` is of, from 0.

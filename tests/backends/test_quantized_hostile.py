@@ -12,7 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import scaleprop
+from scaleprop.errors import ConfigError
+from scaleprop.formats import fake_quantize
 from scaleprop.recipes.training import Operand, TrainingRecipe
+from scaleprop.recipes.training_named import training_recipe
 from scaleprop.training import training_state
 
 RECIPES = ("nvfp4", "mxfp4-quartet", "fp8-delayed", "ue5m3", "int4-cnn", "e5m7")
@@ -161,3 +164,112 @@ def test_a_skipped_backward_is_no_amax(name: str, x: torch.Tensor):
     loss(model, x * 2)
     found = step(model, x)
     assert all(value.isfinite().all() for value in found)
+
+
+# --- which product is whose -----------------------------------------------------------------------
+
+
+class Products(torch.autograd.Function):
+    """A linear layer of the recipe ``mxfp8``: three products of factors in blocks of 32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, w)
+        return quantized(x, 1) @ quantized(w, 1).t()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:  # type: ignore[override]
+        x, w = ctx.saved_tensors
+        return (quantized(dy, 1) @ quantized(w, 0),
+                quantized(dy, 0).t() @ quantized(x, 0))
+
+
+def quantized(x: torch.Tensor, axis: int) -> torch.Tensor:
+    return fake_quantize(x, training_recipe("mxfp8").operands["fprop.x"].format, axis)
+
+
+def by_hand(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return Products.apply(x, w)  # type: ignore[return-value]
+
+
+Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+SHARED: dict[str, Callable[[Linear, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "one after another": lambda f, x, w: f(f(x, w).square(), w),
+    "of two inputs, summed": lambda f, x, w: f(x, w) + f(x * 2 + 1, w),
+    "of one input, multiplied": lambda f, x, w: f(x, w) * f(x, w).cos(),
+    "of data and of what needs a gradient": lambda f, x, w: f(f(x.detach(), w).square(), w),
+}
+
+
+class Shared(nn.Module):
+    """One weight in several products, and a head."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 6)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: torch.Tensor, linear: Linear = nn.functional.linear) -> torch.Tensor:
+        return self.head(SHARED[self.way](linear, x * self.scale, self.weight))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("way", SHARED)
+def test_a_weight_may_be_used_again(way: str, frozen: bool, x: torch.Tensor):
+    def make() -> Shared:
+        made = Shared(way)
+        made.weight.requires_grad_(not frozen)
+        return made
+
+    model = prepared("mxfp8", make)
+    got = step(model, x)
+    torch.manual_seed(0)
+    plain = make()
+    made = plain(x, by_hand).square().mean()
+    made.backward()
+    for a, b in zip(got, [made.detach(), *gradients(plain)], strict=True):
+        assert (a - b).norm() <= 2e-6 * b.norm()
+    (report,) = model.scale_report()  # type: ignore[operator]
+    assert {each.layer for each in report.quantized} == {"weight", "weight:1"}
+    assert not any("not found" in why for why in report.high.values())
+
+
+def test_models_of_a_class_compiled_by_name_have_states_of_their_own(x: torch.Tensor):
+    torch._dynamo.reset()
+    want = [step(prepared("fp8-delayed"), x * 8)]
+    model = prepared("fp8-delayed")
+    want += [step(model, x), step(model, x)]
+    torch._dynamo.reset()
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(Mlp())
+    loud, quiet = (torch.compile(each, backend="scaleprop", options={
+        "recipe": "fp8-delayed", "inner": "eager"}) for each in models)
+    for runs, size, expected in ((quiet, 1, want[1]), (loud, 8, want[0]), (quiet, 1, want[2])):
+        same(step(runs, x * size), expected)
+    for each, steps in zip(models, (0, 1), strict=True):
+        state = training_state(each).state_dict()
+        assert [int(value) for key, value in state.items() if key.endswith("step")] == [steps]
+        assert scaleprop.scale_report(each)
+
+
+def test_parts_compiled_by_name_have_no_one_state(x: torch.Tensor):
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.last(x)
+
+    torch._dynamo.reset()
+    model = Broken()
+    step(torch.compile(model, backend="scaleprop", options={  # type: ignore[arg-type]
+        "recipe": "nvfp4", "inner": "eager"}), x)
+    with pytest.raises(ConfigError, match=r"2 parts .*prepare_training"):
+        training_state(model)

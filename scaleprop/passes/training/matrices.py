@@ -84,42 +84,36 @@ def find_layers(
 ) -> list[Layer]:
     """The layers that ``products`` belong to, in forward order.
 
-    A backward product belongs to the forward one of the same parameter, or of the same input where
-    a parameter is used more than once.
+    Backward products belong to the forward one of the same parameter: where that is used more than
+    once, to the use with the same input, else to the latest use that has none yet, as backward is
+    in the reverse order. Early uses may have none: of inputs that need no gradient.
     """
     learned = _learned_by(graph, parameters)
-    dgrads = {_matrix(product, "dy").key: product for product in products
-              if product.role == "dgrad"}
-    wgrads = [product for product in products if product.role == "wgrad"]
+    dgrads, wgrads = ([product for product in products if product.role == role]
+                      for role in ("dgrad", "wgrad"))
+    forward = [(product, parameter_of(_factor(product, "w").root)) for product in products
+               if product.role == "fprop"]
     found: list[Layer] = []
-    counts: dict[torch.fx.Node, int] = {}
-    for fprop in products:
-        if fprop.role != "fprop":
-            continue
-        weight = parameter_of(_factor(fprop, "w").root)
-        again = counts[weight] = counts.get(weight, -1) + 1
-        mine = [each for each in wgrads if learned.get(each.node) is weight
-                and _matrix(each, "x").key == _matrix(fprop, "x").key]
-        wgrad = mine[0] if mine else None
-        dgrad = _dgrad_of(wgrad, weight, dgrads, products, counts)
+    for place, (fprop, weight) in reversed(list(enumerate(forward))):
+        key = _matrix(fprop, "x").key
+        wgrad = _take(wgrads, [each for each in wgrads if learned.get(each.node) is weight
+                               and _matrix(each, "x").key == key])
+        dy = None if wgrad is None else _matrix(wgrad, "dy").key
+        dgrad = _take(dgrads, [each for each in dgrads
+                               if parameter_of(_factor(each, "w").root) is weight
+                               and dy in (None, _matrix(each, "dy").key)])
+        again = sum(other is weight for _, other in forward[:place])
         name = names.get(weight, weight.name)
         found.append(Layer(f"{name}:{again}" if again else name, fprop, dgrad, wgrad))
-    return found
+    return found[::-1]
 
 
-def _dgrad_of(
-    wgrad: Product | None, weight: torch.fx.Node, dgrads: Mapping[Any, Product],
-    products: Sequence[Product], counts: Mapping[torch.fx.Node, int],
-) -> Product | None:
-    if wgrad is not None:
-        found = dgrads.get(_matrix(wgrad, "dy").key)
-        if found is not None and parameter_of(_factor(found, "w").root) is weight:
-            return found
-    of_weight = [each for each in products if each.role == "dgrad"
-                 and parameter_of(_factor(each, "w").root) is weight]
-    # backward is in the reverse order
-    place = len(of_weight) - 1 - counts[weight]
-    return of_weight[place] if wgrad is None and place >= 0 else None
+def _take(products: list[Product], mine: Sequence[Product]) -> Product | None:
+    """The first of ``mine``, taken out of ``products``."""
+    if not mine:
+        return None
+    products.remove(mine[0])
+    return mine[0]
 
 
 def _learned_by(
