@@ -48,6 +48,7 @@ from scaleprop.rules import rule_for
 
 aten: Any = torch.ops.aten
 _CAST: Any = aten._to_copy.default
+CAST = "scaleprop_cast"  # in the meta of a cast, or of the division before it: its ``Cast``
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,8 @@ class Lowered:
     """What was done to a joint graph.
 
     products: node → role; high: node → why it stays in high precision; rescales: multiplications
-    that are left in the graph; unruled: operators that had to be given unscaled values.
+    that are left in the graph; unruled: operators that had to be given unscaled values; sizes:
+    node → the largest magnitude that exponents were chosen by, None where none was known.
     """
 
     products: Mapping[str, str]
@@ -113,6 +115,7 @@ class Lowered:
     high: Mapping[str, str]
     rescales: int
     unruled: Mapping[str, int]
+    sizes: Mapping[str, float] | None = None
 
 
 def lower_products(
@@ -134,7 +137,12 @@ def lower_products(
     for product in products.found:
         for factor in (product.left, product.right):
             factors.setdefault((factor.root, getattr(formats, factor.kind)), factor)
-    casts = _planned(joint, parameters, formats, inputs, factors, sizes)
+    amax = None
+    if inputs is not None:
+        amax = agree(sizes(joint, inputs, {root for root, _ in factors} | addends(joint.graph)),
+                     joint.graph)
+    known = None if amax is None else {node.name: size for node, size in amax.items()}
+    casts = _planned(joint, parameters, formats, amax or {}, factors)
     work = _Lowering(joint, formats, products.found)
     if formats.scaled:
         work.move_gradients(casts)
@@ -153,6 +161,7 @@ def lower_products(
         high={node.name: why for node, why in products.high.items()},
         rescales=len(carried.rescales) - folded,
         unruled=carried.unruled,
+        sizes=known,
     )
 
 
@@ -171,14 +180,8 @@ class _Planned:
 
 def _planned(
     joint: torch.fx.GraphModule, parameters: Collection[torch.fx.Node], formats: Formats,
-    inputs: Sequence[Any] | None, factors: Mapping[tuple[torch.fx.Node, str], Factor],
-    sizes: Sizes,
+    amax: Mapping[torch.fx.Node, float], factors: Mapping[tuple[torch.fx.Node, str], Factor],
 ) -> list[_Planned]:
-    roots = {root for root, _ in factors}
-    amax: Mapping[torch.fx.Node, float] = {}
-    if inputs is not None:
-        watched = roots | addends(joint.graph)
-        amax = agree(sizes(joint, inputs, watched), joint.graph)
     drift = drifts(joint.graph, parameters, amax)
     found: list[_Planned] = []
     for (root, element), factor in factors.items():
@@ -270,8 +273,10 @@ class _Lowering:
             source = at = self._call(aten.div.Tensor, (root, scale), root, scale)
         data = self._call(ops.cast, (source, element), root, at)
         self._data[root, element] = (data, scale)
-        self.casts.append(Cast(root.name, planned.kind, element, planned.amax, planned.drift,
-                               exponent, free, planned.why))
+        made = Cast(root.name, planned.kind, element, planned.amax, planned.drift, exponent, free,
+                    planned.why)
+        (data if exponent is not None else source).meta[CAST] = made
+        self.casts.append(made)
 
     def _held_in(self, room: range, root: torch.fx.Node) -> tuple[torch.fx.Node, int, bool]:
         """``root`` at an exponent in ``room``, which one, and whether that was for nothing."""
