@@ -55,6 +55,9 @@ def compile_quantized(
     layer = next((phase.layer for phase in phases if phase.layer), "")
 
     def run(*inputs: Any) -> Any:
+        if not layer or any(map(compat.is_fake, inputs)):
+            # nothing reads the step; or it is none: DDP asks each piece what it would return
+            return phases[0].run(*work.unused(), *inputs)
         mine = state.of_run(inputs)
         step = mine.next_step(layer, phases[0].training)
         place = sum(step >= start for start in starts[1:])
@@ -79,11 +82,14 @@ class _Work:
         self.capacity = 1 << (_ROWS_PER_CALL * calls).bit_length()
         self.device = next((value.device for value in example_inputs
                             if isinstance(value, torch.Tensor)), torch.device("cpu"))
-        unused = GraphState(self.device).begin(0, False, (), self.capacity)
-        self.own: dict[str, torch.Tensor] = dict(zip(_INPUTS, unused, strict=True))
+        self.own: dict[str, torch.Tensor] = dict(zip(_INPUTS, self.unused(), strict=True))
         self.module = compat.with_inputs(module, self.own)
         self.names = [compat.source_name(node)
                       for node in module.graph.find_nodes(op="placeholder")]
+
+    def unused(self) -> tuple[torch.Tensor, ...]:
+        """Inputs of scaleprop's own that are of no step."""
+        return GraphState(self.device).begin(0, False, (), self.capacity)
 
     def compiled(self, recipe: TrainingRecipe, operands: Mapping[str, Operand]) -> _Phase:
         """The graph with these operands."""
