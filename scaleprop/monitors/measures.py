@@ -17,6 +17,8 @@ from scaleprop.formats.scales import Scales, find_scales
 from scaleprop.monitors.records import OperandRecord
 from scaleprop.recipes.training import Operand
 
+WEIGHTS = ("fprop.w", "w")
+
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
@@ -59,7 +61,7 @@ def measured(seen: Seen, before: Weight | None = None) -> tuple[OperandRecord, W
     if seen.operand.format not in PLAIN:
         saturated, exponents, units = _scaled(seen, restored)
     weight = None
-    if seen.role == "fprop.w":
+    if seen.role in WEIGHTS:
         weight = Weight(seen.x.detach().clone(), restored.to(torch.float32),
                         units.to(torch.bfloat16))  # no element has more bits
     flipped, oscillation = _moved(weight, before)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from scaleprop.backends.dynamo import Report
 from scaleprop.errors import ConfigError
 from scaleprop.monitors.measures import Seen, Weight, compared, measured
 from scaleprop.monitors.plots import plot_scales
@@ -16,7 +17,7 @@ from scaleprop.monitors.watching import LossFn, Twin
 from scaleprop.monitors.writers import Writer
 from scaleprop.passes.training.solved import solved
 from scaleprop.recipes.training_named import training_recipe
-from scaleprop.training import training_options, training_state
+from scaleprop.training import scale_report, training_options, training_state
 
 
 def _output(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -54,8 +55,8 @@ class Monitor:
             start: how many steps were made before, in a run that is resumed.
 
         Raises:
-            ConfigError: where ``model`` was not prepared, its recipe has no operands that scales
-                are found for as it runs, or an argument is out of range.
+            ConfigError: where ``model`` was not prepared, its recipe has no operands in formats
+                of scales, or an argument is out of range.
         """
         options = training_options(model)
         recipe = training_recipe(options.recipe)
@@ -63,15 +64,16 @@ class Monitor:
             raise ConfigError(f"every={every}, start={start}: at least 1, and at least 0")
         if not callable(loss_fn):
             raise ConfigError(f"loss_fn={loss_fn!r}: a function of (model, *batch)")
-        if not (recipe.operands or recipe.phases) or solved(recipe) is not None:
-            raise ConfigError(f"recipe {recipe.name!r} quantizes nothing that a monitor measures: "
-                              "no operands, or at exponents that are fixed before the run, which "
-                              "model.scale_report() shows. Remedy: a recipe whose scales follow "
-                              "the data, such as 'fp8-amax' instead of 'fp8'")
+        formats = solved(recipe)
+        if not (recipe.operands or recipe.phases) or (formats and formats.x == "bf16"):
+            raise ConfigError(f"recipe {recipe.name!r} quantizes nothing that a monitor measures. "
+                              "Remedy: one that quantizes operands, see scaleprop recipes "
+                              "--training")
         self.every, self.steps, self.writers = every, start, list(writers)
         self.records: list[Measurement] = []
         self._model, self._loss_fn, self._recipe = model, loss_fn, options.recipe
-        self._twin = Twin(model, recipe, options.seed)
+        self._run: Report | None = None  # of the graph that the run began with
+        self._made: Twin | None = None
         self._weights: dict[str, Weight] = {}
 
     def step(self, *args: Any, **kwargs: Any) -> Measurement | None:
@@ -87,8 +89,8 @@ class Monitor:
         """Measure now; args are what ``loss_fn`` is given after the model.
 
         Raises:
-            ConfigError: where nothing is quantized, the loss is no scalar, or the model was
-                prepared anew with another recipe.
+            ConfigError: where nothing is quantized, the loss is no scalar, exponents are to be
+                fixed by a first batch yet, or the model was prepared anew with another recipe.
         """
         if training_options(self._model).recipe != self._recipe:
             raise ConfigError("the model was prepared with another recipe since. Remedy: a new "
@@ -102,7 +104,7 @@ class Monitor:
                 weights[seen.layer] = weight
 
         weights: dict[str, Weight] = {}
-        gradients = self._twin.gradients(training_state(self._model), see, self._loss_fn, args,
+        gradients = self._twin().gradients(training_state(self._model), see, self._loss_fn, args,
                                          kwargs)
         if not found and self._recipe_acts:
             raise ConfigError("no product of the model is quantized: model.scale_report() says "
@@ -113,6 +115,19 @@ class Monitor:
             gradients=tuple(GradientRecord(parameter=name, cosine=cosine, norm_ratio=ratio)
                             for name, pair in gradients.items()
                             for cosine, ratio in (compared(*pair),))))
+
+    def _twin(self) -> Twin:
+        """Of the run as it is now: one whose exponents were found anew has another."""
+        begun = next(iter(scale_report(self._model)), None)
+        if begun is None and solved(training_recipe(self._recipe)) is not None:
+            raise ConfigError("the model was not called yet: its first batch fixes exponents. "
+                              "Remedy: monitor.step(*batch) after a step")
+        if self._made is None or begun is not self._run:
+            options = training_options(self._model)
+            self._run = begun
+            self._made = Twin(self._model, training_recipe(options.recipe), options.seed,
+                              lambda: scale_report(self._model))
+        return self._made
 
     @property
     def _recipe_acts(self) -> bool:

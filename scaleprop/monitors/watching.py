@@ -21,11 +21,16 @@ from scaleprop.backends.graphs import compile_joint
 from scaleprop.backends.quantized import compile_quantized
 from scaleprop.backends.state import TrainingState
 from scaleprop.errors import ConfigError
+from scaleprop.formats.scaled import parse
 from scaleprop.monitors.measures import Seen
+from scaleprop.monitors.solving import compile_solved
+from scaleprop.passes.training.lower import CAST, Cast
 from scaleprop.passes.training.rewrite import QUANTIZED
-from scaleprop.recipes.training import TrainingRecipe
+from scaleprop.passes.training.solved import solved
+from scaleprop.recipes.training import Operand, TrainingRecipe
 
 LossFn = Callable[..., Tensor]
+_DIV: Any = torch.ops.aten.div.Tensor
 _AMAX = 5  # the argument of quantize_operand
 
 
@@ -51,6 +56,9 @@ class _Watch(torch.fx.Interpreter):
         if QUANTIZED in n.meta:
             args, _ = self.fetch_args_kwargs_from_env(n)
             self._see(_seen(n, args, result))
+        elif CAST in n.meta and n.target in (ops.cast, _DIV):
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            self._see(_cast(n.meta[CAST], args, result))
         return result
 
 
@@ -62,17 +70,36 @@ def _seen(node: torch.fx.Node, args: Sequence[Any], result: Any) -> Seen:
     return Seen(layer, role, operand, args[2], args[0], result[0], result[1], amax)
 
 
+def _cast(made: Cast, args: Sequence[Any], result: Tensor) -> Seen:
+    """A value that is held at an exponent, or divided by a scale that was found at run time."""
+    operand = Operand(format=f"{made.element}[tensor]*f32")
+    element = parse(operand.format).element
+    if made.exponent is None:
+        scale, x = args[1].to(torch.float64), args[0]
+        values = ops.cast(result, made.element)
+    else:
+        scale = torch.tensor(2.0**made.exponent, dtype=torch.float64, device=result.device)
+        x, values = args[0].to(torch.float64) * scale, result
+    return Seen(made.value, made.kind, operand, -1, x, values, scale,
+                (scale * element.max).to(torch.float32))
+
+
 class Twin:
     """A prepared model's step in low precision, watched, and in high precision."""
 
-    def __init__(self, model: torch.nn.Module, recipe: TrainingRecipe, seed: int) -> None:
+    def __init__(self, model: torch.nn.Module, recipe: TrainingRecipe, seed: int,
+                 reports: Callable[[], Sequence[Any]]) -> None:
+        """reports: what was done to the graphs of the run."""
         self._model, self._state = model, _Still(seed)
+        formats = solved(recipe)
         self._see: Callable[[Seen], None] = _ignored
 
         def runner(graph: torch.fx.GraphModule) -> Callable[..., Any]:
             return lambda *args: _Watch(graph, lambda seen: self._see(seen)).run(*args)
 
         def low(graph: torch.fx.GraphModule, given: Sequence[Any]) -> Any:
+            if formats is not None:
+                return compile_solved(graph, given, formats, runner, reports)
             return compile_quantized(graph, given, recipe, runner, self._state)
 
         def high(graph: torch.fx.GraphModule, given: Sequence[Any]) -> Any:

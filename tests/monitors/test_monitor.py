@@ -180,7 +180,7 @@ def train(recipe: str, every: int | None, steps: int = 4) -> tuple[list[torch.Te
     return [*left, torch.get_rng_state()], monitor
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "fp8-delayed"])
+@pytest.mark.parametrize("recipe", ["nvfp4", "fp8-delayed", "fp8"])
 def test_training_is_the_same_bit_for_bit(recipe: str) -> None:
     alone, _ = train(recipe, None)
     watched, monitor = train(recipe, 2)
@@ -267,7 +267,7 @@ def test_arguments_that_make_no_sense() -> None:
         Monitor(model, loss_fn="mse")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "bf16", "fp8", "e5m2"])
+@pytest.mark.parametrize("recipe", ["fp32", "bf16", "e5m2"])
 def test_recipes_that_leave_nothing_to_measure(recipe: str) -> None:
     model = scaleprop.prepare_training(nn.Linear(4, 4), recipe, inner="eager")
     with pytest.raises(ConfigError, match="quantizes nothing that a monitor measures"):
@@ -290,3 +290,70 @@ def test_a_model_that_stays_high() -> None:
     model = scaleprop.prepare_training(nn.LayerNorm(WIDTH), "mxfp8", inner="eager")
     with pytest.raises(ConfigError, match="no product of the model is quantized"):
         Monitor(model, loss_fn=weighted).measure(torch.randn(8, WIDTH), torch.randn(8, WIDTH))
+
+
+def solved_model() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, 64), nn.Tanh(), nn.Linear(64, 48), nn.Tanh(),
+                          nn.Linear(48, 8))
+    return model, torch.randn(TOKENS, WIDTH)
+
+
+def squared(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().mean()
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_exponents_that_are_fixed_are_the_runs_own(inner: Any) -> None:
+    model, x = solved_model()
+    scaleprop.prepare_training(model, "fp8", inner=inner)
+    monitor = Monitor(model, loss_fn=squared)
+    squared(model, x).backward()
+    larger = 4096 * x  # exponents stay those of the first batch
+    record = monitor.measure(larger)
+    casts = [cast for report in scaleprop.scale_report(model) for cast in report.casts]
+    chosen = Counter((cast.kind, cast.exponent) for cast in casts if cast.exponent is not None)
+    measured = Counter((each.role, *each.exponents) for each in record.operands)
+    assert chosen <= measured and chosen.total() >= 4
+    # the others' scales are found at run time
+    assert Counter(cast.kind for cast in casts) == Counter(e.role for e in record.operands)
+    found = of(record, "x", "0.weight")
+    (exponent,) = found.exponents
+    units = larger.double().numpy() / 2.0**exponent
+    values = np.clip(units, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    assert found.amax == float(larger.abs().max())
+    assert found.saturated == np.mean(np.abs(units) > 464) > 0
+    assert found.underflow == np.mean((units != 0) & (values == 0))
+    noise = ((values - units) ** 2).sum()
+    assert found.sqnr_db == pytest.approx(10 * math.log10((units**2).sum() / noise), abs=1e-9)
+    weight = of(record, "w", "2.weight")
+    assert weight.amax == pytest.approx(float(model[2].weight.detach().abs().max()))
+
+
+def test_gradients_of_fixed_exponents_and_of_those_found_anew() -> None:
+    model, x = solved_model()
+    high = copy.deepcopy(model).double()
+    scaleprop.prepare_training(model, "fp8", inner="eager")
+    monitor = Monitor(model, loss_fn=squared)
+    for scale in (1.0, 2.0**-12):
+        weights = {name: value * scale for name, value in high.state_dict().items()}
+        model.load_state_dict(weights)
+        high.load_state_dict(weights)
+        model.zero_grad()
+        high.zero_grad()
+        squared(model, x).backward()
+        squared(high, x.double()).backward()
+        record = monitor.measure(x)
+        for each in record.gradients:
+            low, exact = (dict(m.named_parameters())[each.parameter].grad.double().flatten()
+                          for m in (model, high))
+            cosine = float(low @ exact / (low.norm() * exact.norm()))
+            assert each.cosine == pytest.approx(cosine, abs=1e-6)
+        assert {each.role for each in record.operands} == {"x", "w", "dy"}
+
+
+def test_fixed_exponents_are_not_known_before_the_first_step() -> None:
+    model, x = solved_model()
+    scaleprop.prepare_training(model, "fp8", inner="eager")
+    with pytest.raises(ConfigError, match="was not called yet"):
+        Monitor(model, loss_fn=squared).measure(x)
