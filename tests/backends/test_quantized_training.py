@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+import re
 import zlib
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 import scaleprop
@@ -164,8 +166,13 @@ def test_a_step_is_the_products_written_out(recipe: TrainingRecipe, x: torch.Ten
 
 
 @pytest.mark.parametrize("name", ["mxfp4-quartet", "nvfp4", "nvfp4-quartet2", "fp8-delayed"])
-def test_inductor_gives_the_same_step(name: str, x: torch.Tensor):
-    close(step(prepared(name, "inductor"), x), step(prepared(name), x))
+def test_inductor_gives_the_same_step_and_leaves_no_operator_whole(name: str, x: torch.Tensor):
+    got, codes = run_and_get_code(step, prepared(name, "inductor"), x)
+    close(got, step(prepared(name), x))
+    assert len(codes) == 2  # forward and backward
+    for code in codes:
+        called = set(re.findall(r"(?:extern_kernels|torch\.ops|aten)\.[\w.]+(?=\()", code))
+        assert called <= {f"extern_kernels.{product}" for product in ("mm", "addmm", "bmm")}
 
 
 @pytest.fixture
