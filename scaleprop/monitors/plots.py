@@ -13,6 +13,7 @@ from scaleprop.extras import install_command
 from scaleprop.monitors.records import Measurement
 
 _COLUMNS = 3
+_FAINT = 1e-3  # the share that has the last colour: tails are what underflows and saturates
 
 
 def plot_scales(records: Sequence[Measurement], path: str | PathLike[str]) -> None:
@@ -64,12 +65,15 @@ def _draw(panel: Any, role: str, found: Mapping[int, Mapping[int, float]]) -> An
     steps = list(found)
     places = range(min(map(min, found.values())), max(map(max, found.values())) + 1)
     grid = [[found[step].get(at, float("nan")) for step in steps] for at in places]
+    from matplotlib.colors import LogNorm
+
     mesh = panel.pcolormesh(_edges(steps), [places[0] - 0.5, *(at + 0.5 for at in places)], grid,
-                            vmin=0.0, vmax=1.0, cmap="viridis")
+                            norm=LogNorm(_FAINT, 1.0, clip=True), cmap="viridis")
     panel.plot(steps, [_median(found[step]) for step in steps], color="tab:red", marker=".",
                linewidth=1.0, label="median")
     panel.set(title=role, xlabel="step", ylabel="⌊log₂ scale⌋")
-    panel.yaxis.get_major_locator().set_params(integer=True)
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     return mesh
 
 
