@@ -81,9 +81,12 @@ def _cast_rows(graph: Lowered) -> tuple[str, Sequence[str], Sequence[Sequence[st
 def _quantized_rows(graph: Operands) -> tuple[str, Sequence[str], Sequence[Sequence[str]]]:
     rows = [(each.value, each.role, each.operand.format, each.operand.rounding,
              f"{each.operand.hadamard} {each.operand.signs}" if each.operand.hadamard else "",
-             each.operand.scaling, each.layer) for each in graph.quantized]
-    return (f"{len(rows)} operands in low precision",
-            ("value", "role", "format", "rounding", "rotation", "scaling", "layer, or why"), rows)
+             each.operand.scaling, f"{each.layer}: {each.why}" if each.why else each.layer)
+            for each in graph.quantized]
+    done = f"{graph.truncated} values truncated" if graph.truncated else \
+        f"{len(rows)} operands in low precision"
+    return (done, ("value", "role", "format", "rounding", "rotation", "scaling", "layer, or why"),
+            rows)
 
 
 @dataclasses.dataclass
@@ -115,7 +118,9 @@ def prepare_training(
     """Let ``model`` run forward and backward by ``recipe``, from its next call on.
 
     The model itself is returned: its parameters, ``state_dict`` keys, hooks and optimizers stay
-    what they were, as after ``nn.Module.compile``. Call it again to change the recipe.
+    what they were, as after ``nn.Module.compile``. Call it again to change the recipe. Where
+    training is distributed, ``held`` and ``delayed`` scales are of all ranks' data, ``current``
+    ones each rank's own, as TransformerEngine has it.
     ``model.scale_report()`` says what was done. Where ``load_state_dict`` brings weights of another
     size than exponents were fixed for, these are found anew.
 
@@ -126,6 +131,8 @@ def prepare_training(
         exponents: what those of ``fp8`` are chosen by: one batch ``measured``, or ``predicted``;
             see ``scaleprop.backends.dynamo.Options``.
         seed: of stochastic rounding and random signs; ``training_state`` says how far they are.
+            Numbers depend on parameters' names: blocks prepared one by one have the same unless
+            each has a seed of its own.
         dynamic, fullgraph: as for ``torch.compile``.
 
     Raises:
@@ -252,12 +259,16 @@ def deployable(model: torch.nn.Module) -> torch.nn.Module:
 
     Raises:
         ConfigError: where ``model`` was not called yet, or its weights are rotated, stochastic, or
-            scaled by more than their own data.
+            scaled by more than their own data, as by ``fp8``; or all values are truncated.
     """
     reports = scale_report(model)
     if not reports:
         raise ConfigError(f"{type(model).__name__} was not called since it was prepared: nothing "
                           "is known of its layers")
+    if any(isinstance(report, Lowered) or report.truncated for report in reports):
+        raise ConfigError(f"{type(model).__name__} multiplies what its whole graph has scaled or "
+                          "truncated, not what weights alone are quantized to. Remedy: a recipe "
+                          "with scales of the data, as fp8-current")
     made = copy.deepcopy(model).eval()
     made.__dict__.pop("scale_report", None)
     made._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage]

@@ -44,7 +44,8 @@ def compile_quantized(
     inner: Inner | Runner, state: TrainingState,
     report: Callable[[Operands], None] | None = None,
 ) -> Callable[..., Any]:
-    """Compile what Dynamo captured, once for each phase of ``recipe``.
+    """Compile what Dynamo captured, once for each phase of ``recipe``, all at once: a tracer and
+    its guards are at hand only now.
 
     Raises:
         RuntimeError: wrapped by ``torch.compile``, what a transform raised.
@@ -113,8 +114,10 @@ class _Work:
         phase.training = any(is_tangent(node)
                              for node in joint.graph.find_nodes(op="placeholder"))
         if recipe.every:
-            truncate_values(joint.graph, recipe.every)
+            count = truncate_values(joint.graph, recipe.every)
             joint.recompile()
+            if self.report is not None:
+                self.report(Operands((), {}, count))
             return
         step, used, *seen = joint.graph.find_nodes(op="placeholder")[:len(_INPUTS)]
         given = joint.graph.find_nodes(op="placeholder")[len(_INPUTS):]

@@ -60,7 +60,8 @@ def estimate(gradient: Tensor, x: Tensor, estimator: str, format: str, axis: int
 
 
 def truncate(x: Tensor, element: str) -> Tensor:
-    """x cut toward zero to a value of a signed float element, saturated; NaN stays, in x's dtype.
+    """x cut toward zero to a value of a signed float element, saturated, in x's dtype. NaN and Inf
+    stay, for the loss to show them.
 
     As bits are cut off; computed in float32, in float64 for float64 data.
     """
@@ -70,7 +71,7 @@ def truncate(x: Tensor, element: str) -> Tensor:
     power = power_of_two_below(size).clamp(2.0**fmt.emin, 2.0**fmt.emax)
     step = power * 2.0**-fmt.fraction_bits
     cut = ((size / step).floor() * step).clamp(max=fmt.max)
-    return torch.where(x.isnan(), x, torch.copysign(cut, wide).to(x.dtype))
+    return torch.where(x.isfinite(), torch.copysign(cut, wide).to(x.dtype), x)
 
 
 def signed_float(name: str) -> FloatElement:

@@ -52,9 +52,10 @@ class Operand:
     prescale: what data is multiplied by after its scale was found, so that nothing saturates and
         stochastic rounding stays unbiased; the product is divided by it (3/4: arXiv:2502.20586).
     headroom: how many times as large amax is taken when scales are found, for the same (17/16).
-    scaling: the scale that the whole tensor has: of the ``current`` data; ``held:n``, found every n
-        steps; ``delayed:n``, of the largest amax of n steps before; ``static``, fixed at the first
-        step, as the solver of exponents does; ``constant:e``, 2^e.
+    scaling: the scale that the whole tensor has: of the ``current`` data, on each rank of its own;
+        those that follow are agreed on by all: ``held:n``, found every n steps; ``delayed:n``, of
+        the largest amax of n steps before; ``static``, fixed at the first step, as the solver of
+        exponents does; ``constant:e``, 2^e.
     of: the ``data``, or what fprop made of it, ``quantized`` once more (arXiv:2502.20853).
     estimator: whose gradient passes to what was quantized; ``fprop`` roles only.
     """

@@ -3,6 +3,8 @@ gradients; weights used twice; data that are no numbers."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -273,3 +275,101 @@ def test_parts_compiled_by_name_have_no_one_state(x: torch.Tensor):
         "recipe": "nvfp4", "inner": "eager"}), x)
     with pytest.raises(ConfigError, match=r"2 parts .*prepare_training"):
         training_state(model)
+
+
+# --- what was and was not done --------------------------------------------------------------------
+
+
+def test_what_forward_did_not_quantize_is_listed(x: torch.Tensor):
+    recipe = training_recipe("mxfp4-tetrajet").replace(name="half", **{"fprop.x": None})
+    model = prepared(recipe)
+    step(model, x)
+    (report,) = model.scale_report()  # type: ignore[operator]
+    why = {each.role: each.why for each in report.quantized}
+    assert "of the data instead" in why.pop("wgrad.x")
+    assert set(why.values()) == {""}
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.groups = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.groups(self.whole(x).square()).mean((2, 3)))
+
+
+def test_a_convolution_is_listed_once_as_it_is():
+    model = prepared("int4-cnn", Convolutions)
+    step(model, torch.randn(2, 3, 8, 8))
+    (report,) = model.scale_report()  # type: ignore[operator]
+    assert {each.layer for each in report.quantized} == {"whole.weight", "head.weight"}
+    assert len(report.high) == 2
+    assert all("groups" in why for why in report.high.values())
+
+
+def test_truncation_is_reported_and_leaves_no_weights_to_deploy(
+    x: torch.Tensor, capsys: pytest.CaptureFixture[str]
+):
+    model = prepared("e5m7")
+    step(model, x)
+    (report,) = reports = model.scale_report()  # type: ignore[operator]
+    assert report.truncated > 10
+    reports.show()
+    assert "values truncated" in capsys.readouterr().out
+    for name in ("e5m7", "fp8"):
+        model = prepared(name)
+        step(model, x)
+        with pytest.raises(ConfigError, match="Remedy: a recipe with scales of the data"):
+            scaleprop.training.deployable(model)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_is_no_number_shows_and_leaves_amax_alone(name: str, value: float, x: torch.Tensor):
+    model = prepared(name)
+    step(model, x)
+    before = training_state(model).state_dict()
+    bad = x.clone()
+    bad[3, 5] = value
+    assert not step(model, bad)[0].isfinite()
+    assert all(each.isfinite().all() for each in training_state(model).state_dict().values())
+    if name == "ue5m3":  # held: of the first step alone
+        after = training_state(model).state_dict()
+        same([after[key] for key in before if "/" in key],
+             [value for key, value in before.items() if "/" in key])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_rows_are_no_error(name: str, x: torch.Tensor):
+    model = prepared(name)
+    step(model, x)
+    model(x[:0]).sum().backward()
+    assert all(not value.any() for value in gradients(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", RECIPES)
+def test_gradients_have_the_dtype_of_parameters(name: str, dtype: torch.dtype, x: torch.Tensor):
+    model = prepared(name, lambda: Mlp().to(dtype))
+    found = step(model, x.to(dtype))
+    torch.manual_seed(0)
+    want = step(Mlp(), x)
+    for a, b in zip(found, want, strict=True):
+        assert a.dtype == dtype
+        assert nn.functional.cosine_similarity(a.float().flatten(), b.flatten(), 0) > 0.7
+
+
+def test_copies_are_plain_models(x: torch.Tensor):
+    model = prepared("nvfp4")
+    step(model, x)
+    torch.manual_seed(0)
+    want = Mlp()(x)
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(made(x), want)
+        with pytest.raises(ConfigError, match="was not given to"):
+            training_state(made)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -108,10 +110,10 @@ def test_truncation_is_the_next_value_toward_zero(name: str):
     assert torch.equal(truncate(x, name).double(), torch.copysign(below, x.double()))
 
 
-def test_truncation_keeps_nan_and_saturates():
-    x = torch.tensor([float("nan"), float("inf"), -1e9, 0.0, -0.0])
+def test_truncation_keeps_nan_and_infinity_and_saturates():
+    x = torch.tensor([math.nan, math.inf, -1e9, 0.0, -0.0])
     got = truncate(x, "e4m3")
-    assert got[0].isnan() and got[1:].tolist() == [448.0, -448.0, 0.0, -0.0]
+    assert got[0].isnan() and got[1:].tolist() == [math.inf, -448.0, 0.0, -0.0]
     assert got[4].signbit()
 
 

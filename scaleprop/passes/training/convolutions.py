@@ -25,6 +25,7 @@ from scaleprop.passes.training.roles import parameter_of, source_of
 aten: Any = torch.ops.aten
 _COPY: Any = aten._to_copy.default
 _FORWARD, _BACKWARD = aten.convolution.default, aten.convolution_backward.default
+OPERATORS = (_FORWARD, _BACKWARD)
 _GROUPED = "a convolution of groups: what it sums over is not all channels"
 _AXES = {"fprop.x": 1, "fprop.w": 1, "dgrad.dy": 1, "dgrad.w": 0, "wgrad.dy": 0, "wgrad.x": 0}
 
@@ -35,7 +36,7 @@ def quantize_convolutions(
     """Quantize, in place, what convolutions with a parameter read; node → why one stays high."""
     high: dict[str, str] = {}
     for node in list(graph.nodes):
-        if node.target not in (_FORWARD, _BACKWARD):
+        if node.target not in OPERATORS:
             continue
         forward = node.target is _FORWARD
         x, weight = node.args[:2] if forward else node.args[1:3]

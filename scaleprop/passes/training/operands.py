@@ -14,7 +14,7 @@ import torch
 import torch.fx
 
 from scaleprop.passes.training.attention import quantize_attention
-from scaleprop.passes.training.convolutions import quantize_convolutions
+from scaleprop.passes.training.convolutions import OPERATORS, quantize_convolutions
 from scaleprop.passes.training.matrices import find_layers
 from scaleprop.passes.training.rewrite import Quantized, Rewrite, Settings
 from scaleprop.passes.training.roles import Products, is_tangent
@@ -22,10 +22,12 @@ from scaleprop.passes.training.roles import Products, is_tangent
 
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """What was done to a graph; high: node → why it stays in high precision."""
+    """What was done to a graph; high: node → why it stays in high precision. truncated: how many
+    values were, where a recipe truncates every one instead."""
 
     quantized: tuple[Quantized, ...]
     high: Mapping[str, str]
+    truncated: int = 0
 
 
 def quantize_operands(
@@ -37,7 +39,8 @@ def quantize_operands(
     layers = find_layers(joint.graph, products.found, parameters, settings.names)
     layer_of = {product.node: layer for layer in layers
                 for product in (layer.fprop, layer.dgrad, layer.wgrad) if product is not None}
-    high = {node.name: why for node, why in products.high.items()}
+    high = {node.name: why for node, why in products.high.items()
+            if not (convolutions and node.target in OPERATORS)}
     for product in products.found:  # in the graph's order: data stand before all that read them
         if product.node in layer_of:
             work.multiply(layer_of[product.node], product)

@@ -33,6 +33,7 @@ aten: Any = torch.ops.aten
 _COPY: Any = aten._to_copy.default
 _PLAIN_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 _EDEN_BITS = 16
+_NOT_AGAIN = "forward quantized no such matrix: of the data instead of what that made"
 _EVERYWHERE = 0  # the stream of signs that all layers share
 _GET: Any = operator.getitem
 QUANTIZED = "scaleprop_quantized"  # in a node's meta: (layer, role, operand) that it makes
@@ -60,7 +61,8 @@ class Quantized:
     """One factor that a product reads in low precision.
 
     layer: its parameter's name. role: as in a recipe. value: the node that is quantized. axis: of
-    the matrix that it is, or of a filter [outputs, the rest], that the product sums over.
+    the matrix that it is, or of a filter [outputs, the rest], that the product sums over. why:
+    what of the operand was not done; "" where all was.
     """
 
     layer: str
@@ -68,6 +70,7 @@ class Quantized:
     value: str
     axis: int
     operand: Operand
+    why: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +153,10 @@ class Rewrite:
                layer.partition("#")[0] if operand.signs == "layer" else "")
         if key not in self._data:
             self._data[key] = self._quantize(layer, role, matrix, operand, at)
-            self.quantized.append(Quantized(layer, role, matrix.base.name, matrix.axis, operand))
+            why = _NOT_AGAIN if operand.of == "quantized" and \
+                self._before(layer, matrix, role) is None else ""
+            self.quantized.append(Quantized(layer, role, matrix.base.name, matrix.axis, operand,
+                                            why))
         if role.startswith("fprop"):
             self._forward[layer, role.rpartition(".")[2]] = (matrix, operand, self._data[key])
         return self._data[key]
@@ -249,13 +255,20 @@ class Rewrite:
     def _again(
         self, layer: str, matrix: Matrix, role: str, at: torch.fx.Node
     ) -> torch.fx.Node:
-        """What fprop made of the value, as it is without fprop's rotation."""
-        mine, operand, data = self._forward.get((layer, role.rpartition(".")[2]),
-                                                (None, None, None))
-        if mine is None or operand is None or data is None or mine.key != matrix.key:
+        """What fprop made of the value, as it is without fprop's rotation; or the value."""
+        before = self._before(layer, matrix, role)
+        if before is None:
             return matrix.base
+        mine, operand, data = before
         value = self.restored(data.node, (data,), torch.float32, at)
         return self._unrotate(value, operand, mine, layer, at) if operand.hadamard else value
+
+    def _before(
+        self, layer: str, matrix: Matrix, role: str
+    ) -> tuple[Matrix, Operand, Data] | None:
+        """What fprop read for the same matrix, where it was quantized."""
+        found = self._forward.get((layer, role.rpartition(".")[2]))
+        return found if found is not None and found[0].key == matrix.key else None
 
     def _amax(
         self, value: torch.fx.Node, operand: Operand, name: str, at: torch.fx.Node
@@ -273,7 +286,11 @@ class Rewrite:
         memory = self.settings.memory
         row = memory.row(name, operand.scaling)
         used = self.call(aten.slice.Tensor, (memory.used, 0, row, row + 1), at)
-        now = self.call(aten.amax.default, (self.call(aten.abs.default, (value,), at),), at)
+        now = self.call(aten.abs.default, (value,), at)
+        if any(size == 0 for size in value.meta["val"].shape if isinstance(size, int)):
+            now = self.call(aten.sum.default, (now,), at)  # 0: there is no largest one of none
+        else:
+            now = self.call(aten.amax.default, (now,), at)
         now = self.call(_COPY, (now,), at, kwargs={"dtype": torch.float32})
         now = self.call(aten.view.default, (now, [1]), at)
         memory.saw(row, now, backward="/fprop." not in name)

@@ -1,8 +1,9 @@
 """Emulates a narrow float everywhere: every floating value of a graph is truncated to an element.
 
 What a machine of that format would hold, operators being exact: each value is cut to its number of
-significand bits, toward zero, right after it is made; beyond the range it saturates. Views of a
-truncated value are not truncated again, nor is what a parameter's gradient is written to.
+significand bits, toward zero, right after it is made; beyond the range it saturates, but Inf and
+NaN stay. Views of a truncated value are not truncated again, nor is what a parameter's gradient is
+written to.
 """
 
 from __future__ import annotations
