@@ -158,13 +158,16 @@ def _check(loss: Any) -> None:
 @contextlib.contextmanager
 def _undisturbed(model: torch.nn.Module) -> Generator[None]:
     """Buffers and torch's random numbers are afterwards what they were."""
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    before = [(module, name, buffer, buffer.detach().clone()) for module in model.modules()
+              for name, buffer in module.named_buffers(recurse=False)]
     devices = {value.device for value in model.parameters() if value.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         try:
             yield
         finally:
             with torch.no_grad():
-                for buffer, value in before:
+                for module, name, buffer, value in before:
+                    if getattr(module, name) is not buffer:
+                        setattr(module, name, buffer)
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)

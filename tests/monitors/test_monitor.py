@@ -152,9 +152,11 @@ class Net(nn.Module):
         self.middle = nn.Linear(64, 64)
         self.drop = nn.Dropout(0.25)
         self.head = nn.Linear(64, 8)
+        self.register_buffer("average", torch.zeros(64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.drop(torch.tanh(self.norm(self.first(x))))
+        self.average = 0.9 * self.average + 0.1 * hidden.detach().mean(0)  # another tensor
         return self.head(torch.tanh(self.middle(hidden))).square().mean()
 
 
@@ -228,6 +230,26 @@ def test_a_delayed_scale_that_saturates_is_seen() -> None:
     assert found.exponents == {math.floor(math.log2(scale)): 1}
     weighted(model, 4 * x, by).backward()
     assert of(monitor.measure(4 * x, by), "fprop.x").saturated == 0
+
+
+def test_a_loss_that_fails_leaves_the_model_as_it_was() -> None:
+    torch.manual_seed(0)
+    model = scaleprop.prepare_training(Net(), "mxfp8", inner="eager")
+    x = torch.randn(TOKENS, WIDTH)
+    model(x).backward()
+    call, state = model._compiled_call_impl, copy.deepcopy(model.state_dict())
+    gradients = [p.grad.clone() for p in model.parameters()]
+
+    def fails(model: Any, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(f"after {model(x)}")
+
+    numbers = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="after"):
+        Monitor(model, loss_fn=fails).measure(x)
+    assert model._compiled_call_impl is call
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert all(map(torch.equal, state.values(), model.state_dict().values()))
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
 
 
 def test_steps_between_run_nothing() -> None:
