@@ -225,15 +225,15 @@ def scale_report(model: torch.nn.Module) -> ScaleReports:
                       'called since torch.compile(backend="scaleprop")')
 
 
-def training_options(model: torch.nn.Module) -> Options:
-    """What ``model`` was prepared with.
+def training_options(model: torch.nn.Module) -> tuple[Options, bool | None]:
+    """What ``model`` was prepared with; and ``dynamic``.
 
     Raises:
         ConfigError: where it was not given to ``prepare_training``.
     """
     if model not in _PREPARED:
         raise ConfigError(f"{type(model).__name__} was not given to scaleprop.prepare_training")
-    return _PREPARED[model].options
+    return _PREPARED[model].options, _PREPARED[model].dynamic
 
 
 def training_state(model: torch.nn.Module) -> TrainingState:

@@ -58,7 +58,7 @@ class Monitor:
             ConfigError: where ``model`` was not prepared, its recipe has no operands in formats
                 of scales, or an argument is out of range.
         """
-        options = training_options(model)
+        options, _ = training_options(model)
         recipe = training_recipe(options.recipe)
         if every < 1 or start < 0:
             raise ConfigError(f"every={every}, start={start}: at least 1, and at least 0")
@@ -92,7 +92,7 @@ class Monitor:
             ConfigError: where nothing is quantized, the loss is no scalar, exponents are to be
                 fixed by a first batch yet, or the model was prepared anew with another recipe.
         """
-        if training_options(self._model).recipe != self._recipe:
+        if training_options(self._model)[0].recipe != self._recipe:
             raise ConfigError("the model was prepared with another recipe since. Remedy: a new "
                               "Monitor after prepare_training")
         found: dict[tuple[str, str], OperandRecord] = {}
@@ -123,10 +123,10 @@ class Monitor:
             raise ConfigError("the model was not called yet: its first batch fixes exponents. "
                               "Remedy: monitor.step(*batch) after a step")
         if self._made is None or begun is not self._run:
-            options = training_options(self._model)
+            options, dynamic = training_options(self._model)
             self._run = begun
             self._made = Twin(self._model, training_recipe(options.recipe), options.seed,
-                              lambda: scale_report(self._model))
+                              lambda: scale_report(self._model), dynamic)
         return self._made
 
     @property

@@ -88,8 +88,8 @@ class Twin:
     """A prepared model's step in low precision, watched, and in high precision."""
 
     def __init__(self, model: torch.nn.Module, recipe: TrainingRecipe, seed: int,
-                 reports: Callable[[], Sequence[Any]]) -> None:
-        """reports: what was done to the graphs of the run."""
+                 reports: Callable[[], Sequence[Any]], dynamic: bool | None = None) -> None:
+        """reports: what was done to the graphs of the run; dynamic: how it was compiled."""
         self._model, self._state = model, _Still(seed)
         formats = solved(recipe)
         self._see: Callable[[Seen], None] = _ignored
@@ -105,8 +105,8 @@ class Twin:
         def high(graph: torch.fx.GraphModule, given: Sequence[Any]) -> Any:
             return compile_joint(graph, given, _unchanged, "eager")
 
-        self._low = compat.compiled_call(model, low)
-        self._high = compat.compiled_call(model, high)
+        self._low = compat.compiled_call(model, low, dynamic=dynamic)
+        self._high = compat.compiled_call(model, high, dynamic=dynamic)
 
     def gradients(
         self, state: TrainingState, see: Callable[[Seen], None], loss_fn: LossFn,

@@ -374,6 +374,16 @@ def test_gradients_of_fixed_exponents_and_of_those_found_anew() -> None:
         assert {each.role for each in record.operands} == {"x", "w", "dy"}
 
 
+def test_exponents_of_graphs_for_any_size() -> None:
+    model, x = solved_model()
+    scaleprop.prepare_training(model, "fp8", inner="eager", dynamic=True)
+    monitor = Monitor(model, loss_fn=squared)
+    squared(model, x).backward()
+    for size in (TOKENS, 24):
+        found = of(monitor.measure(1024 * x[:size]), "x", "0.weight")
+        assert found.saturated > 0 and found.amax == 1024 * float(x[:size].abs().max())
+
+
 def test_fixed_exponents_are_not_known_before_the_first_step() -> None:
     model, x = solved_model()
     scaleprop.prepare_training(model, "fp8", inner="eager")
