@@ -159,6 +159,38 @@ def test_a_recomputed_model_takes_the_same_steps(name: str, reentrant: bool, x: 
         same(step(model, each), expected)
 
 
+class Around(nn.Module):
+    """A model part of which is recomputed."""
+
+    def __init__(self, recomputes: bool) -> None:
+        super().__init__()
+        self.inside, self.head, self.recomputes = Mlp(), nn.Linear(4, 4), recomputes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = checkpoint(self.inside, x, use_reentrant=False) if self.recomputes \
+            else self.inside(x)
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "fp8-delayed", "mxfp4-quartet"])
+def test_a_part_is_recomputed_as_it_was(name: str, x: torch.Tensor):
+    plain, around = ([each for size in (1.0, 4.0) for each in step(model, x * size)]
+                     for recomputes in (False, True)
+                     for model in [prepared(name, lambda: Around(recomputes))])  # noqa: B023
+    same(plain, around)
+
+
+def test_a_recipe_may_follow_another(x: torch.Tensor):
+    model = prepared("ue5m3")
+    for place, name in enumerate(("ue5m3", "fp8-delayed", "nvfp4")):
+        scaleprop.prepare_training(model, name, inner="eager")
+        got = step(model, x)
+        state = training_state(model).state_dict()
+        assert [int(value) for key, value in state.items() if key.endswith("step")] == [place]
+        if name == "fp8-delayed":  # what another recipe carried is of no use to it
+            same(got, step(prepared(name), x))
+
+
 @pytest.mark.parametrize("name", CARRIED)
 def test_a_skipped_backward_is_no_amax(name: str, x: torch.Tensor):
     model = prepared(name)
@@ -373,3 +405,37 @@ def test_copies_are_plain_models(x: torch.Tensor):
         assert torch.equal(made(x), want)
         with pytest.raises(ConfigError, match="was not given to"):
             training_state(made)
+
+
+class Grouped(nn.Module):
+    """Attention whose queries share keys and values by twos."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.pairs = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.out, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query = self.queries(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        key, value = self.pairs(x).unflatten(-1, (4, 8)).transpose(1, 2).chunk(2, 1)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True,
+                                                           enable_gqa=True)
+        return self.head(self.out(mixed.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_sizes_change_and_the_steps_are_counted_on(dynamic: bool | None):
+    carried = Operand(format="e4m3[tensor]*f32", scaling="delayed:4")
+    current = training_recipe("fp8-current")
+    recipe = current.replace(name="all", operands={
+        **dict.fromkeys(current.operands, carried), "attention.x": carried})
+    model, plain = prepared(recipe, Grouped, dynamic=dynamic), Grouped()
+    plain.load_state_dict(model.state_dict())
+    for place, (batch, tokens) in enumerate(((2, 16), (3, 16), (2, 24))):
+        x = torch.randn(batch, tokens, WIDTH)
+        for a, b in zip(step(model, x), step(plain, x), strict=True):
+            assert (a - b).norm() < 0.2 * b.norm() + 1e-4
+        state = training_state(model).state_dict()
+        assert [int(value) for key, value in state.items() if key.endswith("step")] == [place]
+        histories = [value for key, value in state.items() if "/" in key]
+        assert all(value.count_nonzero() == place + 1 for value in histories)
