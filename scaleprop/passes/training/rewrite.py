@@ -88,6 +88,11 @@ class Data:
 
 
 class Rewrite:
+    """A joint graph while its products are given quantized factors.
+
+    Made beside what it takes the place of, which ``replace`` takes out in the end.
+    """
+
     def __init__(self, graph: torch.fx.Graph, settings: Settings) -> None:
         self.graph = graph
         self.settings = settings
