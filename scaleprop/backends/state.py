@@ -211,7 +211,9 @@ class TrainingState:
 
         A pass that is run again for the backward one, as activation checkpointing does, is of the
         same step. One without gradients is of the step to come: reentrant checkpointing runs its
-        forward pass so, and the step is counted when that is run again.
+        forward pass so, and the step is counted when that is run again. What runs again is of the
+        latest step: of two that wait for their backward passes, one is recomputed with other random
+        numbers than it had.
         """
         step = self._steps.get(layer, -1)
         again = compat.in_backward()
