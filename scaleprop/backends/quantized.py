@@ -1,6 +1,6 @@
 """Training graphs whose products read quantized operands, see ``recipes.TrainingRecipe``.
 
-The graph is given three inputs of scaleprop's own, the step and the memory of amax; a run passes
+The graph is given four inputs of scaleprop's own, the step and the memory of amax; a run passes
 them in from the model's ``TrainingState``.
 """
 
