@@ -103,7 +103,8 @@ class ByHand:
         x = self.rotated(x, role, axis)
         x = estimators.forward(operand.estimator, x, operand.format, axis)
         if operand.rounding == "eden":
-            values, outer = eden_operand(x, operand.format, axis, self.bits(x, role, 16),
+            blocks = x.index_select(axis, torch.arange(0, x.shape[axis], 16))  # a number a block
+            values, outer = eden_operand(x, operand.format, axis, self.bits(blocks, role, 16),
                                          operand.hadamard)
             return values.float() * outer
         bits = None

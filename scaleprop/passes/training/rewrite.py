@@ -183,7 +183,8 @@ class Rewrite:
             value = self.call(ops.softened, (value, operand.estimator, operand.format, axis), at)
         dtype = exact_dtype(operand.format)
         if operand.rounding == "eden":
-            bits = self._bits(value, layer, role, _EDEN_BITS, at)
+            block = parse(operand.format).granularity.columns
+            bits = self._bits(value, layer, role, _EDEN_BITS, at, {axis: block})
             made = self.call(ops.eden_operand, (value, operand.format, axis, bits,
                                                 operand.hadamard, dtype), at)
         else:
@@ -200,10 +201,13 @@ class Rewrite:
         return Data(self.call(_GET, (made, 0), at), outer, operand.prescale)
 
     def _bits(
-        self, value: torch.fx.Node, layer: str, role: str, width: int, at: torch.fx.Node
+        self, value: torch.fx.Node, layer: str, role: str, width: int, at: torch.fx.Node,
+        blocks: Mapping[int, int] | None = None,
     ) -> torch.fx.Node:
-        """Random bits of each element; where it is in the whole batch is what they depend on."""
-        shape = [self.size(value, axis, at) for axis in (0, 1)]
+        """Random bits of each element, or of each block of so many along an axis; where it is in
+        the whole batch is what they depend on."""
+        shape = [self._blocks(self.size(value, axis, at), (blocks or {}).get(axis, 1), at)
+                 for axis in (0, 1)]
         first: Any = 0
         if self.settings.rank and not role.endswith(".w"):
             rank = self.settings.rank
@@ -211,6 +215,13 @@ class Rewrite:
                 operator.mul, (shape[0], rank), at)
         return self.call(ops.random_bits, (self.settings.step, shape, self.settings.seed,
                                            _stream(layer, role), width, first), at)
+
+    def _blocks(self, size: Any, block: int, at: torch.fx.Node) -> Any:
+        """How many blocks there are in a size, the last one broken or not."""
+        if isinstance(size, int) or block == 1:
+            return -(-size // block) if isinstance(size, int) else size
+        more = self.call(operator.add, (size, block - 1), at)
+        return self.call(operator.floordiv, (more, block), at)
 
     def size(self, value: torch.fx.Node, axis: int, at: torch.fx.Node) -> Any:
         """A size of a value; a node where it is symbolic."""
