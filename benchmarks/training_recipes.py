@@ -3,10 +3,10 @@
     python -m benchmarks.training_recipes [--seeds 3] [--steps 240] [--recipes mxfp8,nvfp4,…]
                                           [--redo] [--plot docs/training_recipes.svg]
 
-The model and text of ``examples/train_lm``, under bfloat16 autocast but for ``fp32``; the recipes of
-a seed start from the same weights and see the same tokens. Gap: of the validation loss at the end
-to that of ``bf16`` with the same seed, mean and standard error over seeds. Step time, forward and
-backward: ÷ that of ``bf16``, steps of both in turns, medians. Recipes that are done are not run
+The model and text of ``examples/train_lm``, under bfloat16 autocast but for ``fp32``. The recipes
+of a seed start from the same weights and see the same tokens. Gap: of the validation loss at the
+end to that of ``bf16`` with the same seed, mean and standard error over seeds. Step time, forward
+and backward: ÷ that of ``bf16``, steps of both in turns, medians. Recipes that are done are not run
 again unless ``--redo`` says so.
 """
 
