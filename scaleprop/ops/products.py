@@ -49,8 +49,8 @@ def gemm(a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
     """alpha·(a @ b), [m, k] × [k, n] of low-precision data, summed in float32, in ``dtype``."""
     if in_hardware(a, b):
         return scaled_gemm(a, b, alpha, dtype)
-    if alpha == 1.0 and a.dtype == b.dtype == dtype == torch.bfloat16:
-        return torch.mm(a, b)  # sums in float32 itself, in the matrix units of CPUs that have them
+    if alpha == 1.0 and a.dtype == b.dtype == dtype == torch.bfloat16 and a.device.type == "cpu":
+        return torch.mm(a, b)  # sums in float32, in the matrix units of CPUs that have them
     # alpha first: it is a power of two, and here it is part of the conversion
     return torch.mm(a.to(torch.float32) * alpha, b.to(torch.float32)).to(dtype)
 

@@ -10,7 +10,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scaleprop.errors import ConfigError
 from scaleprop.recipes.training import TrainingRecipe
@@ -18,6 +18,9 @@ from scaleprop.report.files import write_text
 from scaleprop.sweeps.overhead import Overhead
 from scaleprop.sweeps.runs import Outcome
 from scaleprop.sweeps.store import Store, key_of
+
+if TYPE_CHECKING:
+    from scaleprop.sweeps.effects import Effect
 
 _NUMBERS = ("loss", "loss_error", "gap", "gap_error", "gap_percent", "overhead", "operands",
             "passes", "rotations", "seconds_per_step")  # fmt: skip
@@ -162,6 +165,12 @@ class Sweep:
                 least = best
         return front
 
+    def effects(self) -> list[Effect]:
+        """What each value of an axis does, the others alike."""
+        from scaleprop.sweeps.effects import effects
+
+        return effects(self)
+
     def errors(self) -> list[tuple[Point, int, str]]:
         """(point, seed, traceback) of failed runs."""
         every = ([self.baseline] if self.baseline else []) + list(self.points)
@@ -240,12 +249,17 @@ class Sweep:
             return {"axes": dict(point.axes), "recipe": point.recipe.name, **numbers,
                     "runs": point.status(self.seeds)}
 
+        effects = [{**dataclasses.asdict(each), "percent": each.percent.value,
+                    "error": each.percent.error, "pairs": each.percent.count}
+                   for each in self.effects() if each.percent.count]
         known = bool(self.points) and all(point.overhead for point in self.points)
         return {
             "settings": dict(self.settings), "seeds": list(self.seeds),
             "baseline": None if self.baseline is None else entry(self.baseline),
             "combinations": [entry(point) for point in self.points],
             "pareto": [dict(point.axes) for point in self.pareto()] if known else None,
+            "effects": [{name: None if value != value else value for name, value in each.items()}
+                        for each in effects],
             "skipped": [{"axes": dict(axes), "reason": reason} for axes, reason in self.skipped]}
 
 

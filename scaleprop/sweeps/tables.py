@@ -26,6 +26,8 @@ NUMBERS = {
     "passes": "more traffic to quantize them, in readings of all factors in BF16",
     "rotations": "their work, of the products' operations",
 }
+EFFECTS = "What a change does to the loss, all else alike, mean ± standard error of pairs of runs"
+EFFECT_COLUMNS = ("axis", "value", "against", "loss", "pairs")
 
 
 def columns(sweep: Sweep) -> tuple[str, ...]:
@@ -74,6 +76,19 @@ def _mean(mean: Mean, sign: str) -> str:
     return shown if math.isnan(mean.error) else f"{shown} ± {mean.error:.4f}"
 
 
+def effect_rows(sweep: Sweep) -> list[tuple[str, ...]]:
+    """Cells of ``EFFECT_COLUMNS``, a row for every value that was compared."""
+    found: list[tuple[str, ...]] = []
+    for each in sweep.effects():
+        mean, lost = each.percent, f", {each.diverged} diverged" * bool(each.diverged)
+        change = f"{mean.value:+.2f}%" if mean.count else ""
+        if mean.count > 1:
+            change += f" ± {mean.error:.2f}"
+        if mean.count or each.diverged:
+            found.append((each.axis, each.value, each.against, change, f"{mean.count}{lost}"))
+    return found
+
+
 def markdown(sweep: Sweep) -> str:
     """The table, what its columns are, and what was skipped."""
     def line(parts: Sequence[str]) -> str:
@@ -81,7 +96,11 @@ def markdown(sweep: Sweep) -> str:
 
     headings = columns(sweep)
     ruler = "|" + "".join("---:|" if name in NUMBERS else "---|" for name in headings) + "\n"
-    return line(headings) + ruler + "".join(map(line, rows(sweep))) + _skipped(sweep)
+    text = line(headings) + ruler + "".join(map(line, rows(sweep)))
+    if changes := effect_rows(sweep):
+        text += (f"\n{EFFECTS}:\n\n" + line(EFFECT_COLUMNS) + "|---|---|---|---:|---:|\n"
+                 + "".join(map(line, changes)))
+    return text + _skipped(sweep)
 
 
 def _skipped(sweep: Sweep) -> str:
@@ -102,6 +121,8 @@ def show(sweep: Sweep, console: Console | None = None) -> None:
     console.print(_table(sweep, _DETAILS if narrow else ()))
     if narrow:
         console.print(f"{', '.join(_DETAILS)}: with {_WIDE} columns, or in a file", style="dim")
+    if changes := effect_rows(sweep):
+        console.print(_plain_table(EFFECTS, EFFECT_COLUMNS, changes))
     for axes, reason in sweep.skipped:
         console.print(f"skipped, {spelled(axes)}: {reason}", markup=False, highlight=False)
     for line in failures(sweep):
@@ -116,6 +137,19 @@ def failures(sweep: Sweep) -> list[str]:
         found.setdefault(last, []).append(f"{spelled(point.axes)}, seed {seed}")
     return [f"failed, {runs[0]}{f' and {len(runs) - 1} more' if len(runs) > 1 else ''}: {error}"
             for error, runs in found.items()]
+
+
+def _plain_table(title: str, headings: Sequence[str], body: Iterable[Sequence[str]]) -> Any:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for name in headings:
+        table.add_column(name, justify="right" if name in ("loss", "pairs") else "left")
+    for cells_ in body:
+        table.add_row(*map(escape, cells_))
+    return table
 
 
 def _table(sweep: Sweep, without: Sequence[str]) -> Any:

@@ -1,0 +1,53 @@
+"""What a change does whatever else is chosen: the main effects of a grid, axis by axis."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from scaleprop.sweeps.results import Mean, Point, Sweep
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """How much ``value`` changes the loss against the axis's first value.
+
+    percent: of the loss under that, over ``count`` pairs of runs which differ in the axis alone,
+    seed by seed; less than 0 is better. Its standard error takes the pairs for independent. Pairs
+    of which one diverged are left out, and counted.
+    """
+
+    axis: str
+    value: str
+    against: str
+    percent: Mean
+    diverged: int
+
+
+def effects(sweep: Sweep) -> list[Effect]:
+    """Every value of every axis but the first ones, in the order of the grid."""
+    points = {_key(point.axes): point for point in sweep.points}
+    found: list[Effect] = []
+    for axis in sweep.axes:
+        values = dict.fromkeys(point.axes[axis] for point in sweep.points if axis in point.axes)
+        first = next(iter(values), "")
+        for value in list(values)[1:]:
+            pairs = [(points[key], point) for point in sweep.points if point.axes.get(axis) == value
+                     if (key := _key({**point.axes, axis: first})) in points]
+            changes = [change for pair in pairs for change in _changes(*pair)]
+            finite = [change for change in changes if math.isfinite(change)]
+            found.append(Effect(axis, value, first, Mean.of(finite), len(changes) - len(finite)))
+    return found
+
+
+def _key(axes: Mapping[str, str]) -> frozenset[tuple[str, str]]:
+    return frozenset(axes.items())
+
+
+def _changes(before: Point, after: Point) -> list[float]:
+    """Of each seed that both ended, per cent; not finite where one diverged."""
+    losses = [(before.outcomes[seed].loss, after.outcomes[seed].loss)
+              for seed in before.outcomes.keys() & after.outcomes.keys()]
+    return [100.0 * (new / old - 1.0) if math.isfinite(old) else math.inf
+            for old, new in losses if not (math.isnan(old) or math.isnan(new))]
