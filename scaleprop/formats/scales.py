@@ -181,8 +181,9 @@ def find_two_level(grouped: Tensor, fmt: ScaledFormat, grouping: Grouping, amax:
                    tensor_amax: Tensor) -> Scales:
     """TransformerEngine's order of operations, in float32 whatever the data's dtype.
 
-    S = min(target·max/amax_t, FLT_MAX); block scale = RN(min(amax_b·(S·fl(1/max)), target));
-    data is multiplied by min(1/(block scale · (1/S)), FLT_MAX).
+    S = min(target·max/amax_t, FLT_MAX); block scale = RN(min(amax_b·(S·fl(1/max)), its largest));
+    data is multiplied by min(1/(block scale · (1/S)), FLT_MAX). Where amax_t is of other data, as
+    a held one, block scales go beyond the target: UE5M3's to 61440, E4M3's not, 448 is its largest.
     """
     item = fmt.element
     top = target(fmt)
@@ -197,7 +198,7 @@ def find_two_level(grouped: Tensor, fmt: ScaledFormat, grouping: Grouping, amax:
     def scales(block_amax: Tensor) -> Tensor:
         if fmt.rule in POWER_RULES or not fmt.scale.has_zero:
             return power_scale(block_amax * encode, fmt)
-        return round_scale((block_amax * per_amax).clamp(max=_ceiling(fmt)), fmt)
+        return round_scale(block_amax * per_amax, fmt)
 
     def complete(scale: Tensor) -> Scales:
         return Scales(scale, outer, None, (1.0 / (scale * decode)).clamp(max=FLT_MAX))
@@ -207,8 +208,7 @@ def find_two_level(grouped: Tensor, fmt: ScaledFormat, grouping: Grouping, amax:
 
     single = amax.to(torch.float32)
     if fmt.rule == "fouroversix":
-        six = round_scale(base.clamp(max=_ceiling(fmt)), fmt)
-        four = round_scale((base * 1.5).clamp(max=_ceiling(fmt)), fmt)
+        six, four = round_scale(base, fmt), round_scale(base * 1.5, fmt)
         return _in_memory(complete(torch.where(error(four) < error(six), four, six)), grouping)
     if fmt.rule == "mse":
         return _in_memory(complete(_search(single, scales, error, fmt)), grouping)
@@ -220,11 +220,6 @@ def _in_memory(scales: Scales, grouping: Grouping) -> Scales:
     assert scales.encode is not None and scales.tensor_scale is not None
     outer = scales.tensor_scale.as_strided((), ())
     return Scales(grouping.stored(scales.scale), outer, None, grouping.stored(scales.encode))
-
-
-def _ceiling(fmt: ScaledFormat) -> float:
-    """Where block scales under a tensor scale saturate: 448, also if four-over-six aims at 256."""
-    return max(_TARGETS.get(fmt.scale.name, 1.0), target(fmt))
 
 
 def _search(amax: Tensor, scales: Callable[[Tensor], Tensor], error: Callable[[Tensor], Tensor],

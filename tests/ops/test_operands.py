@@ -196,6 +196,20 @@ def test_a_given_amax_is_the_scale_of_the_whole_tensor():
     assert float(zero[1]) == 1.0
 
 
+def test_ue5m3_scales_have_room_above_a_held_amax():
+    """They aim at 448 of 61440: data that grew 128-fold since is rounded as it would have been
+    (Graphcore, 2026); E4M3 ends at 448."""
+    x = torch.randn(32, 64)
+    at_first = x.abs().max()
+    for name in ("fp4_ue5m3", "e2m1[16x16]*ue5m3*f32"):
+        before, outer = quantize_operand(x, name, 1, tensor_amax=at_first)
+        after, same = quantize_operand(x * 128, name, 1, tensor_amax=at_first)
+        assert torch.equal(after.float(), before.float() * 128) and outer == same
+        assert outer == at_first / 2688
+    values, _ = quantize_operand(x * 128, "nvfp4", 1, tensor_amax=at_first)
+    assert values.abs().max() == 448 * 6
+
+
 @pytest.mark.parametrize("name", ["fp8", "nvfp4", "nvfp4_2d", "fp8_e5m2"])
 def test_what_is_not_finite_is_seen_under_a_given_amax(name):
     for bad in (math.nan, math.inf, -math.inf):
