@@ -309,6 +309,30 @@ def test_parts_compiled_by_name_have_no_one_state(x: torch.Tensor):
         training_state(model)
 
 
+class Scaled(nn.Module):
+    """torch.addmm that multiplies its bias and its product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+        self.weight, self.bias = (nn.Parameter(torch.randn(shape))
+                                  for shape in ((WIDTH, WIDTH), (WIDTH,)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.addmm(self.bias, self.first(x), self.weight, beta=0.5, alpha=3.0))
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp8"])
+def test_a_product_with_alpha_and_beta_is_as_it_was_and_listed(name: str, x: torch.Tensor):
+    model = prepared(name, Scaled)
+    got = step(model, x)
+    torch.manual_seed(0)
+    for a, b in zip(got, step(Scaled(), x), strict=True):
+        assert (a - b).norm() <= 0.2 * b.norm()
+    (report,) = model.scale_report()  # type: ignore[operator]
+    assert "addmm with alpha or beta" in report.high.values()
+
+
 # --- what was and was not done --------------------------------------------------------------------
 
 

@@ -80,6 +80,9 @@ def find_products(graph: torch.fx.Graph, parameters: Collection[torch.fx.Node]) 
         if not is_float(node.meta["val"]):
             high[node] = f"its numbers are {node.meta['val'].dtype}, which has no scale"
             continue
+        if any(factor != 1 for factor in node.kwargs.values()):
+            high[node] = "addmm with alpha or beta"
+            continue
         sides = [source_of(node.args[place]) for place in FACTORS[node.target]]
         depends = [root in gradients for root, _ in sides]
         weights = [parameter_of(root) in parameters for root, _ in sides]
