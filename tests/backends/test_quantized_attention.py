@@ -107,6 +107,7 @@ BOOLEAN[3] = False  # attends to nothing
 @pytest.mark.parametrize("options", [
     {}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": BOOLEAN},
     {"attn_mask": torch.randn(TOKENS, TOKENS, generator=torch.Generator().manual_seed(3))},
+    {"attn_mask": torch.zeros(TOKENS, TOKENS).masked_fill(~BOOLEAN, -math.inf)},
     {"attn_mask": BOOLEAN.expand(BATCH, 1, TOKENS, TOKENS), "scale": 2.0}], ids=str)
 def test_attention_in_products_is_the_fused_one(options: dict[str, Any]):
     draw = torch.Generator().manual_seed(0)
@@ -138,3 +139,74 @@ def test_dropout_drops_weights():
     kept = found[found > 0]
     assert abs(len(kept) / found.numel() - 0.75) < 0.01
     torch.testing.assert_close(kept, torch.full_like(kept, 1 / TOKENS / 0.75))
+
+
+class Heads(nn.Module):
+    """torch's own layer, which Dynamo leaves whole."""
+
+    def __init__(self, weights: bool) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        self.weights = weights
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        found, _ = self.attend(x, x, x, need_weights=self.weights, attn_mask=mask)
+        return found.square().mean()
+
+
+class Linear(nn.Module):
+    """No softmax: one product reads another's result, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        query, key, value = self.all(x).chunk(3, -1)
+        scores = query @ key.mT if mask is None else \
+            torch.baddbmm(mask.float(), query, key.mT, beta=0.5, alpha=0.25)
+        return (scores @ value).square().mean()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("make", [lambda: Heads(False), lambda: Heads(True), Linear],
+                         ids=["heads", "weights", "linear"])
+def test_every_product_is_found_with_its_gradients_told(make: Any, masked: bool):
+    x = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1) if masked else None
+    torch.manual_seed(0)
+    plain = make()
+    plain(x, mask).backward()
+    torch.manual_seed(0)
+    model = scaleprop.prepare_training(make(), recipe(format="e4m3[tensor]*f32"), inner="eager")
+    model(x, mask).backward()
+    (report,) = model.scale_report()
+    assert sorted(each.role for each in report.quantized) == [
+        *["attention.dy"] * 4, *["attention.x"] * 8]
+    assert not [why for why in report.high.values() if "attention" in why or "batch" in why]
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert (a.grad - b.grad).norm() < 0.2 * b.grad.norm()
+
+
+def test_parts_of_a_model_round_by_numbers_of_their_own():
+    """Graphs are compiled one by one, each with attention that is its first."""
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = Linear(), Linear()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.first(x)
+            torch._dynamo.graph_break()
+            return torch.stack([first, self.last(x)])
+
+    torch._dynamo.reset()
+    model = Parts()
+    model.last.load_state_dict(model.first.state_dict())
+    scaleprop.prepare_training(model, recipe(format="nvfp4", rounding="stochastic:16"),
+                               inner="eager")
+    first, last = model(torch.randn(BATCH, TOKENS, WIDTH)).tolist()
+    assert first != last
+    assert len({each.layer for report in model.scale_report()  # type: ignore[operator]
+                for each in report.quantized}) == 2 * len(model.scale_report()[0].quantized)

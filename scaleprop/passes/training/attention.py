@@ -9,7 +9,8 @@ there something to quantize. Rows of all members of a batch are the rows of one 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import types
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def in_products(
         value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
     factor = 1.0 / math.sqrt(query.size(-1)) if scale is None else scale
     scores = query @ key.transpose(-2, -1) * factor
+    masked = attn_mask is not None
     if is_causal:
         rows, columns = scores.shape[-2:]
         attn_mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
@@ -44,18 +46,32 @@ def in_products(
         scores = scores.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    weights = scores.softmax(-1)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        # a query that may attend to nothing gets zeros, as from the fused operator
-        weights = weights.masked_fill(~attn_mask.any(-1, keepdim=True), 0.0)
+    # a query that may attend to nothing gets zeros, as from the fused operator
+    weights = aten._safe_softmax.default(scores, -1) if masked else scores.softmax(-1)
     return F.dropout(weights, dropout_p) @ value if dropout_p else weights @ value
+
+
+def _with_attention_in_products(function: Any) -> Any:
+    """A copy of a function of ``torch.nn.functional`` that finds ``in_products`` where the fused
+    attention is."""
+    found = {**vars(F), "scaled_dot_product_attention": in_products}
+    made = types.FunctionType(function.__code__, found, function.__name__, function.__defaults__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    found[function.__name__] = made  # which it calls again, where a mode looks on
+    return made
+
+
+_SPELLED: Mapping[Any, Any] = {
+    F.scaled_dot_product_attention: in_products,
+    # Dynamo leaves it whole
+    F.multi_head_attention_forward: _with_attention_in_products(F.multi_head_attention_forward)}
 
 
 def spell_attention(module: torch.fx.GraphModule) -> None:
     """Replace, in place, fused attention of a Dynamo graph by ``in_products``."""
     for node in module.graph.nodes:
-        if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
-            node.target = in_products
+        if node.op == "call_function":
+            node.target = _SPELLED.get(node.target, node.target)
     module.recompile()
 
 
@@ -66,26 +82,47 @@ def quantize_attention(
     the products."""
     if not any(role in work.settings.operands for role in ROLES):
         return []
+    sums = _take_sums_apart(graph, parameters, work)
     gradients = gradient_values(graph)
     multiplied: set[torch.fx.Node] = set()  # what forward products read
-    found: list[torch.fx.Node] = []
+    found: list[tuple[torch.fx.Node, list[str]]] = []
     for node in graph.find_nodes(op="call_function", target=_BMM):
         sources = {source_of(factor)[0] for factor in node.args if factor not in gradients}
         if not is_float(node.meta["val"]) or not sources:
             continue
-        if len([factor for factor in node.args if factor in gradients]) == 1:
+        kinds = ["dy" if factor in gradients else "x" for factor in node.args]
+        if "dy" in kinds:
             if sources <= multiplied:
-                found.append(node)
+                found.append((node, kinds))
         elif not any(parameter_of(source) in parameters for source in sources):
             multiplied |= sources
-            found.append(node)
-    for place, node in enumerate(found):
-        left, right = (_read(work, node, number, f"attention{place}",
-                             "dy" if factor in gradients else "x")
-                       for number, factor in enumerate(node.args))
+            found.append((node, kinds))
+    # of the graph: others of the model have attention too
+    first = next((work.settings.names[node] for node in graph.find_nodes(op="placeholder")
+                  if node in parameters and node in work.settings.names), "")
+    for place, (node, kinds) in enumerate(found):
+        left, right = (_read(work, node, number, f"attention{place} of {first}", kind)
+                       for number, kind in enumerate(kinds))
         result = work.call(_BMM, (left.node, right.node), node)
         result = work.restored(result, (left, right), node.meta["val"].dtype, node)
         node.replace_all_uses_with(result)
+    return [*sums, *(node for node, _ in found)]
+
+
+def _take_sums_apart(
+    graph: torch.fx.Graph, parameters: Collection[torch.fx.Node], work: Rewrite
+) -> list[torch.fx.Node]:
+    """beta·c + alpha·a·b as a product and a sum, c being a mask; what these take the place of."""
+    found = [node for node in graph.find_nodes(op="call_function", target=aten.baddbmm.default)
+             if not any(parameter_of(source_of(factor)[0]) in parameters
+                        for factor in node.args[1:3])]
+    for node in found:
+        parts = [work.call(_BMM, node.args[1:3], node), node.args[0]]
+        for place, name in enumerate(("alpha", "beta")):
+            if node.kwargs.get(name, 1) != 1:
+                parts[place] = work.call(aten.mul.Tensor, (parts[place], node.kwargs[name]), node)
+        node.replace_all_uses_with(work.call(aten.add.Tensor, tuple(parts), node))
+        graph.erase_node(node)
     return found
 
 
