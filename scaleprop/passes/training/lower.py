@@ -22,12 +22,12 @@ from typing import Any
 import torch
 import torch.fx
 
-from scaleprop import _torch_compat as compat
 from scaleprop import ops
 from scaleprop.errors import ConfigError
 from scaleprop.ops.products import float_element
 from scaleprop.passes.exponents import carry, most
 from scaleprop.passes.exponents.facts import is_float
+from scaleprop.passes.training.calls import call
 from scaleprop.passes.training.choice import (
     MOST,
     common_exponent,
@@ -369,12 +369,7 @@ class _Lowering:
         place = self.graph.inserting_before(at) if after is None else \
             self.graph.inserting_after(after)
         with place:
-            node = self.graph.call_function(target, args, dict(kwargs or {}))
-        given: Any = torch.fx.map_arg((args, kwargs or {}), lambda n: n.meta["val"])  # type: ignore[arg-type]
-        with compat.fake_mode_of(self.graph):
-            node.meta = {**at.meta, "val": target(*given[0], **given[1])}
-        node.meta.pop("tensor_meta", None)
-        return node
+            return call(self.graph, target, args, at, kwargs)
 
 
 def _values(node: torch.fx.Node) -> list[torch.Tensor]:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.fx
 
-from scaleprop import _torch_compat as compat
 from scaleprop import ops
 from scaleprop.formats import parse
 from scaleprop.formats.rounding import parse_rounding
@@ -24,6 +23,7 @@ from scaleprop.formats.scaled import PLAIN
 from scaleprop.formats.scales import target
 from scaleprop.ops.estimators import parse_estimator
 from scaleprop.ops.operands import exact_dtype
+from scaleprop.passes.training.calls import call
 from scaleprop.passes.training.matrices import Layer, Matrix, operand_matrix
 from scaleprop.passes.training.memory import Memory
 from scaleprop.passes.training.roles import Product
@@ -373,12 +373,7 @@ class Rewrite:
     ) -> torch.fx.Node:
         """A call that takes its provenance from ``at``, before it or another ``place``."""
         with self.graph.inserting_before(place or at):
-            node = self.graph.call_function(target, args, dict(kwargs or {}))
-        given: Any = torch.fx.map_arg((args, kwargs or {}), lambda n: n.meta["val"])  # type: ignore[arg-type]
-        with compat.fake_mode_of(self.graph):
-            node.meta = {**at.meta, "val": target(*given[0], **given[1])}
-        node.meta.pop("tensor_meta", None)
-        return node
+            return call(self.graph, target, args, at, kwargs)
 
 
 def _symmetric(operand: Operand) -> bool:
