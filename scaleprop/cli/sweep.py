@@ -12,8 +12,9 @@ import click
 
 from scaleprop.errors import ConfigError
 from scaleprop.recipes.training import SCHEMA_VERSION, TrainingRecipe
+from scaleprop.report.files import check_writable, write_text
 from scaleprop.sweeps import Sweep, sweep
-from scaleprop.sweeps.picture import SUFFIXES
+from scaleprop.sweeps.picture import check_drawable
 
 _FAILED = 1  # exit status where runs failed
 _NOT_IN_FILES = ("fresh", "progress")
@@ -27,12 +28,15 @@ def run_sweep(
     """Run or load a sweep, write what is asked for, print it; returns the exit status.
 
     Raises:
-        ConfigError: where there is not one of ``config`` and ``shown``, or they make no sense.
+        ConfigError: where there is not one of ``config`` and ``shown``, they make no sense, or a
+            file could not be written. BackendUnavailable: for pictures without matplotlib.
     """
     if (config is None) == (shown is None):
         raise ConfigError("scaleprop sweep takes a .toml file, or --show and the file of runs")
-    if plot is not None and plot.suffix.lower() not in SUFFIXES:  # now, not after hours
-        raise ConfigError(f"--plot {str(plot)!r}: one of {', '.join(SUFFIXES)}")
+    for file in filter(None, (csv_path, plot, markdown)):  # now, not after hours
+        check_writable(file)
+    if plot is not None:
+        check_drawable(plot)
     if shown is not None:
         found = Sweep.load(shown)
     else:
@@ -49,8 +53,6 @@ def _report(
     found: Sweep, csv_path: Path | None, plot: Path | None, markdown: Path | None,
     emit: Callable[[Any], None] | None,
 ) -> None:
-    from scaleprop.report.files import write_text
-
     if csv_path is not None:
         found.to_csv(csv_path)
     if plot is not None:

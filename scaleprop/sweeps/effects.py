@@ -13,9 +13,9 @@ from scaleprop.sweeps.results import Mean, Point, Sweep
 class Effect:
     """How much ``value`` changes the loss against the axis's first value.
 
-    percent: of the loss under that, over ``count`` pairs of runs which differ in the axis alone,
-    seed by seed; less than 0 is better. Its standard error takes the pairs for independent. Pairs
-    of which one diverged are left out, and counted.
+    percent: of that loss's size, over ``count`` pairs of runs which differ in the axis alone, seed
+    by seed; less than 0 is better. Its standard error takes the pairs for independent. Pairs of
+    which one diverged are left out, and counted; a loss of 0 has no per cent.
     """
 
     axis: str
@@ -49,5 +49,5 @@ def _changes(before: Point, after: Point) -> list[float]:
     """Of each seed that both ended, per cent; not finite where one diverged."""
     losses = [(before.outcomes[seed].loss, after.outcomes[seed].loss)
               for seed in before.outcomes.keys() & after.outcomes.keys()]
-    return [100.0 * (new / old - 1.0) if math.isfinite(old) else math.inf
-            for old, new in losses if not (math.isnan(old) or math.isnan(new))]
+    return [100.0 * (new - old) / abs(old) if math.isfinite(old) else math.inf
+            for old, new in losses if old and not (math.isnan(old) or math.isnan(new))]

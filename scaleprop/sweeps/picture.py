@@ -84,11 +84,29 @@ def _place(sweep: Sweep, point: Point) -> tuple[float, float, float]:
     return cost, value, 0.0 if math.isnan(mean.error) else mean.error * unit
 
 
-def plot(sweep: Sweep, path: str | os.PathLike[str], color: str | None) -> None:
-    """See ``Sweep.plot``."""
+def check_drawable(path: str | os.PathLike[str]) -> str:
+    """The suffix of ``path``; raises what ``Sweep.plot`` raises for it."""
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise ConfigError(f"a sweep is drawn as {', '.join(SUFFIXES)}, not as {str(path)!r}")
+    if suffix != ".html":
+        _matplotlib()
+    return suffix
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise BackendUnavailable(f"pictures are drawn with matplotlib: "
+                                 f"{install_command('matplotlib')}; an .html page does without"
+                                 ) from error
+    return mpl
+
+
+def plot(sweep: Sweep, path: str | os.PathLike[str], color: str | None) -> None:
+    """See ``Sweep.plot``."""
+    suffix = check_drawable(path)
     shown = drawing(sweep, color)
     if suffix == ".html":
         from scaleprop.sweeps.page import render
@@ -99,12 +117,7 @@ def plot(sweep: Sweep, path: str | os.PathLike[str], color: str | None) -> None:
 
 
 def _picture(shown: Drawing, kind: str) -> bytes:
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise BackendUnavailable(f"pictures are drawn with matplotlib: "
-                                 f"{install_command('matplotlib')}; an .html page does without"
-                                 ) from error
+    mpl = _matplotlib()
     from matplotlib.figure import Figure  # no pyplot: no global state, no window system
 
     buffer = io.BytesIO()

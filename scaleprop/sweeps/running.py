@@ -89,7 +89,7 @@ def sweep(
     """
     settings = Settings(
         factory=factory, data=data, validation=validation, loss=loss, optimizer=optimizer,
-        steps=steps, learning_rate=learning_rate, clip=clip, options=dict(options or {}))
+        steps=steps, learning_rate=learning_rate, clip=clip, options=options or {})
     identity = settings.identity() if path is not None else _nameless(settings)
     base = None if baseline is None else training_recipe(baseline)
     grid = combinations(training_recipe(recipe), axes)
@@ -121,7 +121,8 @@ def _nameless(settings: Settings) -> dict[str, Any]:
 
 
 def _seeds(seeds: int | Sequence[int]) -> list[int]:
-    found = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    found = list(range(seeds)) if isinstance(seeds, int) else (
+        list(seeds) if isinstance(seeds, Sequence) else [])  # pyright: ignore[reportUnnecessaryIsInstance]
     whole = all(isinstance(seed, int) and seed >= 0 for seed in found)  # pyright: ignore[reportUnnecessaryIsInstance]
     if not found or not whole or len(set(found)) < len(found):
         raise ConfigError(f"seeds={seeds!r}: how many, at least 1, or different whole numbers")
@@ -144,11 +145,22 @@ def _tasks(
 
 
 def _gemms(settings: Settings, seed: int, recipes: Sequence[TrainingRecipe]) -> tuple[Gemm, ...]:
-    """The products of a step, read off a model that is thrown away."""
+    """The products of a step, read off a model that is thrown away.
+
+    Raises:
+        ConfigError: where the model or its data cannot be made, or do not fit each other.
+    """
     rules = {rule for recipe in recipes for rule in recipe.high}
-    with torch.random.fork_rng():
-        batch = next(settings.batches(seed))
-        return gemms_of(settings.model(seed), lambda model: settings.loss_of(model, batch), rules)
+    try:
+        with torch.random.fork_rng():
+            batch = next(settings.batches(seed))
+            return gemms_of(settings.model(seed), lambda model: settings.loss_of(model, batch),
+                            rules)
+    except ScalePropError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"no step can be made to be counted, {type(error).__name__}: {error}. "
+                          "Remedy: a factory and data that train without scaleprop, too") from error
 
 
 def _given(shapes: Sequence[tuple[int, int, int]]) -> list[Gemm]:
@@ -158,6 +170,8 @@ def _given(shapes: Sequence[tuple[int, int, int]]) -> list[Gemm]:
         ConfigError: for what is no shape.
     """
     found: list[Gemm] = []
+    if not isinstance(shapes, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"shapes: {shapes!r} is not a list of (tokens, outputs, inputs)")
     for place, shape in enumerate(shapes):
         sizes = list(shape) if isinstance(shape, Sequence) else []  # pyright: ignore[reportUnnecessaryIsInstance]
         if len(sizes) != 3 or not all(isinstance(size, int) for size in sizes):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -18,9 +19,12 @@ from typing import Any
 import torch
 
 from scaleprop.errors import ConfigError
+from scaleprop.training import prepare_training
 
 Function = Callable[..., Any] | str
 _FUNCTIONS = ("factory", "data", "validation", "loss", "optimizer")
+_OPTIONS = tuple(name for name in inspect.signature(prepare_training).parameters
+                 if name not in ("model", "recipe"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,9 @@ class Settings:
             raise ConfigError(f"learning_rate={self.learning_rate!r}: above 0")
         if self.clip is not None and not _is_positive(self.clip):
             raise ConfigError(f"clip={self.clip!r}: above 0, or None")
+        if not isinstance(self.options, Mapping) or set(self.options) - set(_OPTIONS):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"options={self.options!r}: a table of what prepare_training takes; "
+                              f"known: {', '.join(_OPTIONS)}")
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a finished run to be the one that is wanted, as plain data.

@@ -249,7 +249,7 @@ def _check_same(
               for name in sorted({*stored, *asked}) if stored.get(name) != asked.get(name)]
     if differ:
         raise ConfigError(f"{path} holds another sweep: {'; '.join(differ)}. Remedy: another path, "
-                          "or fresh=True to forget its runs")
+                          "or fresh=True (--fresh) to forget its runs")
 
 
 def key_of(identity: Mapping[str, Any], recipe: TrainingRecipe, seed: int) -> str:

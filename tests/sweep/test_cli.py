@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,10 @@ def test_runs_that_fail_have_an_exit_status(config: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "takes a .toml file, or --show"), (["config.toml", "--show", "x"], "takes a .toml file"),
     (["missing.toml"], "cannot read 'missing.toml'"), (["--show", "none.sqlite"], "no sweep"),
-    (["config.toml", "--plot", "x.pdf"], "one of .svg, .png, .html"),
+    (["config.toml", "--plot", "x.pdf"], "drawn as .svg, .png, .html"),
+    (["config.toml", "--csv", "missing/x.csv"], "create the folder 'missing'"),
+    (["config.toml", "--plot", "missing/x.html"], "create the folder 'missing'"),
+    (["config.toml", "--markdown", "."], "it is a folder"),
     (["config.toml", "--jobs", "0"], "a number of processes"),
 ])
 def test_what_is_refused(
@@ -77,6 +81,24 @@ def test_what_is_refused(
 ):
     assert main(["sweep", *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert not Path("sweep.sqlite").exists(), "before anything is run"
+
+
+def test_pictures_are_refused_before_hours_of_training(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["sweep", str(config), "--plot", "x.svg"]) == 2
+    assert 'pip install "scaleprop[report]"' in capsys.readouterr().err
+    assert not Path("sweep.sqlite").exists()
+
+
+def test_a_factory_that_raises_is_refused_by_name(
+    config: Path, capsys: pytest.CaptureFixture[str]
+):
+    config.write_text(CONFIG.replace("tiny:factory", "tiny:unmade"))
+    assert main(["sweep", str(config)]) == 2
+    assert "RuntimeError: no model today" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "message"), [

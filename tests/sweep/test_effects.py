@@ -63,6 +63,12 @@ def test_what_diverged_has_no_partner_or_did_not_run_does_not_count():
     assert sweep_of(point({"x": "0"}, 1.0), point({"x": "1"})).effects()[0].percent.count == 0
 
 
+def test_losses_below_zero_and_of_zero():
+    """Less is better whatever the sign, and nothing is a part of zero."""
+    effect = sweep_of(point({"x": "0"}, -2.0, 0.0), point({"x": "1"}, -3.0, 1.0)).effects()[0]
+    assert (effect.percent.value, effect.percent.count) == (-50.0, 1)
+
+
 def test_tables_and_json_show_them():
     grid = sweep_of(point({"x[": "0"}, 2.0, 2.0), point({"x[": "1"}, 1.0, 1.2))
     row = "| x[ | 1 | 0 | -45.00% ± 5.00 | 2 |"

@@ -327,7 +327,13 @@ def test_a_process_that_dies_has_a_name(monkeypatch: Any):
     ({"baseline": "bf61"}, "unknown training recipe 'bf61'"),
     ({"axes": {"fprop.q": [1]}}, "nothing of a recipe is called"), ({"axes": [1]}, "axes="),
     ({"options": {"inner": {1}}}, "options="), ({"shapes": [(1, 2)]}, r"\(1, 2\) is not"),
+    ({"options": {"innr": "eager"}}, r"'innr'.*known: inner, exponents, seed, dynamic, fullgraph"),
+    ({"options": {"recipe": "fp8"}}, "prepare_training takes; known: inner"),
+    ({"options": "eager"}, "options='eager'"), ({"seeds": 1.5}, "seeds=1.5"),
     ({"shapes": [(0, 1, 1)]}, "at least 1"), ({"shapes": [3]}, "shapes: 3 is not"),
+    ({"shapes": 3}, "shapes: 3 is not a list"),
+    ({"factory": "tests.sweep.tiny:unmade"}, "RuntimeError: no model today. Remedy"),
+    ({"data": lambda seed: [(torch.zeros(2, 3), torch.zeros(2, 3))]}, "no step can be made"),
 ])
 def test_arguments_that_make_no_sense(changes: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):

@@ -36,6 +36,10 @@ def factory() -> nn.Module:
     return Model()
 
 
+def unmade() -> nn.Module:
+    raise RuntimeError("no model today")
+
+
 def sized(width: int) -> nn.Module:
     return Model(width)
 
