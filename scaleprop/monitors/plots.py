@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from scaleprop.errors import BackendUnavailable, ConfigError
 from scaleprop.extras import install_command
 from scaleprop.monitors.records import Measurement
+from scaleprop.report.files import write_bytes
 
+_SUFFIXES = (".svg", ".png", ".pdf")
 _COLUMNS = 3
 _FAINT = 1e-3  # the share that has the last colour: tails are what underflows and saturates
 
@@ -22,8 +26,12 @@ def plot_scales(records: Sequence[Measurement], path: str | PathLike[str]) -> No
     et al., arXiv:2309.17224). The ending of ``path`` says how: .svg, .png, .pdf.
 
     Raises:
-        ConfigError: without any scale. BackendUnavailable: without matplotlib.
+        ConfigError: without any scale, for another ending, or a path that cannot be written.
+        BackendUnavailable: without matplotlib.
     """
+    kind = Path(path).suffix.lower()
+    if kind not in _SUFFIXES:
+        raise ConfigError(f"scales are drawn as {', '.join(_SUFFIXES)}, not as {str(path)!r}")
     shares = exponent_shares(records)
     if not shares:
         raise ConfigError("no scales were measured: nothing to plot. Remedy: monitor.step(*batch) "
@@ -42,7 +50,9 @@ def plot_scales(records: Sequence[Measurement], path: str | PathLike[str]) -> No
     for panel in panels[len(shares):]:
         panel.set_axis_off()
     figure.colorbar(meshes[0], ax=panels, label="share of blocks")
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind.removeprefix("."))
+    write_bytes(path, drawn.getvalue())
 
 
 def exponent_shares(
@@ -73,7 +83,7 @@ def _draw(panel: Any, role: str, found: Mapping[int, Mapping[int, float]]) -> An
                linewidth=1.0, label="median")
     panel.set(title=role, xlabel="step", ylabel="⌊log₂ scale⌋")
     for axis in (panel.xaxis, panel.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return mesh
 
 

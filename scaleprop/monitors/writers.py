@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from scaleprop.errors import BackendUnavailable, ConfigError
 from scaleprop.extras import install_command
 from scaleprop.monitors.records import GradientRecord, Measurement, OperandRecord
+from scaleprop.report.files import check_writable
 
 _GRADIENT = "gradient"  # the role of rows that are gradients
 _OPERAND = tuple(field.name for field in dataclasses.fields(OperandRecord))
@@ -34,8 +35,10 @@ class CsvWriter:
     added to what the file holds. ``exponents``: ``-3:40 -2:8``. Floats are written exactly."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        """Raise ``ConfigError`` where the file is there and has other columns."""
+        """Raise ``ConfigError`` where the file cannot be written, or is there and has other
+        columns."""
         self._path = Path(path)
+        check_writable(self._path)
         if self._has_rows:
             _check(self._path)
 
@@ -77,26 +80,32 @@ def read_csv(path: str | PathLike[str]) -> list[Measurement]:
     """What a ``CsvWriter`` wrote, to plot or to go on with.
 
     Raises:
-        ConfigError: where there is no such file, or it has other columns.
+        ConfigError: where there is no such file, or it has other columns or a row cut short.
     """
     if not Path(path).is_file():
         raise ConfigError(f"{path} is no file")
     _check(Path(path))
     found: dict[int, tuple[list[OperandRecord], list[GradientRecord]]] = {}
     with Path(path).open(newline="") as file:
-        for row in csv.DictReader(file):
+        for number, row in enumerate(csv.DictReader(file), 2):
+            try:
+                record = _read(row)
+            except (TypeError, ValueError, AttributeError) as error:
+                raise ConfigError(f"{path}: row {number} is cut short or no measurement: {error}. "
+                                  "Remedy: take it out") from error
             operands, gradients = found.setdefault(int(row["step"]), ([], []))
-            if row["role"] == _GRADIENT:
-                gradients.append(GradientRecord(
-                    parameter=row["layer"], cosine=float(row["cosine"]),
-                    norm_ratio=float(row["norm_ratio"])))
+            if isinstance(record, GradientRecord):
+                gradients.append(record)
             else:
-                operands.append(_read(row))
+                operands.append(record)
     return [Measurement(step=step, operands=tuple(operands), gradients=tuple(gradients))
             for step, (operands, gradients) in found.items()]
 
 
-def _read(row: Mapping[str, str]) -> OperandRecord:
+def _read(row: Mapping[str, str]) -> OperandRecord | GradientRecord:
+    if row["role"] == _GRADIENT:
+        return GradientRecord(parameter=row["layer"], cosine=float(row["cosine"]),
+                              norm_ratio=float(row["norm_ratio"]))
     numbers: dict[str, Any] = {name: float(row[name]) if row[name] else None for name in _NUMBERS}
     pairs = (pair.split(":") for pair in row["exponents"].split())
     return OperandRecord(layer=row["layer"], role=row["role"], format=row["format"],
@@ -108,13 +117,18 @@ class TensorBoardWriter:
     ``<role>/exponents/<layer>``."""
 
     def __init__(self, folder: str | PathLike[str]) -> None:
-        """Raise ``BackendUnavailable`` without the package tensorboard."""
+        """Raise ``BackendUnavailable`` without the package tensorboard, ``ConfigError`` where
+        ``folder`` cannot be made."""
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
             raise BackendUnavailable("TensorBoardWriter needs the package tensorboard. Remedy: "
                                      f"{install_command('tensorboard')}") from error
-        self._writer: Any = SummaryWriter(str(folder))
+        try:
+            self._writer: Any = SummaryWriter(str(folder))
+        except OSError as error:
+            raise ConfigError(f"cannot write to the folder {str(folder)!r}: {error.strerror}. "
+                              "Remedy: one that can be made, or is there") from error
 
     def write(self, measurement: Measurement) -> None:
         """Add a measurement, at its step."""

@@ -66,6 +66,26 @@ def test_another_file_is_not_added_to(tmp_path: Path) -> None:
         read_csv(tmp_path / "none.csv")
 
 
+def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
+    """Before a run, not at its first measurement."""
+    for path in (tmp_path / "missing" / "run.csv", tmp_path):
+        with pytest.raises(ConfigError, match="cannot write"):
+            CsvWriter(path)
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write to the folder"):
+        TensorBoardWriter(tmp_path / "file")
+
+
+@pytest.mark.parametrize("end", ["5,layer,fprop.w,nvfp4,0.", "5", "5,layer,gradient,,,"])
+def test_a_row_that_was_cut_short_is_refused(end: str, tmp_path: Path) -> None:
+    CsvWriter(tmp_path / "run.csv").write(RUN[0])
+    with (tmp_path / "run.csv").open("a") as file:
+        file.write(end)
+    with pytest.raises(ConfigError, match="row 5 is cut short"):
+        read_csv(tmp_path / "run.csv")
+
+
 def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -114,6 +134,11 @@ def test_the_plot_has_a_panel_a_role(run: list[Measurement], tmp_path: Path) -> 
 def test_plots_that_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no scales were measured"):
         plot_scales([], tmp_path / "scales.svg")
+    with pytest.raises(ConfigError, match=r"drawn as \.svg, \.png, \.pdf, not as"):
+        plot_scales(RUN, tmp_path / "scales.gif")
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ConfigError, match="cannot write"):
+        plot_scales(RUN, tmp_path / "missing" / "scales.svg")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(BackendUnavailable, match=r'pip install "scaleprop\[report\]"'):
         plot_scales(RUN, tmp_path / "scales.svg")
