@@ -18,7 +18,7 @@ and f' the estimate of Q':
 `absmax` (R. Hu et al., arXiv:2509.17791; x̂ = d·Q(x/d), d = amax/max). Choices: elements that tie
 for the amax share its gradient equally, as ``torch.amax`` has it; a scale is rounded straight
 through (slope 1) to a float format, but has slope 0 where it is rounded to a power of two, where it
-stopped at a bound, and where it was given; the scale of the whole tensor in two-level formats is a
+stopped at a bound, and where it was given, or its amax; the scale of the whole tensor in two-level formats is a
 constant; scales that were searched for (mse, four-over-six) grow with the amax, the winner held. Q
 is to nearest, whatever the rounding forward: stochastic rounding makes the expected sum 0.
 
@@ -49,25 +49,34 @@ from scaleprop.formats.grouping import Grouping
 from scaleprop.formats.quantize import check_input
 from scaleprop.formats.rounding import Rounding, nearest, power_below
 from scaleprop.formats.scaled import POWER_RULES, ScaledFormat, parse
-from scaleprop.formats.scales import Scales, find_scales, given_scales
+from scaleprop.formats.scales import Scales, find_scales, given_scales, target
 
 DGE_CLIP = 3.0  # arXiv:2501.17116
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """What is done to ``x`` (float32 or float64, grouped): format, groups, scales if given."""
+    """What is done to ``x`` (float32 or float64, grouped): format, groups, scales if given; the
+    rest as in ``operands.quantize_operand``."""
 
     x: Tensor
     fmt: ScaledFormat
     grouping: Grouping
     given: Sequence[Tensor] | None
+    tensor_amax: Tensor | None = None
+    headroom: float = 1.0
+    prescale: float = 1.0
 
     def scales(self) -> Scales:
         """As ``quantize`` finds or is given them."""
         if self.given is not None:
             return given_scales(self.given, self.x, self.fmt, self.grouping)
-        return find_scales(self.x, self.fmt, self.grouping)
+        return find_scales(self.x, self.fmt, self.grouping, self.tensor_amax, self.headroom)
+
+    def units(self, scales: Scales) -> Tensor:
+        """u, what is rounded."""
+        units = scales.normalize(self.x)
+        return units if self.prescale == 1.0 else units * self.prescale
 
     def ends(self, scales: Scales) -> tuple[Tensor | float, Tensor | float]:
         """The range of u = x/scale beyond which codes saturate."""
@@ -105,14 +114,14 @@ def _ste(gradient: Tensor, quantizer: Quantizer, _: float) -> Tensor:
 def _clipped(gradient: Tensor, quantizer: Quantizer, _: float) -> Tensor:
     scales = quantizer.scales()
     low, high = quantizer.ends(scales)
-    units = scales.normalize(quantizer.x)
+    units = quantizer.units(scales)
     return gradient * (~((units < low) | (units > high))).to(gradient.dtype)
 
 
 def _clipped_open(gradient: Tensor, quantizer: Quantizer, _: float) -> Tensor:
     scales = quantizer.scales()
     low, high = quantizer.ends(scales)
-    units = scales.normalize(quantizer.x)
+    units = quantizer.units(scales)
     return gradient * (~((units <= low) | (units >= high))).to(gradient.dtype)
 
 
@@ -123,30 +132,35 @@ def _absmax(gradient: Tensor, quantizer: Quantizer, through: bool) -> Tensor:
         raise ConfigError(f"estimator 'absmax' is for scales that follow amax, which those of "
                           f"{str(fmt)!r} do not: use 'clipped'")
     scales = quantizer.scales()
-    units = scales.normalize(x)
+    units = quantizer.units(scales)
     outside = (units < fmt.element.min) | (units > fmt.element.max)
     size = x.abs()
     amax = grouping.reduce(torch.amax, size)
     error = nearest(units, fmt.element) - torch.where(outside, 0.0, units)
-    total = grouping.reduce(torch.sum, gradient * error)
+    total = grouping.reduce(torch.sum, gradient * error) * (1.0 / quantizer.prescale)
     largest = (size == amax).to(gradient.dtype)
     share = largest * torch.sign(x) / grouping.reduce(torch.sum, largest)
-    slope = torch.zeros_like(amax) if quantizer.given is not None else (
-        _scale_slope(scales, amax, fmt, through))
+    slope = _scale_slope(scales, amax, quantizer, through)
     return gradient * (~outside).to(gradient.dtype) + share * (slope * total)
 
 
-def _scale_slope(scales: Scales, amax: Tensor, fmt: ScaledFormat, through: bool) -> Tensor:
-    """∂d/∂amax of each group's scale d (both levels); NaN where d is."""
+def _scale_slope(scales: Scales, amax: Tensor, quantizer: Quantizer, through: bool) -> Tensor:
+    """∂d/∂amax of each group's scale d (both levels); NaN where d is, 0 where it is given."""
+    fmt, whole = quantizer.fmt, quantizer.tensor_amax
+    if quantizer.given is not None or (whole is not None and not fmt.two_level):
+        return torch.zeros_like(amax)
     scale = scales.scale if scales.tensor_scale is None else scales.scale * scales.tensor_scale
     ratio = torch.where(amax == 0, 0.0, scale / amax)
     if fmt.rule in POWER_RULES or not fmt.scale.has_zero:
         return ratio if through else ratio * 0.0
     if fmt.rule != "exact":
         return ratio
-    exact = 1.0 / fmt.element.max
+    exact = quantizer.headroom / fmt.element.max
     if fmt.two_level:
-        return ratio * 0.0 + exact
+        if whole is None:
+            return ratio * 0.0 + exact
+        stopped = amax > whole * (fmt.scale_bound / target(fmt))  # beyond the largest block scale
+        return torch.where(stopped, 0.0, ratio * 0.0 + exact)
     fixed = (amax * exact > fmt.scale_bound) | (ratio > 2.0 * exact)  # at a bound; 1.0 for 0
     return torch.where(fixed, 0.0, ratio * 0.0 + exact)
 
@@ -165,7 +179,7 @@ def dge_mean(k: float, clip: float = DGE_CLIP) -> float:
 def _dge_clipped(gradient: Tensor, quantizer: Quantizer, k: float) -> Tensor:
     scales = quantizer.scales()
     low, high = quantizer.ends(scales)
-    units = scales.normalize(quantizer.x)
+    units = quantizer.units(scales)
     outside = (units < low) | (units > high)
     z = distance(torch.where(outside, 0.0, units), quantizer.fmt.element)
     if k == 1.0:
@@ -274,10 +288,12 @@ def forward(name: str, x: Tensor, format: str | ScaledFormat, axis: int = -1) ->
 
 
 def backward(name: str, gradient: Tensor, x: Tensor, format: str | ScaledFormat, axis: int = -1,
-             scales: Sequence[Tensor] | None = None) -> Tensor:
+             scales: Sequence[Tensor] | None = None, tensor_amax: Tensor | None = None,
+             headroom: float = 1.0, prescale: float = 1.0) -> Tensor:
     """∂L/∂x, in the shape and dtype of ``gradient`` = ∂L/∂x̂ (that of x̂, so of ``x``).
 
     x, format, axis, scales: what ``quantize`` was called with; for tanh, x before ``forward``.
+    tensor_amax, headroom, prescale: what ``operands.quantize_operand`` was, instead of scales.
 
     Raises:
         ConfigError: unknown estimator, or one that does not go with the format.
@@ -291,7 +307,8 @@ def backward(name: str, gradient: Tensor, x: Tensor, format: str | ScaledFormat,
                           "an estimator takes the gradient of what was quantized")
     moved = _wide(x).movedim(axis, -1)
     grouping = Grouping(fmt.granularity, tuple(moved.shape), axis)
-    quantizer = Quantizer(grouping.split(moved), fmt, grouping, scales)
+    quantizer = Quantizer(grouping.split(moved), fmt, grouping, scales, tensor_amax, headroom,
+                          prescale)
     grouped = grouping.split(gradient.to(moved.dtype).movedim(axis, -1))
     result = found.backward(grouped, quantizer, number)
     return grouping.join(result).to(gradient.dtype).movedim(-1, axis)

@@ -53,10 +53,12 @@ def softened(x: Tensor, estimator: str, format: str, axis: int) -> Tensor:
     return estimators.forward(estimator, x.to(torch.float32), format, axis)
 
 
-def estimate(gradient: Tensor, x: Tensor, estimator: str, format: str, axis: int) -> Tensor:
+def estimate(gradient: Tensor, x: Tensor, estimator: str, format: str, axis: int,
+             tensor_amax: Tensor | None = None, headroom: float = 1.0,
+             prescale: float = 1.0) -> Tensor:
     """The gradient of x, of that of what it was quantized to, see ``estimators.backward``."""
     return estimators.backward(estimator, gradient.to(torch.float32), x.to(torch.float32), format,
-                               axis).to(gradient.dtype)
+                               axis, None, tensor_amax, headroom, prescale).to(gradient.dtype)
 
 
 def truncate(x: Tensor, element: str) -> Tensor:
@@ -95,7 +97,8 @@ SCHEMAS = {
     "unrotate": "(Tensor x, int block, Tensor? signs, int axis, SymInt size) -> Tensor",
     "softened": "(Tensor x, str estimator, str format, int axis) -> Tensor",
     "truncate": "(Tensor x, str element) -> Tensor",
-    "estimate": "(Tensor gradient, Tensor x, str estimator, str format, int axis) -> Tensor",
+    "estimate": "(Tensor gradient, Tensor x, str estimator, str format, int axis, "
+                "Tensor? tensor_amax=None, float headroom=1.0, float prescale=1.0) -> Tensor",
 }
 KERNELS = {"random_bits": random_bits, "random_signs": random_signs, "rotate": rotate,
            "unrotate": unrotate, "softened": softened, "estimate": estimate,

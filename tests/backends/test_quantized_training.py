@@ -316,6 +316,21 @@ def test_scales_are_of_the_steps_they_should_be(
         torch.testing.assert_close(got, want.detach(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("scaling", "largest"), [
+    ("constant:-9", 448 * 2.0**-9), ("delayed:2", None), ("held:2", None), ("static", None)])
+def test_gradients_are_clipped_at_the_scale_that_forward_had(
+    scaling: str, largest: float | None, x: torch.Tensor
+):
+    """The second step's data are eight times the first one's, whose amax is remembered."""
+    role = {"fprop.x": Operand(format="e4m3[tensor]*f32", scaling=scaling, estimator="clipped")}
+    model = prepared(TrainingRecipe(name="one", description="", operands=role))
+    step(model, x)
+    if largest is None:
+        largest = float((x * model.embed).abs().max()) * (4 if scaling == "static" else 1)
+    got = step(model, x * 8)[1]  # of what the layer's input was multiplied by
+    assert torch.equal(got == 0, (x * 8 * model.embed).abs() > largest)
+
+
 def test_the_state_of_another_run_is_refused(x: torch.Tensor):
     model = prepared("ue5m3")
     step(model, x)

@@ -272,6 +272,40 @@ def test_given_scales_have_no_slope() -> None:
     assert torch.equal(found, torch.where((x / 0.3).abs() <= 6, g, 0.0))
 
 
+@pytest.mark.parametrize("options", [
+    dict(tensor_amax=torch.tensor(2.0)), dict(headroom=17 / 16), dict(prescale=0.75),
+    dict(tensor_amax=torch.tensor(2.0), headroom=17 / 16, prescale=0.75)], ids=str)
+@pytest.mark.parametrize("fmt", ["e2m1[tensor]*f32", "nvfp4"])
+def test_scales_are_those_that_the_operand_was_quantized_at(fmt: str, options: dict) -> None:
+    """u = x·prescale/d, d of the amax given or found, times headroom; x̂ = d·Q(u)/prescale."""
+    x, g = torch.randn(4, 32) * 1.5, torch.randn(4, 32)
+    room, part = options.get("headroom", 1.0), options.get("prescale", 1.0)
+    whole = float(options.get("tensor_amax", x.abs().max())) * room
+    blocks = x.double().view(4, 2, 16) if fmt == "nvfp4" else x.double().view(1, 1, 128)
+    amax = blocks.abs().amax(-1, keepdim=True) * room
+    if fmt == "nvfp4":
+        codes = (amax * 448 / whole).clamp(max=448).float().to(torch.float8_e4m3fn).double()
+        d, slope = codes * whole / 2688, torch.where(amax > whole, 0.0, room / 6)
+    else:
+        d = torch.full_like(amax, whole / 6)
+        slope = torch.full_like(amax, 0.0 if "tensor_amax" in options else room / 6)
+    u = blocks * part / d
+    inside = (u.abs() <= 6).double()
+    grouped = g.double().view(blocks.shape)
+    clipped = (grouped * inside).view(4, 32)
+    assert torch.equal(backward("clipped", g, x, fmt, **options).double(), clipped)
+    assert bool((clipped == 0).any()) == ("tensor_amax" in options)
+    error = (nearest_value(u.clamp(-6, 6), "e2m1") - u * inside) / part
+    largest = (blocks.abs() == blocks.abs().amax(-1, keepdim=True)) * blocks.sign()
+    absmax = grouped * inside + largest * slope * (grouped * error).sum(-1, keepdim=True)
+    torch.testing.assert_close(backward("absmax", g, x, fmt, **options).double(),
+                               absmax.view(4, 32), rtol=1e-4, atol=1e-5)
+    steps = torch.tensor([dge_slope(float(v), "e2m1", 5.0) for v in u.flatten()])
+    torch.testing.assert_close(backward("dge-clipped", g, x, fmt, **options),
+                               (grouped.flatten() * steps).float().view(4, 32), rtol=1e-3,
+                               atol=1e-4)
+
+
 def test_a_scale_at_its_bound_and_the_scale_of_what_underflows_have_no_slope() -> None:
     g = torch.tensor([[1.0, 1.0]])
     for values in ([[3e4, 1e4]], [[1e-9, 4e-10]]):  # e4m3 scales end at 448; float16 ones at 6e-8

@@ -75,11 +75,13 @@ class Quantized:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a product reads for a factor: data, and what the product is multiplied by."""
+    """What a product reads for a factor: data, and what the product is multiplied by. amax: what
+    the scale of the whole tensor was found by, where not by the value."""
 
     node: torch.fx.Node
     outer: torch.fx.Node | None = None
     prescale: float = 1.0
+    amax: torch.fx.Node | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -182,6 +184,7 @@ class Rewrite:
         if parse_estimator(operand.estimator)[0].forward is not None:
             value = self.call(ops.softened, (value, operand.estimator, operand.format, axis), at)
         dtype = exact_dtype(operand.format)
+        amax = None
         if operand.rounding == "eden":
             block = parse(operand.format).granularity.columns
             bits = self._bits(value, layer, role, _EDEN_BITS, at, {axis: block})
@@ -198,7 +201,7 @@ class Rewrite:
                 operand.headroom, dtype), at)
         made.meta[QUANTIZED] = (layer, role, operand)
         outer = self.call(_GET, (made, 1), at) if _has_outer(operand) else None
-        return Data(self.call(_GET, (made, 0), at), outer, operand.prescale)
+        return Data(self.call(_GET, (made, 0), at), outer, operand.prescale, amax)
 
     def _bits(
         self, value: torch.fx.Node, layer: str, role: str, width: int, at: torch.fx.Node,
@@ -346,8 +349,11 @@ class Rewrite:
         if operand.hadamard:
             value = self._rotate(value, operand, matrix.axis, layer, at, place)
             gradient = self._rotate(gradient, operand, matrix.axis, layer, at, place)
-        gradient = self.call(ops.estimate, (gradient, value, operand.estimator, operand.format,
-                                            matrix.axis), at, place)
+        before = self._before(layer, matrix, f"fprop.{kind}")
+        amax = before[2].amax if before is not None else None
+        gradient = self.call(ops.estimate, (
+            gradient, value, operand.estimator, operand.format, matrix.axis, amax,
+            operand.headroom, operand.prescale), at, place)
         if operand.hadamard:
             gradient = self._unrotate(gradient, operand, matrix, layer, at, place)
         if gradient.meta["val"].dtype != dtype:
