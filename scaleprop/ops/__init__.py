@@ -24,6 +24,7 @@ quantize_operand = torch.ops.scaleprop.quantize_operand.default
 eden_operand = torch.ops.scaleprop.eden_operand.default
 random_bits = torch.ops.scaleprop.random_bits.default
 random_signs = torch.ops.scaleprop.random_signs.default
+fixed_signs = torch.ops.scaleprop.fixed_signs.default
 rotate = torch.ops.scaleprop.rotate.default
 unrotate = torch.ops.scaleprop.unrotate.default
 softened = torch.ops.scaleprop.softened.default
@@ -37,6 +38,7 @@ __all__ = [
     "eden_operand",
     "estimate",
     "fake_quantize",
+    "fixed_signs",
     "gemm",
     "hadamard",
     "power_scale",

@@ -18,9 +18,10 @@ and f' the estimate of Q':
 `absmax` (R. Hu et al., arXiv:2509.17791; x̂ = d·Q(x/d), d = amax/max). Choices: elements that tie
 for the amax share its gradient equally, as ``torch.amax`` has it; a scale is rounded straight
 through (slope 1) to a float format, but has slope 0 where it is rounded to a power of two, where it
-stopped at a bound, and where it was given, or its amax; the scale of the whole tensor in two-level formats is a
-constant; scales that were searched for (mse, four-over-six) grow with the amax, the winner held. Q
-is to nearest, whatever the rounding forward: stochastic rounding makes the expected sum 0.
+stopped at a bound, and where it or its amax was given; the scale of the whole tensor in two-level
+formats is a constant; scales that were searched for (mse, four-over-six) grow with the amax, the
+winner held. Q is to nearest, whatever the rounding forward: stochastic rounding makes the expected
+sum 0.
 
 DGE (R. Wang et al., arXiv:2501.17116): z runs from -1 at one end of an interval of the grid over 0
 at the boundary where rounding changes to 1 at the other. Where boundaries are not in the middle
@@ -128,9 +129,7 @@ def _clipped_open(gradient: Tensor, quantizer: Quantizer, _: float) -> Tensor:
 def _absmax(gradient: Tensor, quantizer: Quantizer, through: bool) -> Tensor:
     """∂L/∂x_j = g_j·1[in range] + share_j·sign(x_j)·∂d/∂amax·Σᵢ gᵢ(Q(uᵢ) - uᵢ·1[in range])."""
     fmt, grouping, x = quantizer.fmt, quantizer.grouping, quantizer.x
-    if fmt.zero_point or fmt.rule == "absmean":
-        raise ConfigError(f"estimator 'absmax' is for scales that follow amax, which those of "
-                          f"{str(fmt)!r} do not: use 'clipped'")
+    check_absmax(fmt)
     scales = quantizer.scales()
     units = quantizer.units(scales)
     outside = (units < fmt.element.min) | (units > fmt.element.max)
@@ -142,6 +141,14 @@ def _absmax(gradient: Tensor, quantizer: Quantizer, through: bool) -> Tensor:
     share = largest * torch.sign(x) / grouping.reduce(torch.sum, largest)
     slope = _scale_slope(scales, amax, quantizer, through)
     return gradient * (~outside).to(gradient.dtype) + share * (slope * total)
+
+
+def check_absmax(format: str | ScaledFormat) -> None:
+    """Raise ``ConfigError`` for a format whose scales are found otherwise."""
+    fmt = parse(format)
+    if fmt.zero_point or fmt.rule in ("absmean", "rms"):
+        raise ConfigError(f"estimator 'absmax' is for scales that follow amax, which those of "
+                          f"{str(fmt)!r} do not: use 'clipped'")
 
 
 def _scale_slope(scales: Scales, amax: Tensor, quantizer: Quantizer, through: bool) -> Tensor:

@@ -140,15 +140,20 @@ def check_hadamard(x: Tensor, block: int, signs: Tensor | None, axis: int) -> No
     normalized_axis(axis, x.ndim)
     if not x.is_floating_point():
         raise FormatError(f"hadamard: {x.dtype} is not a float dtype: convert first")
-    if block < 1 or not _order(block):
-        near = hadamard_sizes(2 * max(block, 1))
-        below, above = ([size for size in near if size < block],
-                        [size for size in near if size > block])
-        raise FormatError(f"hadamard: block {block} is none of 2^m, 12·2^m, 20·2^m, 28·2^m: use "
-                          + " or ".join(str(size) for size in (*below[-1:], *above[:1])))
+    check_block(block)
     size: Any = x.shape[axis]
     if isinstance(size, int) and size % block:
         raise FormatError(f"hadamard: block {block} does not divide axis {axis} of size {size}: "
                           "use a smaller block")
     if signs is not None and tuple(signs.shape) not in ((block,), (size,)):
         raise FormatError(f"hadamard: signs have shape {list(signs.shape)}: [{block}] or [{size}]")
+
+
+def check_block(block: int) -> None:
+    """Raise ``FormatError`` for a size that there is no transform of."""
+    if block < 1 or not _order(block):
+        near = hadamard_sizes(2 * max(block, 1))
+        below, above = ([size for size in near if size < block],
+                        [size for size in near if size > block])
+        raise FormatError(f"hadamard: block {block} is none of 2^m, 12·2^m, 20·2^m, 28·2^m: use "
+                          + " or ".join(str(size) for size in (*below[-1:], *above[:1])))

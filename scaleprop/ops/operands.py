@@ -229,6 +229,17 @@ def check_eden(x: Tensor, fmt: ScaledFormat, axis: int, rounding: Rounding, bits
     """Raise ``FormatError`` for arguments that ``eden_operand`` cannot take."""
     check_input(x, axis, Rounding("nearest"), None)
     _check_dtype(fmt, dtype)
+    check_eden_format(fmt, group)
+    if not rounding.stochastic:
+        raise FormatError("eden rounds block scales stochastically: rounding='stochastic:16'")
+    if bits.is_floating_point():
+        raise FormatError(f"bits are {bits.dtype}: pass integers, such as torch.int32")
+    _check_block_bits(x, axis, bits, fmt.granularity.columns)
+
+
+def check_eden_format(format: str | ScaledFormat, group: int) -> None:
+    """Raise ``FormatError`` for a format, or a size of rotation groups, that EDEN is not for."""
+    fmt = parse(format)
     if (fmt.granularity.kind != "block" or not fmt.two_level or fmt.rule != "exact"
             or fmt.scale.name not in ("e4m3", "ue5m3", "ue5m3x")):
         raise FormatError(f"eden rounds block scales, of E4M3 or UE5M3 under a tensor scale; not "
@@ -236,11 +247,6 @@ def check_eden(x: Tensor, fmt: ScaledFormat, axis: int, rounding: Rounding, bits
     block = fmt.granularity.columns
     if group < 1 or group % block:
         raise FormatError(f"eden: groups of {group} are not whole blocks of {block}")
-    if not rounding.stochastic:
-        raise FormatError("eden rounds block scales stochastically: rounding='stochastic:16'")
-    if bits.is_floating_point():
-        raise FormatError(f"bits are {bits.dtype}: pass integers, such as torch.int32")
-    _check_block_bits(x, axis, bits, block)
 
 
 def _check_block_bits(x: Tensor, axis: int, bits: Tensor, block: int) -> None:

@@ -20,6 +20,8 @@ from scaleprop.formats.rounding import power_of_two_below
 from scaleprop.ops import estimators
 from scaleprop.ops.hadamard import hadamard
 
+_FIXED_SIGNS = "+++-+------+-+--"
+
 
 def random_bits(step: Tensor, shape: Sequence[Any], seed: int, stream: int, bits: int,
                 first_row: int) -> Tensor:
@@ -30,6 +32,13 @@ def random_bits(step: Tensor, shape: Sequence[Any], seed: int, stream: int, bits
 def random_signs(step: Tensor, size: int, seed: int, stream: int) -> Tensor:
     """±1, float32 [size]."""
     return random.random_signs(size, seed, stream, step)
+
+
+def fixed_signs(step: Tensor) -> Tensor:
+    """±1, float32 [16], on step's device: the vector that TransformerEngine rotates NVFP4 with."""
+    negative = sum(1 << place for place, sign in enumerate(_FIXED_SIGNS) if sign == "-")
+    place = torch.arange(len(_FIXED_SIGNS), device=step.device)
+    return 1.0 - 2.0 * ((negative >> place) & 1).to(torch.float32)
 
 
 def rotate(x: Tensor, block: int, signs: Tensor | None, axis: int) -> Tensor:
@@ -93,6 +102,7 @@ SCHEMAS = {
     "random_bits": "(Tensor step, SymInt[] shape, int seed, int stream, int bits, "
                    "SymInt first_row) -> Tensor",
     "random_signs": "(Tensor step, int size, int seed, int stream) -> Tensor",
+    "fixed_signs": "(Tensor step) -> Tensor",
     "rotate": "(Tensor x, int block, Tensor? signs, int axis) -> Tensor",
     "unrotate": "(Tensor x, int block, Tensor? signs, int axis, SymInt size) -> Tensor",
     "softened": "(Tensor x, str estimator, str format, int axis) -> Tensor",
@@ -100,6 +110,6 @@ SCHEMAS = {
     "estimate": "(Tensor gradient, Tensor x, str estimator, str format, int axis, "
                 "Tensor? tensor_amax=None, float headroom=1.0, float prescale=1.0) -> Tensor",
 }
-KERNELS = {"random_bits": random_bits, "random_signs": random_signs, "rotate": rotate,
-           "unrotate": unrotate, "softened": softened, "estimate": estimate,
-           "truncate": truncate}
+KERNELS = {"random_bits": random_bits, "random_signs": random_signs,
+           "fixed_signs": fixed_signs, "rotate": rotate, "unrotate": unrotate,
+           "softened": softened, "estimate": estimate, "truncate": truncate}

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
 from scaleprop.errors import ConfigError
 from scaleprop.formats import parse
 from scaleprop.formats.rounding import parse_rounding
 from scaleprop.formats.scaled import PLAIN
-from scaleprop.ops.estimators import parse_estimator
+from scaleprop.ops.estimators import check_absmax, parse_estimator
+from scaleprop.ops.hadamard import check_block
+from scaleprop.ops.operands import check_eden_format, exact_dtype
+from scaleprop.ops.steps import signed_float
 
 SCHEMA_VERSION = 1
 PRODUCTS = {
@@ -47,8 +50,9 @@ class Operand:
         taken out of the block scales, which are rounded stochastically (Quartet II, 2026).
     hadamard: the size of blocks that are rotated before; 0 for none. The other factor of the
         product has the same.
-    signs: what random signs come before it: ``none``, a ``fixed`` vector for all layers, one of
-        each ``layer``'s own, fresh ones each ``step``.
+    signs: what random signs come before it: ``none``; a ``fixed`` vector for all layers, of size 16
+        that of TransformerEngine, else one drawn; one of each ``layer``'s own; fresh ones each
+        ``step``.
     prescale: what data is multiplied by after its scale was found, so that nothing saturates and
         stochastic rounding stays unbiased; the product is divided by it (3/4: arXiv:2502.20586).
     headroom: how many times as large amax is taken when scales are found, for the same (17/16).
@@ -73,7 +77,7 @@ class Operand:
     def __post_init__(self) -> None:
         """Raise ``ConfigError`` or ``FormatError`` for a value that is none."""
         if self.format not in PLAIN:
-            parse(self.format)
+            exact_dtype(self.format)
         if self.rounding != "eden":
             parse_rounding(self.rounding)
         parse_estimator(self.estimator)
@@ -92,13 +96,31 @@ class Operand:
         if not 0.0 < self.prescale <= 1.0 or not self.headroom >= 1.0:
             raise ConfigError(f"prescale={self.prescale}, headroom={self.headroom}: at most 1, "
                               "and at least 1")
+        if self.hadamard:
+            check_block(self.hadamard)
+        if self.format in PLAIN:
+            self._takes_nothing_else("a format to round to alone", ("format",))
+        elif self.rounding == "eden":
+            self._takes_nothing_else("eden", ("format", "rounding", "hadamard", "signs", "of"))
+            check_eden_format(self.format, self.hadamard)
+        elif self.estimator.startswith("absmax"):
+            check_absmax(self.format)
+
+    def _takes_nothing_else(self, who: str, names: Collection[str]) -> None:
+        """Raise ``ConfigError`` where a field that ``who`` would ignore is not at its default."""
+        for field in dataclasses.fields(self):
+            if field.name not in names and getattr(self, field.name) != field.default:
+                raise ConfigError(f"format={self.format!r}, rounding={self.rounding!r}: {who} has "
+                                  f"no {field.name}={getattr(self, field.name)!r}. Remedy: leave "
+                                  "that out")
 
     @property
     def _has_tensor_scale(self) -> bool:
         if self.format in PLAIN:
             return False
         found = parse(self.format)
-        return found.two_level or found.granularity.kind == "tensor"
+        return found.two_level or (found.granularity.kind == "tensor"
+                                   and found.rule not in ("absmean", "rms"))
 
     @property
     def stochastic(self) -> bool:
@@ -128,7 +150,7 @@ class TrainingRecipe:
     high: which layers stay high, told from the graph: ``head``, the last products before the loss;
         ``router``, what chooses experts; ``first:n`` and ``last:n``, the products of so many
         residual branches (attention and what follows it are two).
-    convolutions: whether they are quantized as linear layers are.
+    convolutions: whether they are quantized as linear layers are; not rotated.
     phases: later operands, by the step they start at.
     every: an element format that every floating tensor is truncated to, instead of operands.
     source: the paper or code that it is from.
@@ -153,13 +175,21 @@ class TrainingRecipe:
             if not _HIGH.fullmatch(name):
                 raise ConfigError(f"{who}: high={name!r}; known: head, router, first:<branches>, "
                                   "last:<branches>")
+        if self.every:
+            signed_float(self.every)
         if self.every and (self.operands or self.phases):
             raise ConfigError(f"{who}: every={self.every!r} leaves no operands to quantize")
         starts = [phase.start for phase in self.phases]
         if starts != sorted(set(starts)):
             raise ConfigError(f"{who}: phases start at {starts}: one after another")
         for phase in (None, *self.phases):
-            _check_pairs(who, self.at(phase.start if phase else 0))
+            operands = self.at(phase.start if phase else 0)
+            _check_pairs(who, operands)
+            if self.convolutions and any(operands[role].hadamard for role in operands
+                                         if not role.startswith("attention")):
+                raise ConfigError(f"{who}: convolutions sum over positions as well, which "
+                                  "rotations do not go through. Remedy: convolutions=False, or "
+                                  "hadamard=0")
 
     def at(self, step: int) -> Mapping[str, Operand]:
         """The operands of one step, counted from 0."""

@@ -107,7 +107,6 @@ MXFP4_QUARTET = TrainingRecipe(
 _NVFP4 = Operand(format="nvfp4")
 _NVFP4_SR = Operand(format="nvfp4", rounding="stochastic_fastest:8")
 _NVFP4_W = Operand(format="nvfp4_2d")
-_ROTATED16 = {"hadamard": 16, "signs": "fixed"}
 NVFP4 = TrainingRecipe(
     name="nvfp4",
     operands={"fprop.x": _NVFP4, "fprop.w": _NVFP4_W, "dgrad.dy": _NVFP4_SR, "dgrad.w": _NVFP4_W,

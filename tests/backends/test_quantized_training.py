@@ -33,6 +33,8 @@ aten: Any = torch.ops.aten
 RECIPES = [recipe for recipe in NAMED
            if recipe.operands and solved(recipe) is None and not recipe.convolutions]
 TOKENS, WIDTH, OUT = 96, 64, 80
+# numerics.md, section 4
+TRANSFORMER_ENGINE = torch.tensor([1.0, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1])
 
 
 class Pair(nn.Module):
@@ -83,7 +85,9 @@ class ByHand:
         if not operand.hadamard:
             return x
         signs = None
-        if operand.signs != "none":
+        if (operand.signs, operand.hadamard) == ("fixed", 16):
+            signs = TRANSFORMER_ENGINE
+        elif operand.signs != "none":
             signs = random_signs(operand.hadamard, 0, 0,
                                  self.step if operand.signs == "step" else 0)
         size = x.shape[axis]
@@ -244,6 +248,15 @@ def _declared(operand: Operand | None, place: int) -> tuple[Any, ...]:
     # a product sums over the second axis of its left factor, the first of its right one
     return (operand.format, operand.rounding, None if _symmetric(operand.format) else 1 - place,
             operand.hadamard, operand.prescale)
+
+
+def test_nvfp4_is_rotated_with_the_vector_of_transformer_engine(
+    x: torch.Tensor, graphs: list[torch.fx.Graph]
+):
+    step(prepared("nvfp4", seed=7), x)
+    turned = graphs[0].find_nodes(op="call_function", target=ops.rotate)
+    assert {node.args[2].target for node in turned} == {ops.fixed_signs} and len(turned) == 2
+    assert torch.equal(ops.fixed_signs(torch.tensor([5])), TRANSFORMER_ENGINE)
 
 
 def test_a_seed_repeats_a_run_and_another_does_not(x: torch.Tensor):

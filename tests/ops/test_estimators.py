@@ -437,7 +437,7 @@ def test_unknown_names_and_numbers(name: str, message: str) -> None:
         backward(name, torch.ones(1, 4), torch.ones(1, 4), "int4")
 
 
-@pytest.mark.parametrize("fmt", ["int4[row]*f32+zp", "ternary"])
+@pytest.mark.parametrize("fmt", ["int4[row]*f32+zp", "ternary", "mxfp4:rms"])
 def test_absmax_needs_a_scale_that_follows_amax(fmt: str) -> None:
     with pytest.raises(ConfigError, match="use 'clipped'"):
         backward("absmax", torch.ones(1, 4), torch.ones(1, 4), fmt)

@@ -13,6 +13,7 @@ from scaleprop.recipes.training import OPERANDS, Operand, Phase, TrainingRecipe
 from scaleprop.recipes.training_named import NAMED, training_recipe, truncated, with_tail
 
 NVFP4 = training_recipe("nvfp4")
+EDEN = training_recipe("nvfp4-quartet2")
 SR = "stochastic_fastest:8"
 
 
@@ -117,7 +118,19 @@ def test_an_element_format_truncates_every_tensor():
     (lambda: Operand(format="nvfp4", scaling="held:0"), "scaling='held:0'"),
     (lambda: Operand(format="mxfp8", scaling="held:50"), "no scale of the whole tensor"),
     (lambda: Operand(format="bf16", scaling="static"), "no scale of the whole tensor"),
+    (lambda: Operand(format="ternary", scaling="delayed:4"), "no scale of the whole tensor"),
     (lambda: Operand(format="nvfp4", of="both"), "of='both'"),  # type: ignore[arg-type]
+    (lambda: Operand(format="nvfp4", hadamard=17), "block 17 is none of"),
+    (lambda: Operand(format="int8+zp"), "zero points"),
+    (lambda: Operand(format="bf16", rounding="stochastic:8"), "has no rounding='stochastic:8'"),
+    (lambda: Operand(format="bf16", hadamard=16), "has no hadamard=16"),
+    (lambda: Operand(format="ternary", estimator="absmax"), "use 'clipped'"),
+    (lambda: EDEN.replace(**{"dgrad.dy.scaling": "held:5"}), "eden has no scaling='held:5'"),
+    (lambda: EDEN.replace(**{"dgrad.dy.prescale": 0.75}), "eden has no prescale=0.75"),
+    (lambda: EDEN.replace(**{"dgrad.dy.format": "mxfp4"}), "use nvfp4 or fp4_ue5m3"),
+    (lambda: Operand(format="nvfp4", rounding="eden"), "groups of 0 are not whole blocks"),
+    (lambda: TrainingRecipe(name="a", description="", every="int8"), "no signed float element"),
+    (lambda: NVFP4.replace(convolutions=True), "rotations do not go through"),
     (lambda: Phase(start=0, operands={}), "step 1 or later"),
     (lambda: Phase(start=1, operands={"fprop.y": None}), "unknown roles"),
     (lambda: TrainingRecipe(name="a", description="", high=("tail",)), "high='tail'"),
