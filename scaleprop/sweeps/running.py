@@ -262,15 +262,27 @@ def _performed(settings: Settings, task: Task) -> tuple[Task, Outcome]:
     return task, perform(settings, task)
 
 
+def _in_waves(joblib: Any, jobs: int | None, calls: Iterator[Any]) -> Results:
+    """For backends that give all results at once, as Ray's: as many runs as there are processes,
+    kept before the next are claimed."""
+    with joblib.Parallel(n_jobs=jobs, batch_size=1, pre_dispatch="all") as parallel:
+        while wave := list(itertools.islice(calls, joblib.effective_n_jobs(jobs))):
+            yield from parallel(wave)
+
+
 def _elsewhere(jobs: int | None) -> Callable[[Settings, Iterable[Task], Watch], Results]:
     joblib = _joblib()
 
-    def results(settings: Settings, tasks: Iterable[Task], _: Watch) -> Results:
-        # as many as there are processes: what is claimed, runs
-        parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1,
-                                   pre_dispatch="n_jobs")
+    def results(settings: Settings, tasks: Iterable[Task], watch: Watch) -> Results:
+        calls = (joblib.delayed(_performed)(settings, task) for task in tasks)
+        backend, _ = joblib.parallel.get_active_backend()
         try:
-            yield from parallel(joblib.delayed(_performed)(settings, task) for task in tasks)
+            if backend.supports_return_generator:
+                # as many as there are processes: what is claimed, runs
+                yield from joblib.Parallel(n_jobs=jobs, return_as="generator_unordered",
+                                           batch_size=1, pre_dispatch="n_jobs")(calls)
+            else:
+                yield from _in_waves(joblib, jobs, calls)
         except concurrent.futures.BrokenExecutor as error:
             raise ScalePropError(
                 f"a process of the sweep died: {error} Finished runs are kept. Remedy: fewer jobs, "

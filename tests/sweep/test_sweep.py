@@ -23,6 +23,7 @@ from scaleprop.recipes.training import TrainingRecipe
 from scaleprop.sweeps import Sweep, linear_gemms, overhead, running
 from scaleprop.sweeps.runs import Outcome, Task, perform
 from scaleprop.sweeps.settings import Settings
+from scaleprop.sweeps.store import Store
 from tests.sweep import tiny
 from tests.sweep.tiny import BASE, outcomes_in, run
 
@@ -265,6 +266,31 @@ def test_jobs_are_processes_that_give_the_same(found: tuple[Path, Sweep]):
         assert point is not None and other is not None
         assert point.recipe.operands == other.recipe.operands
         assert point.outcomes[0].losses == pytest.approx(other.outcomes[0].losses)
+
+
+def test_backends_that_give_all_results_at_once_work_in_waves(tmp_path: Path, monkeypatch: Any):
+    """Ray's is one of those. What a wave has done is kept, and only then the next one claimed."""
+    joblib = pytest.importorskip("joblib")
+
+    class Together(joblib.parallel.BACKENDS["loky"]):
+        supports_return_generator = False
+
+    joblib.register_parallel_backend("together", Together)
+    stored: list[list[str]] = []
+    claim = Store.claim
+
+    def claimed(self: Store, task: Task) -> bool:
+        stored.append(sorted(each.status for each in self.outcomes().values()))
+        return claim(self, task)
+
+    monkeypatch.setattr(Store, "claim", claimed)
+    try:
+        with joblib.parallel_config("together"):
+            sweep = run(tmp_path / "x.sqlite", jobs=2, axes={"*.format": ["mxfp4"]}, seeds=2)
+    finally:
+        joblib.parallel.BACKENDS.pop("together")
+    assert [point.status(sweep.seeds) for point in sweep.points] == ["2 of 2"]
+    assert stored[:4] == [[], ["running"], ["done"] * 2, ["done", "done", "running"]]
 
 
 def test_a_process_has_its_share_of_threads(monkeypatch: Any):
