@@ -58,6 +58,12 @@ class StableClip:
             torch.zeros(count, dtype=torch.float64, device=device) for _ in _STATE)
 
     def _check(self) -> None:
+        if not self.parameters or not all(isinstance(p, Tensor) for p in self.parameters):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError("StableClip clips gradients of parameters: pass at least one, "
+                              "such as model.parameters()")
+        if self.optimizer is not None and not isinstance(self.optimizer, torch.optim.Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError(f"StableClip resets a torch.optim.Optimizer, not a "
+                              f"{type(self.optimizer).__name__}")
         devices = {p.device for p in self.parameters}
         if len(devices) != 1:
             raise ConfigError(f"StableClip clips parameters of one device, not of {len(devices)}: "

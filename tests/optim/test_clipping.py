@@ -192,8 +192,11 @@ def test_empty_and_no_gradients() -> None:
 
 def test_what_makes_no_sense_is_refused() -> None:
     params = parameters()
-    with pytest.raises(ConfigError, match="one device"):
-        optim.StableClip([])
+    for nothing in ([], [{"params": params}]):
+        with pytest.raises(ConfigError, match="pass at least one"):
+            optim.StableClip(nothing)
+    with pytest.raises(ConfigError, match=r"resets a torch\.optim\.Optimizer, not"):
+        optim.StableClip(params, torch.nn.Linear(2, 2))
     for options in ({"theta": 1.0}, {"gamma1": -0.1}, {"gamma2": math.nan}, {"reset_every": 0},
                     {"eps": -1.0}):
         with pytest.raises(ConfigError, match="decays are in"):
