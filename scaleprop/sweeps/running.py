@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -259,7 +261,9 @@ def _here(settings: Settings, tasks: Iterable[Task], watch: Watch) -> Results:
 
 
 def _performed(settings: Settings, task: Task) -> tuple[Task, Outcome]:
-    return task, perform(settings, task)
+    """In another process, whose standard output is ours: no place for what models print."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return task, perform(settings, task)
 
 
 def _in_waves(joblib: Any, jobs: int | None, calls: Iterator[Any]) -> Results:

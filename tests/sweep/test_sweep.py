@@ -302,6 +302,16 @@ def test_a_process_has_its_share_of_threads(monkeypatch: Any):
         assert perform(settings, task).status == "done" and given == expected
 
 
+def test_what_a_model_prints_in_a_process_is_not_in_the_output(capsys: Any):
+    def talking() -> torch.nn.Module:
+        print("made")  # noqa: T201
+        return tiny.factory()
+
+    settings = Settings(factory=talking, data=tiny.data, steps=1, options=tiny.FAST)
+    _, outcome = running._performed(settings, Task("k", {}, BASE, 0))
+    assert outcome.status == "done" and capsys.readouterr() == ("", "made\n")
+
+
 def test_threads_and_nonsense_are_no_processes(monkeypatch: Any):
     joblib = pytest.importorskip("joblib")
     with joblib.parallel_config("threading"), pytest.raises(ConfigError, match="runs threads"):
