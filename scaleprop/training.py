@@ -144,7 +144,8 @@ def prepare_training(
     if before is None:
         model.register_load_state_dict_post_hook(_measure_again)
     # a recipe that follows another goes on counting steps
-    state = before.state if before and before.state.seed == seed else TrainingState(seed)
+    state = before.state if before and before.state.seed == seed else \
+        TrainingState(seed, model)
     _PREPARED[model] = _Prepared(options, dynamic, fullgraph, state)
     _start(model)
     # no parameter and no module, so not in state_dict; a copy's own says that it is not prepared

@@ -54,17 +54,20 @@ def compile_quantized(
     starts = [0, *(phase.start for phase in recipe.phases)]
     phases = [work.compiled(recipe, recipe.at(start)) for start in starts]
     layer = next((phase.layer for phase in phases if phase.layer), "")
+    anchor = next((place for place, value in enumerate(example_inputs)
+                   if isinstance(value, torch.nn.Parameter)), None)
 
     def run(*inputs: Any) -> Any:
         if not layer or any(map(compat.is_fake, inputs)):
             # nothing reads the step; or it is none: DDP asks each piece what it would return
             return phases[0].run(*work.unused(), *inputs)
         mine = state.of_run(inputs)
-        step = mine.next_step(layer, phases[0].training)
+        block = mine.place_of(inputs[anchor], work.names[anchor]) if anchor is not None else ""
+        step = mine.next_step(block + layer, phases[0].training)
         place = sum(step >= start for start in starts[1:])
         phase = phases[place]
-        graph = mine.of_graph(f"{layer}#{place}", phase.rows, work.device)
-        own = graph.begin(step, phase.training, phase.rows, work.capacity)
+        graph = mine.of_graph(f"{block}{layer}#{place}", phase.rows, work.device)
+        own = graph.begin(step, phase.training, phase.rows, work.capacity, block)
         return phase.run(*own, *inputs)
 
     return run

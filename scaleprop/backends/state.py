@@ -10,10 +10,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import weakref
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from scaleprop import _torch_compat as compat
 from scaleprop.errors import ConfigError
@@ -21,6 +24,7 @@ from scaleprop.passes.training.memory import Row
 
 MARGIN = 2.0**2  # how much larger than the first one a fixed amax is taken
 _STEP = "step"
+_STEPS = 32  # bits; with 28 more for a place they are those that random numbers count steps in
 _WAITING = 4  # how many steps later a backward pass may come for its amax to count
 
 
@@ -91,11 +95,12 @@ class GraphState:
         return self._places[rows]
 
     def begin(
-        self, step: int, training: bool, rows: Sequence[Row], capacity: int
+        self, step: int, training: bool, rows: Sequence[Row], capacity: int, place: str = ""
     ) -> tuple[torch.Tensor, ...]:
         """The inputs of a run of a graph with these rows: step, amax to use, where to
         write amax forward, backward. The last three are the run's own: others may come between its
-        forward and its backward pass."""
+        forward and its backward pass. place: which of the blocks that share the graph it is; its
+        random numbers are those of steps that no run reaches."""
         used, seen = (torch.zeros(size, device=self.device) for size in (capacity, (2, capacity)))
         if rows:
             places = self._place(tuple(rows))
@@ -109,7 +114,8 @@ class GraphState:
             used[:len(rows)] = whole[places]
             if training:
                 self._written.append((step, seen, places))
-        return torch.tensor([step], device=self.device), used, seen[0], seen[1]
+        counted = step | (zlib.crc32(place.encode()) >> 4 << _STEPS if place else 0)
+        return torch.tensor([counted], device=self.device), used, seen[0], seen[1]
 
     def keep(self, step: int) -> list[_History]:
         """Take in what the steps before ``step`` saw, on any rank: again what has waited for its
@@ -195,8 +201,10 @@ class TrainingState:
     Graphs that were compiled again for other shapes share the state of their layers.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, model: torch.nn.Module | None = None) -> None:
         self.seed = seed
+        self._model = None if model is None else weakref.ref(model)
+        self._names: Any = WeakIdKeyDictionary()  # parameter → what the model calls it
         self._steps: dict[str, int] = {}  # of the last forward pass in training
         self._forward: set[str] = set()  # layers that were trained outside a backward pass
         self._graphs: dict[str, GraphState] = {}
@@ -205,6 +213,25 @@ class TrainingState:
     def of_run(self, inputs: Sequence[Any]) -> TrainingState:
         """The state that a run of a graph with these inputs is of."""
         return self
+
+    def place_of(self, parameter: Any, name: str) -> str:
+        """What comes before ``name``, as a graph calls ``parameter``, in the model.
+
+        Where Dynamo cannot take a whole forward function, it compiles what that calls, once for all
+        blocks of a class: the graph says ``up.weight`` for ``blocks.3.up.weight``. "" where names
+        are the model's, or the parameter is not: FSDP makes others.
+        """
+        model = self._model() if self._model is not None else None
+        if model is None:
+            return ""
+        if parameter not in self._names:
+            self._names[parameter] = ()
+            for known, each in model.named_parameters(remove_duplicate=False):
+                self._names[each] = tuple(dict.fromkeys((*self._names.get(each, ()), known)))
+        names = self._names[parameter]
+        if name in names:
+            return ""
+        return next((known.removesuffix(name) for known in names if known.endswith(f".{name}")), "")
 
     def next_step(self, layer: str, training: bool) -> int:
         """Which step a run of the graph that begins with ``layer`` is of, from 0.
