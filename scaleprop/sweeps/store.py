@@ -68,8 +68,8 @@ class Store:
             raise ConfigError(f"no sweep {str(self.path)!r}. Remedy: run one with this path")
         with self._named_errors():
             self._connection = sqlite3.connect(
-                ":memory:" if self.path is None else self.path, timeout=_PATIENCE,
-                isolation_level=None, check_same_thread=False)
+                _name(self.path, write), timeout=_PATIENCE, isolation_level=None,
+                check_same_thread=False, uri=True)
             try:
                 self._open()
             except BaseException:
@@ -225,6 +225,15 @@ class Store:
         if owner == self.owner or time.time() - renewed > STALE:
             return False
         return host != socket.gethostname() or _runs(int(pid))
+
+
+def _name(path: Path | None, write: bool) -> str:
+    """What SQLite opens: in a folder that cannot be written, where nobody adds to it, as it is."""
+    if path is None:
+        return ":memory:"
+    name = path.absolute().as_uri()
+    still = not write and not os.access(path.parent, os.W_OK)
+    return f"{name}?immutable=1" if still and not Path(f"{path}-wal").exists() else name
 
 
 def _runs(pid: int) -> bool:

@@ -126,3 +126,16 @@ def test_paths_that_cannot_be_written_or_read(tmp_path: Path):
         locked.mkdir(mode=0o500)
         with pytest.raises(ConfigError, match="cannot use"):
             run(locked / "runs.sqlite")
+
+
+def test_a_file_in_a_folder_that_cannot_be_written_is_shown(tmp_path: Path, monkeypatch: Any):
+    """Odd names included; SQLite would want to put files beside it."""
+    path = tmp_path / "runs ?#%20.sqlite"
+    run(path, axes={})
+    monkeypatch.setattr("scaleprop.sweeps.store.os.access", lambda *_: False)
+    opened: list[str] = []
+    connect = sqlite3.connect
+    monkeypatch.setattr("scaleprop.sweeps.store.sqlite3.connect",
+                        lambda name, **k: opened.append(name) or connect(name, **k))
+    assert Sweep.load(path).points[0].status([0]) == "1 of 1"
+    assert opened[0].endswith("?immutable=1") and [*tmp_path.iterdir()] == [path]
