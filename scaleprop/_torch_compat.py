@@ -348,12 +348,22 @@ def use_threads(count: int) -> None:
 
 def compile_in_place(
     model: torch.nn.Module, backend: Callable[..., Any], *, dynamic: bool | None = None,
-    fullgraph: bool = False,
+    fullgraph: bool = False, after: Callable[[], None] = lambda: None,
 ) -> None:
     """``model.compile``, also where the module's class is torch's own: Dynamo skips the frames of
-    ``Sequential`` and ``Linear`` when they come first, and would run them as they are."""
-    model._compiled_call_impl = compiled_call(  # pyright: ignore[reportPrivateUsage]
-        model, backend, dynamic=dynamic, fullgraph=fullgraph)
+    ``Sequential`` and ``Linear`` when they come first, and would run them as they are.
+
+    after: called after each call.
+    """
+    compiled = compiled_call(model, backend, dynamic=dynamic, fullgraph=fullgraph)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = compiled(*args, **kwargs)
+        if not torch.compiler.is_compiling():  # as part of a larger model
+            after()
+        return result
+
+    model._compiled_call_impl = call  # pyright: ignore[reportPrivateUsage]
 
 
 def compiled_call(

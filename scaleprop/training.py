@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from scaleprop import _torch_compat as compat
 from scaleprop.backends.dynamo import (
@@ -32,12 +33,19 @@ from scaleprop.passes.training import Lowered
 from scaleprop.passes.training.operands import Operands
 from scaleprop.passes.training.rewrite import Quantized
 from scaleprop.recipes.training import TrainingRecipe
+from scaleprop.recipes.training_named import training_recipe
 
 logger = logging.getLogger(__name__)
 
 
 class ScaleReports(tuple[Report, ...]):
-    """What was done to each graph of a prepared model."""
+    """What was done to each graph of a prepared model.
+
+    unread: matrices among its parameters that none of these graphs read when it was first called:
+    what torch.compile could not take ran as it is, in high precision.
+    """
+
+    unread: tuple[str, ...] = ()
 
     def show(self) -> None:
         """Print a table of every value that was cast, and why products stayed high.
@@ -52,6 +60,8 @@ class ScaleReports(tuple[Report, ...]):
             title, names, rows = _quantized_rows(graph) if isinstance(graph, Operands) \
                 else _cast_rows(graph)
             console.print(_table(f"graph {place}: {title}", names, rows, graph.high))
+        if self.unread:
+            console.print(f"not compiled, as it was: {', '.join(self.unread)}")
 
 
 def _table(
@@ -94,7 +104,8 @@ class _Prepared:
     """What is known of a prepared model.
 
     measured: the largest magnitudes of its parameters when exponents were fixed by them, name →
-    (least, greatest) of all graphs.
+    (least, greatest) of all graphs. read: parameters that graphs read. unread: names of those that
+    none did in the first call; None before it.
     """
 
     options: Options
@@ -104,6 +115,8 @@ class _Prepared:
     reports: list[Report] = dataclasses.field(default_factory=list[Report])
     measured: dict[str, tuple[float, float]] = dataclasses.field(
         default_factory=dict[str, tuple[float, float]])
+    read: Any = dataclasses.field(default_factory=WeakIdKeyDictionary)
+    unread: tuple[str, ...] | None = None
 
 
 _PREPARED: WeakKeyDictionary[torch.nn.Module, _Prepared] = WeakKeyDictionary()
@@ -169,8 +182,10 @@ def _start(model: torch.nn.Module) -> None:
     prepared = _PREPARED[model]
     prepared.measured.clear()
     prepared.reports.clear()
-    compat.compile_in_place(model, functools.partial(_compile, model=weakref.ref(model)),
-                            dynamic=prepared.dynamic, fullgraph=prepared.fullgraph)
+    known = weakref.ref(model)
+    compat.compile_in_place(model, functools.partial(_compile, model=known),
+                            dynamic=prepared.dynamic, fullgraph=prepared.fullgraph,
+                            after=functools.partial(_look_back, known))
 
 
 def _compile(
@@ -184,7 +199,40 @@ def _compile(
         for name, size in _sizes(named).items():
             least, most = prepared.measured.get(name, (size, size))
             prepared.measured[name] = min(least, size), max(most, size)
-    return compile_with(module, inputs, prepared.options, prepared.state, prepared.reports.append)
+    run = compile_with(module, inputs, prepared.options, prepared.state, prepared.reports.append)
+    first = next((place for place, value in enumerate(inputs)
+                  if isinstance(value, torch.nn.Parameter)), None)
+    if first is None:
+        return run
+
+    def reading(*given: Any) -> Any:
+        if given[first] not in prepared.read:  # blocks of a class may share the graph
+            prepared.read.update((each, None) for each in given
+                                 if isinstance(each, torch.nn.Parameter))
+        return run(*given)
+
+    return reading
+
+
+def _look_back(known: weakref.ref[torch.nn.Module]) -> None:
+    """Called after each call of a prepared model: says once what no graph was made of."""
+    model = known()
+    prepared = _PREPARED.get(model) if model is not None else None
+    if model is None or prepared is None or prepared.unread is not None:
+        return
+    names = {id(each): name for name, each in model.named_parameters() if each.ndim > 1}
+    read = {id(each) for each in prepared.read}
+    recipe = training_recipe(prepared.options.recipe)
+    quiet = not (recipe.operands or recipe.phases or recipe.every)
+    if quiet or any(each.ndim > 1 and id(each) not in names for each in prepared.read):
+        names = {}  # FSDP's parameters are others
+    prepared.unread = tuple(name for place, name in names.items() if place not in read)
+    if prepared.unread:
+        logger.warning(
+            "%s ran in high precision where torch.compile could not take it: no graph reads %s. "
+            "Remedy: prepare_training(…, fullgraph=True) says what breaks graphs",
+            type(model).__name__, ", ".join(prepared.unread))
+
 
 
 def _sizes(model: torch.nn.Module) -> dict[str, float]:
@@ -219,7 +267,9 @@ def scale_report(model: torch.nn.Module) -> ScaleReports:
         ConfigError: where nothing is known of ``model``.
     """
     if model in _PREPARED:
-        return ScaleReports(_PREPARED[model].reports)
+        made = ScaleReports(_PREPARED[model].reports)
+        made.unread = _PREPARED[model].unread or ()
+        return made
     if found := reports_of(model):
         return ScaleReports(found)
     raise ConfigError(f"{type(model).__name__} was not given to scaleprop.prepare_training, nor "
@@ -278,6 +328,10 @@ def deployable(model: torch.nn.Module) -> torch.nn.Module:
                if isinstance(report, Operands) for each in report.quantized
                if each.role == "fprop.w"}
     with torch.no_grad():
+        if strange := sorted(set(weights) - set(parameters)):
+            raise ConfigError(f"{type(model).__name__} was compiled in parts that share a graph, "
+                              f"in which weights are called {', '.join(strange)}. Remedy: a model "
+                              "that fullgraph=True takes")
         for name, each in weights.items():
             parameters[name].copy_(_multiplied(parameters[name], each))
     return made

@@ -333,54 +333,6 @@ def test_a_product_with_alpha_and_beta_is_as_it_was_and_listed(name: str, x: tor
     assert "addmm with alpha or beta" in report.high.values()
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.up(x).square())
-
-
-class Loop(nn.Module):
-    """A graph break inside a loop: Dynamo takes blocks one by one, all by one graph."""
-
-    def __init__(self, growth: float = 2.0) -> None:
-        super().__init__()
-        self.growth = growth
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        for block in self.blocks[1:]:
-            block.load_state_dict(self.blocks[0].state_dict())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found = []
-        for place, block in enumerate(self.blocks):
-            found.append(block(x * self.growth**place))
-            torch._dynamo.graph_break()
-        return torch.stack(found)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_blocks_that_share_a_graph_have_steps_scales_and_numbers_of_their_own(x: torch.Tensor):
-    one = Operand(format="e4m3[tensor]*f32", scaling="delayed:3")
-    recipe = TrainingRecipe(name="one", description="", high=(), operands={
-        "fprop.x": one, "fprop.w": Operand(format="mxfp4:rceil", rounding="stochastic:16")})
-    model = prepared(recipe, Loop)
-    for size in (1.0, 2.0):
-        step(model, x * size)
-    saved = training_state(model).state_dict()
-    for place in range(3):
-        assert saved[f"blocks.{place}.up.weight|step"] == 1
-        history = saved[f"blocks.{place}.up.weight#0|up.weight/fprop.x"]
-        assert torch.equal(history[:2], x.abs().max() * 2.0**place * torch.tensor([1.0, 2.0]))
-    want = step(model, x * 4)
-    fresh = prepared(recipe, Loop)
-    training_state(fresh).load_state_dict(saved)
-    same(step(fresh, x * 4), want)
-    first, second, third = prepared(recipe, lambda: Loop(growth=1.0))(x)  # the same but for bits
-    assert not torch.equal(first, second) and not torch.equal(second, third)
-
-
 # --- what was and was not done --------------------------------------------------------------------
 
 
