@@ -126,7 +126,7 @@ class _Work:
         given = joint.graph.find_nodes(op="placeholder")[len(_INPUTS):]
         memory = Memory(used, (seen[0], seen[1]))
         products = keep_high(joint.graph, find_products(joint.graph, parameters), parameters,
-                             recipe.high)
+                             recipe.high, recipe.convolutions)
         found = quantize_operands(joint, products, parameters, Settings(
             operands=operands, names=dict(zip(given, self.names, strict=False)),
             seed=self.state.seed, step=step, memory=memory, rank=_rank()), recipe.convolutions)

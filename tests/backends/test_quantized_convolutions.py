@@ -156,3 +156,21 @@ def test_convolutions_stay_high_unless_the_recipe_has_them():
     (report,) = model.scale_report()
     assert {each.layer for each in report.quantized} == {"last.weight"}
     assert sum("convolution" in why for why in report.high.values()) == 4
+
+
+@pytest.mark.parametrize(("high", "low"), [
+    (("first:1",), {"second.weight", "last.weight"}),
+    (("last:1", "first:1"), {"second.weight"}),
+    (("last:2",), {"first.weight"}),
+    (("head",), {"first.weight", "second.weight"})])
+def test_convolutions_count_among_the_layers_that_are_kept_high(
+    high: tuple[str, ...], low: set[str]
+):
+    x = torch.randn(2, 4, 9, 9)
+    model = prepared(MXFP8.replace(high=high))
+    step(model, x)
+    (report,) = model.scale_report()
+    assert {each.layer for each in report.quantized} == low
+    assert len([why for why in report.high.values() if "branches" in why]) == sum(
+        {"first.weight": 2, "second.weight": 2, "last.weight": 3}[name]
+        for name in {"first.weight", "second.weight", "last.weight"} - low if high != ("head",))

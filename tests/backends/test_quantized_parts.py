@@ -122,3 +122,14 @@ def test_weights_of_blocks_that_share_a_graph_are_not_deployed(x: torch.Tensor):
     step(model, x)
     with pytest.raises(ConfigError, match="share a graph, in which"):
         scaleprop.training.deployable(model)
+
+
+def test_a_fused_layer_of_which_nothing_is_known_is_listed():
+    """What torch's encoder layers run in evaluation."""
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, 48, batch_first=True).eval()
+    model = scaleprop.prepare_training(layer, "mxfp8", inner="eager")
+    with torch.no_grad():
+        model(torch.randn(2, 8, WIDTH))
+    (report,) = model.scale_report()
+    assert not report.quantized
+    assert ["of which nothing is known" in why for why in report.high.values()] == [True]

@@ -31,12 +31,14 @@ _AXES = {"fprop.x": 1, "fprop.w": 1, "dgrad.dy": 1, "dgrad.w": 0, "wgrad.dy": 0,
 
 
 def quantize_convolutions(
-    graph: torch.fx.Graph, parameters: Collection[torch.fx.Node], work: Rewrite
+    graph: torch.fx.Graph, parameters: Collection[torch.fx.Node], work: Rewrite,
+    kept: Collection[torch.fx.Node] = (),
 ) -> dict[str, str]:
-    """Quantize, in place, what convolutions with a parameter read; node → why one stays high."""
+    """Quantize, in place, what convolutions with a parameter read, but for those that are ``kept``
+    high; node → why another one stays so."""
     high: dict[str, str] = {}
     for node in list(graph.nodes):
-        if node.target not in OPERATORS:
+        if node.target not in OPERATORS or node in kept:
             continue
         forward = node.target is _FORWARD
         x, weight = node.args[:2] if forward else node.args[1:3]

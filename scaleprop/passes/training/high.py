@@ -16,6 +16,8 @@ from scaleprop.passes.training.roles import (
     Product,
     Products,
     gradient_values,
+    parameter_of,
+    source_of,
 )
 
 aten: Any = torch.ops.aten
@@ -25,11 +27,12 @@ _CHOICES = frozenset((aten.topk.default, aten.sort.default, aten.sort.stable, at
 
 def keep_high(
     graph: torch.fx.Graph, products: Products, parameters: Collection[torch.fx.Node],
-    rules: Sequence[str],
+    rules: Sequence[str], convolutions: bool = False,
 ) -> Products:
     """``products`` without those that ``rules`` keep: ``head``, ``router``, ``first:n``,
-    ``last:n``; see ``recipes.TrainingRecipe``."""
+    ``last:n``; see ``recipes.TrainingRecipe``. convolutions: whether branches are of these too."""
     high = dict(products.high)
+    convolved = _convolutions(graph, parameters) if convolutions else {}
     branches: list[set[torch.fx.Node]] | None = None
     for rule in rules:
         kind, _, number = rule.partition(":")
@@ -39,10 +42,13 @@ def keep_high(
             high.update(_of_layers(graph, products, parameters, _routers(graph, products),
                                    "it chooses what runs"))
         else:
-            branches = _branches(graph, products, parameters) if branches is None else branches
+            if branches is None:
+                branches = _branches(graph, products, parameters, convolved)
             chosen = branches[:int(number)] if kind == "first" else branches[-int(number):]
-            high.update(_of_layers(graph, products, parameters, set[torch.fx.Node]().union(*chosen),
-                                   f"in one of the {kind} {number} branches"))
+            kept = set[torch.fx.Node]().union(*chosen)
+            why = f"in one of the {kind} {number} branches"
+            high.update(_of_layers(graph, products, parameters, kept, why))
+            high.update({each: why for node in kept for each in convolved.get(node, ())})
     return dataclasses.replace(
         products, high=high,
         found=tuple(product for product in products.found if product.node not in high))
@@ -61,11 +67,27 @@ def _of_layers(
     return found
 
 
+def _convolutions(
+    graph: torch.fx.Graph, parameters: Collection[torch.fx.Node]
+) -> dict[torch.fx.Node, list[torch.fx.Node]]:
+    """Forward convolution with a parameter → itself, and those of its gradients."""
+    found = {node: [node] for node in graph.find_nodes(
+        op="call_function", target=aten.convolution.default)
+        if parameter_of(source_of(node.args[1])[0]) in parameters}
+    for back in graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
+        for node, parts in found.items():
+            if node.args[:2] == back.args[1:3]:
+                parts.append(back)
+    return found
+
+
 def _branches(
-    graph: torch.fx.Graph, products: Products, parameters: Collection[torch.fx.Node]
+    graph: torch.fx.Graph, products: Products, parameters: Collection[torch.fx.Node],
+    convolved: Collection[torch.fx.Node],
 ) -> list[set[torch.fx.Node]]:
     """Forward products of each residual branch, in order; of each layer where there are none."""
-    forward = [product.node for product in products.found if product.role == "fprop"]
+    products_forward = {product.node for product in products.found if product.role == "fprop"}
+    forward = [node for node in graph.nodes if node in products_forward or node in convolved]
     structure = Structure(graph, parameters, gradient_values(graph))
     found: list[set[torch.fx.Node]] = []
     taken: set[torch.fx.Node] = set()

@@ -17,7 +17,7 @@ from scaleprop.passes.training.attention import quantize_attention
 from scaleprop.passes.training.convolutions import OPERATORS, quantize_convolutions
 from scaleprop.passes.training.matrices import find_layers
 from scaleprop.passes.training.rewrite import Quantized, Rewrite, Settings
-from scaleprop.passes.training.roles import Products, is_tangent
+from scaleprop.passes.training.roles import CONVOLUTION, Products, is_tangent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,9 @@ def quantize_operands(
     layers = find_layers(joint.graph, products.found, parameters, settings.names)
     layer_of = {product.node: layer for layer in layers
                 for product in (layer.fprop, layer.dgrad, layer.wgrad) if product is not None}
-    high = {node.name: why for node, why in products.high.items()
-            if not (convolutions and node.target in OPERATORS)}
+    kept = {node for node, why in products.high.items()
+            if not (convolutions and node.target in OPERATORS and why == CONVOLUTION)}
+    high = {node.name: products.high[node] for node in products.high if node in kept}
     for product in products.found:  # in the graph's order: data stand before all that read them
         if product.node in layer_of:
             work.multiply(layer_of[product.node], product)
@@ -49,7 +50,7 @@ def quantize_operands(
     for layer in layers:
         work.estimate(layer)
     if convolutions:
-        high.update(quantize_convolutions(joint.graph, parameters, work))
+        high.update(quantize_convolutions(joint.graph, parameters, work, kept))
     for node in quantize_attention(joint.graph, parameters, work):
         high.pop(node.name, None)
     work.replace()

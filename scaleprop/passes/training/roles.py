@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.fx
 
+from scaleprop._torch_compat import OpOverload
 from scaleprop.passes.exponents.facts import is_float
 from scaleprop.rules import contraction_behind, rule_for
 
@@ -27,6 +28,7 @@ _KINDS = {
     "linear": "not brought to a product of matrices",
     "conv": "a convolution: only products of matrices run in low precision",
 }
+CONVOLUTION = _KINDS["conv"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ def find_products(graph: torch.fx.Graph, parameters: Collection[torch.fx.Node]) 
         if node.op != "call_function":
             continue
         if node.target not in FACTORS:
-            if why := _no_matrix_product(node):
+            if why := _no_matrix_product(node, parameters):
                 high[node] = why
             continue
         if not is_float(node.meta["val"]):
@@ -110,10 +112,15 @@ def find_products(graph: torch.fx.Graph, parameters: Collection[torch.fx.Node]) 
     return Products(tuple(found), high)
 
 
-def _no_matrix_product(node: torch.fx.Node) -> str:
+def _no_matrix_product(node: torch.fx.Node, parameters: Collection[torch.fx.Node]) -> str:
     """Why another sum of products stays high; "" where a node is none, or a lookup."""
     contraction = contraction_behind(node)
-    return _KINDS.get(contraction.kind, "") if contraction is not None else ""
+    if contraction is not None:
+        return _KINDS.get(contraction.kind, "")
+    known = not isinstance(node.target, OpOverload) or rule_for(node.target) is not None
+    matrices = [] if known else [value for value in node.all_input_nodes if value in parameters
+                                 and value.meta["val"].ndim > 1]
+    return f"{node.target}, of which nothing is known, reads a matrix" if matrices else ""
 
 
 def is_tangent(node: torch.fx.Node) -> bool:
