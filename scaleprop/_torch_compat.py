@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import sys
 import traceback
@@ -366,6 +367,10 @@ def compile_in_place(
     model._compiled_call_impl = call  # pyright: ignore[reportPrivateUsage]
 
 
+_COUNT = itertools.count()
+_NUMBERS: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()  # of compiled models
+
+
 def compiled_call(
     model: torch.nn.Module, backend: Callable[..., Any], *, dynamic: bool | None = None,
     fullgraph: bool = False,
@@ -374,13 +379,15 @@ def compiled_call(
 
     Dynamo stops compiling, without an error, what has been compiled too often. It counts by code
     object and by region, so every model has its own of both: else the ninth block of a model whose
-    blocks are compiled one by one would run as it is.
+    blocks are compiled one by one would run as it is. Which sizes it saw change it remembers by
+    name and line: else those of one model would be symbols in the next.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model._call_impl(*args, **kwargs)  # pyright: ignore[reportPrivateUsage]
 
-    call.__code__ = call.__code__.replace()
+    number = _NUMBERS.setdefault(model, next(_COUNT))
+    call.__code__ = call.__code__.replace(co_name=f"call_{number}")
     compile_: Any = torch.compile  # its overloads lack an argument
     return compile_(call, backend=backend, dynamic=dynamic, fullgraph=fullgraph,
                     isolate_recompiles=True)

@@ -208,3 +208,14 @@ def test_gradients_of_inputs_alone_are_analyzed():
     report = scaleprop.analyze(layers().requires_grad_(False), x,
                                loss_fn=lambda y: y.square().mean())
     assert any(row.phase == "backward" for row in report.tensors) and x.grad is None
+
+
+def test_sizes_that_change_from_model_to_model_are_no_symbols():
+    """Dynamo makes symbols of the sizes that a function was called with before: of this model, not
+    of others. Convolutions over an unknown number of positions would stay high."""
+    for size in (16, 12):
+        model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * (size - 2)**2, 4))
+        scaleprop.prepare_training(model, "int4-cnn", inner="eager")
+        model(torch.randn(4, 1, size, size)).square().mean().backward()
+        (report,) = scaleprop.scale_report(model)
+        assert {each.layer for each in report.quantized} == {"0.weight", "2.weight"}
