@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import scaleprop
+from scaleprop import ops
+from scaleprop.backends import quantized
 from scaleprop.formats import fake_quantize
 from scaleprop.ops import estimators
 from scaleprop.recipes.training import Operand, TrainingRecipe
@@ -130,6 +132,27 @@ def test_a_step_is_the_convolutions_written_out(recipe: TrainingRecipe):
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() <= 5e-6 * b.norm()
     assert (got[2] - exact[2]).norm() > 1e-3 * exact[2].norm()
+
+
+def test_the_graph_of_int4_cnn_carries_what_it_declares(monkeypatch: pytest.MonkeyPatch):
+    """Every weight in 15 levels before every product that reads it, and nothing else."""
+    found: list[tuple[str, int]] = []
+
+    def spied(joint: torch.fx.GraphModule, *rest: Any) -> Any:
+        made = quantized_operands(joint, *rest)
+        for node in joint.graph.find_nodes(op="call_function", target=ops.quantize_operand):
+            source = node.args[0]
+            assert source.target is ops.softened and node.args[3] == "nearest"
+            found.append((node.args[1], source.args[0].meta["val"].numel()))
+        return made
+
+    quantized_operands = quantized.quantize_operands
+    monkeypatch.setattr(quantized, "quantize_operands", spied)
+    model = prepared("int4-cnn")
+    step(model, torch.randn(2, 4, 9, 9))
+    sizes = {p.numel() for p in model.parameters() if p.ndim > 1 and len(p.shape) != 3}
+    assert {size for _, size in found} == sizes
+    assert {format for format, _ in found} == {"int4[tensor]*f32:mse"}
 
 
 def test_inductor_gives_the_same_step():

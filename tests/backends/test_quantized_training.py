@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import scaleprop
 from scaleprop import ops
-from scaleprop.backends import quantized
+from scaleprop.backends import dynamo, quantized
 from scaleprop.errors import ConfigError
 from scaleprop.formats import parse
 from scaleprop.formats.random import random_bits, random_signs
@@ -32,6 +32,7 @@ from scaleprop.training import training_state
 aten: Any = torch.ops.aten
 RECIPES = [recipe for recipe in NAMED
            if recipe.operands and solved(recipe) is None and not recipe.convolutions]
+AS_IT_IS = ("as it is", "nearest", None, (0, "none"), 1.0)
 TOKENS, WIDTH, OUT = 96, 64, 80
 # numerics.md, section 4
 TRANSFORMER_ENGINE = torch.tensor([1.0, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1])
@@ -199,20 +200,27 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.Graph]:
 
 def read(node: Any) -> tuple[Any, ...]:
     """What a product's factor says of itself: format, rounding, axis of the matrix that is
-    quantized, rotation, prescale."""
+    quantized, rotation and its signs, prescale."""
     turned = node.target is aten.permute.default
     node = node.args[0] if turned else node
     if node.target is aten._to_copy.default:
-        return (str(node.kwargs["dtype"]), "nearest", None, 0, 1.0)
+        return (str(node.kwargs["dtype"]), "nearest", None, (0, "none"), 1.0)
     if node.target is not operator.getitem:
-        return ("as it is", "nearest", None, 0, 1.0)
+        return AS_IT_IS
     made = node.args[0]
     value, format, axis = made.args[:3]
-    rotation = value.args[1] if value.target is ops.rotate else 0
+    rotation = (value.args[1], signs(value.args[2])) if value.target is ops.rotate else (0, "none")
     if made.target is ops.eden_operand:
         return (format, "eden", axis ^ turned, rotation, 1.0)
     return (format, made.args[3], None if _symmetric(format) else axis ^ turned, rotation,
             made.args[6])
+
+
+def signs(node: Any) -> str:
+    """Which signs a rotation reads: of the step that comes in, or of none."""
+    if node is None or node.target is ops.fixed_signs:
+        return "none" if node is None else "fixed"
+    return "step" if node.args[0].op == "placeholder" else "fixed or layer"
 
 
 def _symmetric(format: str) -> bool:
@@ -242,12 +250,43 @@ def test_the_graph_carries_what_the_recipe_declares(
 
 def _declared(operand: Operand | None, place: int) -> tuple[Any, ...]:
     if operand is None:
-        return ("as it is", "nearest", None, 0, 1.0)
+        return AS_IT_IS
     if operand.format in PLAIN:
-        return ("torch.bfloat16", "nearest", None, 0, 1.0)
+        return ("torch.bfloat16", "nearest", None, (0, "none"), 1.0)
     # a product sums over the second axis of its left factor, the first of its right one
     return (operand.format, operand.rounding, None if _symmetric(operand.format) else 1 - place,
-            operand.hadamard, operand.prescale)
+            (operand.hadamard, operand.signs), operand.prescale)
+
+
+SOLVED = [recipe for recipe in NAMED if recipe.operands and solved(recipe) is not None]
+
+
+@pytest.mark.parametrize("recipe", SOLVED, ids=lambda r: r.name)
+def test_the_graph_of_chosen_exponents_carries_what_the_recipe_declares(
+    recipe: TrainingRecipe, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+):
+    """All products but a head's, by the dtypes of their factors."""
+    found: list[tuple[str, str]] = []
+
+    def spied(joint: torch.fx.GraphModule, *rest: Any) -> Any:
+        made = lowered(joint, *rest)
+        found.extend(tuple(str(factor.meta["val"].dtype) for factor in node.args[:2])
+                     for node in joint.graph.find_nodes(op="call_function", target=ops.gemm))
+        return made
+
+    lowered = dynamo.lower_products
+    monkeypatch.setattr(dynamo, "lower_products", spied)
+    step(prepared(recipe), x)
+    dtypes = {role: "torch.bfloat16" if each.format in PLAIN else
+              f"torch.{parse(each.format).element.native}".replace("torch.torch", "torch")
+              for role, each in recipe.operands.items()}
+    layer = [(dtypes[f"{product}.{left}"], dtypes[f"{product}.{right}"]) for product, left, right
+             in (("fprop", "x", "w"), ("dgrad", "dy", "w"), ("wgrad", "dy", "x"))]
+    layers = 1 if "head" in recipe.high else 2
+    assert sorted(found) == sorted(layer * layers)
+    if recipe.name != "bf16":
+        assert layer == [("torch.float8_e4m3fn",) * 2, *[
+            ("torch.float8_e5m2", "torch.float8_e4m3fn")] * 2]
 
 
 def test_nvfp4_is_rotated_with_the_vector_of_transformer_engine(
