@@ -210,3 +210,35 @@ def test_parts_of_a_model_round_by_numbers_of_their_own():
     assert first != last
     assert len({each.layer for report in model.scale_report()  # type: ignore[operator]
                 for each in report.quantized}) == 2 * len(model.scale_report()[0].quantized)
+
+
+class Blocks(nn.Module):
+    """Attention in two residual branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList((nn.Linear(WIDTH, 3 * WIDTH),
+                                                   nn.Linear(WIDTH, WIDTH))) for _ in range(2))
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for into, out in self.blocks:  # type: ignore[misc]
+            query, key, value = into(F.layer_norm(x, [WIDTH])).chunk(3, -1)
+            x = x + out(F.scaled_dot_product_attention(query, key, value))
+        return self.head(x).square().mean()
+
+
+@pytest.mark.parametrize("kept", ["first:1", "last:1"])
+def test_attention_of_layers_that_are_kept_high_is_high(kept: str):
+    x = torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+    found = {}
+    for high in ((), (kept,)):
+        torch._dynamo.reset()
+        model = scaleprop.prepare_training(Blocks(), recipe(format="nvfp4").replace(high=high),
+                                           inner="eager")
+        model(x).backward()
+        (found[high],) = model.scale_report()
+    assert [len(report.quantized) for report in found.values()] == [24, 12]
+    why = [why for why in found[kept,].high.values() if "branches" in why]
+    # of two linear layers, the first of which needs no gradient of data; and of attention
+    assert len(why) == 6 - (kept == "first:1") + 6

@@ -76,13 +76,14 @@ def spell_attention(module: torch.fx.GraphModule) -> None:
 
 
 def quantize_attention(
-    graph: torch.fx.Graph, parameters: Collection[torch.fx.Node], work: Rewrite
+    graph: torch.fx.Graph, parameters: Collection[torch.fx.Node], work: Rewrite,
+    kept: Collection[torch.fx.Node] = (),
 ) -> list[torch.fx.Node]:
-    """Quantize, in place, the factors of batched products of activations and of their gradients;
-    the products."""
+    """Quantize, in place, the factors of batched products of activations and of their gradients,
+    but for those that are ``kept`` high; the products."""
     if not any(role in work.settings.operands for role in ROLES):
         return []
-    sums = _take_sums_apart(graph, parameters, work)
+    sums = _take_sums_apart(graph, parameters, work, kept)
     gradients = gradient_values(graph)
     multiplied: set[torch.fx.Node] = set()  # what forward products read
     found: list[tuple[torch.fx.Node, list[str]]] = []
@@ -97,6 +98,7 @@ def quantize_attention(
         elif not any(parameter_of(source) in parameters for source in sources):
             multiplied |= sources
             found.append((node, kinds))
+    found = [each for each in found if each[0] not in kept]
     # of the graph: others of the model have attention too
     first = next((work.settings.names[node] for node in graph.find_nodes(op="placeholder")
                   if node in parameters and node in work.settings.names), "")
@@ -110,12 +112,13 @@ def quantize_attention(
 
 
 def _take_sums_apart(
-    graph: torch.fx.Graph, parameters: Collection[torch.fx.Node], work: Rewrite
+    graph: torch.fx.Graph, parameters: Collection[torch.fx.Node], work: Rewrite,
+    kept: Collection[torch.fx.Node],
 ) -> list[torch.fx.Node]:
     """beta·c + alpha·a·b as a product and a sum, c being a mask; what these take the place of."""
     found = [node for node in graph.find_nodes(op="call_function", target=aten.baddbmm.default)
-             if not any(parameter_of(source_of(factor)[0]) in parameters
-                        for factor in node.args[1:3])]
+             if node not in kept and not any(parameter_of(source_of(factor)[0]) in parameters
+                                             for factor in node.args[1:3])]
     for node in found:
         parts = [work.call(_BMM, node.args[1:3], node), node.args[0]]
         for place, name in enumerate(("alpha", "beta")):

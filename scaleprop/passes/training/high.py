@@ -33,6 +33,7 @@ def keep_high(
     ``last:n``; see ``recipes.TrainingRecipe``. convolutions: whether branches are of these too."""
     high = dict(products.high)
     convolved = _convolutions(graph, parameters) if convolutions else {}
+    attention = _batched(graph)
     branches: list[set[torch.fx.Node]] | None = None
     for rule in rules:
         kind, _, number = rule.partition(":")
@@ -43,12 +44,13 @@ def keep_high(
                                    "it chooses what runs"))
         else:
             if branches is None:
-                branches = _branches(graph, products, parameters, convolved)
+                branches = _branches(graph, products, parameters, convolved, attention)
             chosen = branches[:int(number)] if kind == "first" else branches[-int(number):]
             kept = set[torch.fx.Node]().union(*chosen)
             why = f"in one of the {kind} {number} branches"
             high.update(_of_layers(graph, products, parameters, kept, why))
-            high.update({each: why for node in kept for each in convolved.get(node, ())})
+            high.update({each: why for node in kept
+                         for each in (*convolved.get(node, ()), *attention.get(node, ()))})
     return dataclasses.replace(
         products, high=high,
         found=tuple(product for product in products.found if product.node not in high))
@@ -81,9 +83,24 @@ def _convolutions(
     return found
 
 
+def _batched(graph: torch.fx.Graph) -> dict[torch.fx.Node, list[torch.fx.Node]]:
+    """Forward batched product → itself, and those of its gradients: what reads its factors."""
+    gradients = gradient_values(graph)
+    every = [node for node in graph.nodes
+             if node.target in (aten.bmm.default, aten.baddbmm.default)]
+    found = {node: [node] for node in every if node not in gradients}
+    for back in every:
+        if back in gradients:
+            factor = {source_of(each)[0] for each in back.args[-2:] if each not in gradients}
+            for node, parts in found.items():
+                if factor & {source_of(each)[0] for each in node.args[-2:]}:
+                    parts.append(back)
+    return found
+
+
 def _branches(
     graph: torch.fx.Graph, products: Products, parameters: Collection[torch.fx.Node],
-    convolved: Collection[torch.fx.Node],
+    convolved: Collection[torch.fx.Node], attention: Collection[torch.fx.Node],
 ) -> list[set[torch.fx.Node]]:
     """Forward products of each residual branch, in order; of each layer where there are none."""
     products_forward = {product.node for product in products.found if product.role == "fprop"}
@@ -94,8 +111,9 @@ def _branches(
     for residual in structure.residuals():
         inside = _behind(residual.branch) - _behind(residual.skip) - taken
         taken |= inside
-        found.append({node for node in forward if node in inside})
-    return [branch for branch in found if branch] or [{node} for node in forward]
+        found.append({node for node in (*forward, *attention) if node in inside})
+    several = [branch for branch in found if not branch.isdisjoint(forward)]
+    return several or [{node} for node in forward]
 
 
 def _behind(node: torch.fx.Node) -> set[torch.fx.Node]:

@@ -17,7 +17,7 @@ from scaleprop.passes.training.attention import quantize_attention
 from scaleprop.passes.training.convolutions import OPERATORS, quantize_convolutions
 from scaleprop.passes.training.matrices import find_layers
 from scaleprop.passes.training.rewrite import Quantized, Rewrite, Settings
-from scaleprop.passes.training.roles import CONVOLUTION, Products, is_tangent
+from scaleprop.passes.training.roles import BATCHED, CONVOLUTION, Products, is_tangent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,8 @@ def quantize_operands(
         work.estimate(layer)
     if convolutions:
         high.update(quantize_convolutions(joint.graph, parameters, work, kept))
-    for node in quantize_attention(joint.graph, parameters, work):
+    lasting = {node for node in kept if products.high[node] != BATCHED}
+    for node in quantize_attention(joint.graph, parameters, work, lasting):
         high.pop(node.name, None)
     work.replace()
     if any(is_tangent(node) for node in joint.graph.find_nodes(op="placeholder")):

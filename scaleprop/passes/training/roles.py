@@ -28,7 +28,7 @@ _KINDS = {
     "linear": "not brought to a product of matrices",
     "conv": "a convolution: only products of matrices run in low precision",
 }
-CONVOLUTION = _KINDS["conv"]
+CONVOLUTION, BATCHED = _KINDS["conv"], _KINDS["matmul"]
 
 
 @dataclasses.dataclass(frozen=True)
