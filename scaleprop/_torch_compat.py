@@ -276,22 +276,37 @@ def compile_inductor(
     example_inputs: Sequence[Any],
     rewrite: Callable[[torch.fx.GraphModule], None],
     table: dict[Any, Callable[..., Any]],
+    finish: Callable[[torch.fx.GraphModule], None],
 ) -> Callable[..., Any]:
-    """Inductor's code for a Dynamo graph, ``rewrite`` applied first of all joint-graph passes."""
+    """Inductor's code for a Dynamo graph, ``rewrite`` applied first of all joint-graph passes, and
+    ``finish`` first of all passes of what that was parted into."""
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class Rewrite(CustomGraphPass):
+        def __init__(self, by: Callable[[torch.fx.GraphModule], None]) -> None:
+            self.by = by
+
         def __call__(self, graph: torch.fx.Graph) -> None:
             assert graph.owning_module is not None
-            rewrite(graph.owning_module)
+            self.by(graph.owning_module)
 
         def uuid(self) -> None:
             """No name under which compiled code could be cached."""
 
     compiled: Any = compile_fx(module, example_inputs, decompositions=table,
-                               config_patches={"joint_custom_pre_pass": Rewrite()})
+                               config_patches={"joint_custom_pre_pass": Rewrite(rewrite),
+                                               "post_grad_custom_pre_pass": Rewrite(finish)})
     return compiled
+
+
+def is_symbolic(graph: torch.fx.Graph) -> bool:
+    """Whether an input has a size that is known only when the graph runs."""
+    values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    sizes = [size for value in values
+             for size in (value.shape if isinstance(value, torch.Tensor) else (value,))]
+    return any(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+               for size in sizes)
 
 
 def with_inputs(

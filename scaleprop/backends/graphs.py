@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scaleprop import _torch_compat as compat
 from scaleprop import ops
+from scaleprop.backends.subgraphs import PIECES, is_worth_sharing, share
 from scaleprop.errors import CaptureError
 from scaleprop.passes.decompose import respell
 from scaleprop.passes.training.roles import is_tangent
@@ -87,17 +88,25 @@ def compile_joint(
 ) -> Callable[..., Any]:
     """Compile what Dynamo captured, with ``transform`` applied to its joint graph."""
 
+    table = spelled_table()
+
     def respelled(joint: torch.fx.GraphModule) -> None:
         transform(joint)
+        whole = PIECES if is_worth_sharing(joint.graph) else frozenset[Any]()
         with torch.no_grad(), compat.fake_mode_of(joint.graph):
-            respell(joint, compat.inductor_table() | _FUSED, lambda op, table: op in table)
+            respell(joint, table, lambda op, table: op in table and op not in whole)
+
+    def shared(graph: torch.fx.GraphModule) -> None:
+        with torch.no_grad(), compat.fake_mode_of(graph.graph):
+            share(graph, table)
 
     if callable(inner):
         return compat.compile_eager(module, example_inputs, _loud(transform), training_table(),
                                     inner)
     if inner == "eager":
         return compat.compile_eager(module, example_inputs, _loud(transform), training_table())
-    return compat.compile_inductor(module, example_inputs, _loud(respelled), training_table())
+    return compat.compile_inductor(module, example_inputs, _loud(respelled), training_table(),
+                                   _loud(shared))
 
 
 def _loud(rewrite: Transform) -> Transform:
@@ -111,6 +120,11 @@ def _loud(rewrite: Transform) -> Transform:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
     return run
+
+
+def spelled_table() -> dict[Any, Callable[..., Any]]:
+    """What Inductor decomposes, and scaleprop's operators."""
+    return compat.inductor_table() | _FUSED
 
 
 def training_table() -> dict[Any, Callable[..., Any]]:

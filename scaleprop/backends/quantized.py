@@ -1,7 +1,8 @@
 """Training graphs whose products read quantized operands, see ``recipes.TrainingRecipe``.
 
-The graph is given four inputs of scaleprop's own, the step and the memory of amax; a run passes
-them in from the model's ``TrainingState``.
+The graph is given five inputs of scaleprop's own: the step, the memory of amax, and what tells the
+random numbers of operands apart; a run passes them in, the first four from the model's
+``TrainingState``.
 """
 
 from __future__ import annotations
@@ -18,25 +19,28 @@ from scaleprop.backends.graphs import Inner, Runner, compile_joint, given_inputs
 from scaleprop.backends.state import GraphState, TrainingState
 from scaleprop.passes.training.attention import ROLES, spell_attention
 from scaleprop.passes.training.high import keep_high
-from scaleprop.passes.training.memory import Memory, Row
+from scaleprop.passes.training.memory import Memory, Row, Streams
 from scaleprop.passes.training.operands import Operands, quantize_operands
 from scaleprop.passes.training.rewrite import Settings
 from scaleprop.passes.training.roles import find_products, is_tangent
 from scaleprop.passes.training.truncate import truncate_values
 from scaleprop.recipes.training import Operand, TrainingRecipe
 
-_INPUTS = ("scaleprop_step", "scaleprop_used", "scaleprop_seen", "scaleprop_seen_backward")
+_INPUTS = ("scaleprop_step", "scaleprop_used", "scaleprop_seen", "scaleprop_seen_backward",
+           "scaleprop_streams")  # fmt: skip
 _ROWS_PER_CALL = 6  # operands of a layer
 
 
 @dataclasses.dataclass
 class _Phase:
-    """One compiled phase of a graph. layer: the first that is quantized, "" where none is."""
+    """One compiled phase of a graph. layer: the first that is quantized, "" where none is.
+    streams: as ``Streams`` has them."""
 
     run: Callable[..., Any]
     layer: str = ""
     rows: Sequence[Row] = ()
     training: bool = False
+    streams: torch.Tensor | None = None
 
 
 def compile_quantized(
@@ -68,7 +72,7 @@ def compile_quantized(
         phase = phases[place]
         graph = mine.of_graph(f"{block}{layer}#{place}", phase.rows, work.device)
         own = graph.begin(step, phase.training, phase.rows, work.capacity, block)
-        return phase.run(*own, *inputs)
+        return phase.run(*own, phase.streams, *inputs)
 
     return run
 
@@ -93,7 +97,8 @@ class _Work:
 
     def unused(self) -> tuple[torch.Tensor, ...]:
         """Inputs of scaleprop's own that are of no step."""
-        return GraphState(self.device).begin(0, False, (), self.capacity)
+        none = torch.zeros(2 * self.capacity, dtype=torch.int64, device=self.device)
+        return (*GraphState(self.device).begin(0, False, (), self.capacity), none)
 
     def compiled(self, recipe: TrainingRecipe, operands: Mapping[str, Operand]) -> _Phase:
         """The graph with these operands."""
@@ -122,15 +127,20 @@ class _Work:
             if self.report is not None:
                 self.report(Operands((), {}, count))
             return
-        step, used, *seen = joint.graph.find_nodes(op="placeholder")[:len(_INPUTS)]
+        step, used, *seen, table = mine = joint.graph.find_nodes(op="placeholder")[:len(_INPUTS)]
+        for node in mine:
+            int(node.meta["val"].shape[0])  # a constant, not a size to generate code for
         given = joint.graph.find_nodes(op="placeholder")[len(_INPUTS):]
-        memory = Memory(used, (seen[0], seen[1]))
+        memory, streams = Memory(used, (seen[0], seen[1])), Streams(table)
         products = keep_high(joint.graph, find_products(joint.graph, parameters), parameters,
                              recipe.high, recipe.convolutions)
         found = quantize_operands(joint, products, parameters, Settings(
             operands=operands, names=dict(zip(given, self.names, strict=False)),
-            seed=self.state.seed, step=step, memory=memory, rank=_rank()), recipe.convolutions)
+            seed=self.state.seed, step=step, memory=memory, streams=streams, rank=_rank()),
+            recipe.convolutions)
         phase.rows = memory.rows
+        with compat.without_modes():
+            phase.streams = streams.values(self.device)
         phase.layer = found.quantized[0].layer if found.quantized else ""
         if self.report is not None:
             self.report(found)

@@ -30,7 +30,7 @@ _ROUNDS = 10
 _SIGNS, _WIDTHS = 0, {8: 1, 16: 2, 32: 3}  # what the counter's topmost bits say
 
 
-def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
+def philox(counter: Sequence[Tensor], key: tuple[int, int | Tensor]) -> list[Tensor]:
     """Four words of 32 random bits, int64, of four words of a counter and two of a key.
 
     Words are in 0..2^32-1; the counter's broadcast against each other. Products of two words wrap
@@ -38,24 +38,25 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     right between rounds.
     """
     a, b, c, d = counter
-    first, second = key
-    for _ in range(_ROUNDS):
+    for step in range(_ROUNDS):
+        # of sums that pass 32 bits the rest is cut off below
+        first, second = (word + step * weyl for word, weyl in zip(key, _WEYL, strict=True))
         left, right = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
         a, b = ((right >> 32) ^ b ^ first) & _WORD, right
         c, d = ((left >> 32) ^ d ^ second) & _WORD, left
-        first, second = (first + _WEYL[0]) & _WORD, (second + _WEYL[1]) & _WORD
     return [a, b & _WORD, c, d & _WORD]
 
 
-def random_bits(shape: Sequence[Any], seed: int, stream: int, step: Tensor | int, bits: int,
-                first: tuple[Any, Any] = (0, 0),
+def random_bits(shape: Sequence[Any], seed: int, stream: Tensor | int, step: Tensor | int,
+                bits: int, first: tuple[Any, Any] = (0, 0),
                 device: torch.device | str | None = None) -> Tensor:
     """int32 [rows, columns], uniform on 0..2^bits-1: one number an element.
 
     The number of element (r, c) is a function of seed, stream, step, bits, first[0] + r and
     first[1] + c alone: whoever draws a slice passes where it begins. seed, stream: 0..2^32-1;
     nodes that must not share numbers have streams of their own. step: 0..2^60-1, an int, or int64
-    of one element, which a graph reads when it runs. device: of the result; step's by default.
+    of one element, which a graph reads when it runs; stream too. device: of the result; step's by
+    default.
 
     Numbers of the same width class (up to 8, 16, 32 bits) are the low bits of the same ones.
 
@@ -69,6 +70,8 @@ def random_bits(shape: Sequence[Any], seed: int, stream: int, step: Tensor | int
     start = first[0] // group
     groups = (first[0] + rows + group - 1) // group - start
     counted = _step(step, _WIDTHS[width], device)
+    if isinstance(stream, Tensor):
+        stream = stream.reshape(())
     words = _words((groups, columns), (start, first[1]), counted, (seed, stream))
     numbers = _split(words, width, bits).reshape(groups * group, columns)
     skipped = first[0] - start * group
@@ -91,7 +94,7 @@ def random_signs(size: int, seed: int, stream: int, step: Tensor | int,
 
 
 def _words(shape: tuple[Any, Any], first: tuple[Any, Any], counted: tuple[Tensor, Tensor],
-           key: tuple[int, int]) -> Tensor:
+           key: tuple[int, int | Tensor]) -> Tensor:
     """int32 [groups, 4, columns]: the words of a counter for each column of each group of rows.
 
     Rows and columns are the words that the first round does not multiply: Inductor would make
@@ -132,10 +135,13 @@ def _step(step: Tensor | int, kind: int,
     return counted & _WORD, ((counted >> 32) & (_WORD >> 4)) | (kind << 28)
 
 
-def _check(shape: Sequence[Any], seed: int, stream: int, bits: int,
+def _check(shape: Sequence[Any], seed: int, stream: Tensor | int, bits: int,
            first: tuple[Any, Any]) -> None:
     for name, value in (("seed", seed), ("stream", stream)):
-        if not 0 <= value <= _WORD:
+        if isinstance(value, Tensor):
+            if value.dtype != torch.int64 or value.numel() != 1:
+                raise FormatError(f"{name} is {value.dtype} {list(value.shape)}: pass one int64")
+        elif not 0 <= value <= _WORD:
             raise FormatError(f"{name} {value} is not in 0..2^32-1: take its low 32 bits")
     if not 1 <= bits <= MAX_WIDTH:
         raise FormatError(f"{bits} random bits: a number has 1 to {MAX_WIDTH}")

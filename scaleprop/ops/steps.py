@@ -23,7 +23,7 @@ from scaleprop.ops.hadamard import hadamard
 _FIXED_SIGNS = "+++-+------+-+--"
 
 
-def random_bits(step: Tensor, shape: Sequence[Any], seed: int, stream: int, bits: int,
+def random_bits(step: Tensor, stream: Tensor, shape: Sequence[Any], seed: int, bits: int,
                 first_row: int) -> Tensor:
     """int32 [rows, columns], uniform on 0..2^bits-1, see ``formats.random``."""
     return random.random_bits(shape, seed, stream, step, bits, (first_row, 0), step.device)
@@ -99,7 +99,7 @@ def signed_float(name: str) -> FloatElement:
 
 # what ``registration`` registers; each is its own kernel, on data and on fake tensors
 SCHEMAS = {
-    "random_bits": "(Tensor step, SymInt[] shape, int seed, int stream, int bits, "
+    "random_bits": "(Tensor step, Tensor stream, SymInt[] shape, int seed, int bits, "
                    "SymInt first_row) -> Tensor",
     "random_signs": "(Tensor step, int size, int seed, int stream) -> Tensor",
     "fixed_signs": "(Tensor step) -> Tensor",

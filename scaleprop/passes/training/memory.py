@@ -1,4 +1,5 @@
-"""Amax that is carried from step to step: which row of which input holds whose."""
+"""What a graph reads of operands besides the data: which row of which input holds whose amax, that
+is carried from step to step, and whose stream of random numbers."""
 
 from __future__ import annotations
 
@@ -76,3 +77,37 @@ class Memory:
             whole = call(aten.cat.default, (parts,), seen, end)
             # partitioning tells a write to an input from a value by this
             call(aten.copy_.default, (seen, whole), seen, end).meta["partitioner_tag"] = tag
+
+
+@dataclasses.dataclass
+class Streams:
+    """An input of a graph, int64 [2·capacity]: for each operand that draws random numbers its
+    stream, and a number that nothing reads: GPUs' code expects inputs to begin at 16 bytes.
+
+    As data, not as constants: code for operands of one shape is then the same.
+    """
+
+    table: torch.fx.Node
+    numbers: list[int] = dataclasses.field(default_factory=list[int])
+
+    def of(self, number: int, name: str, call: Any) -> torch.fx.Node:
+        """A stream, int64 [1]; ``call`` makes nodes, of operators and their arguments.
+
+        Raises:
+            CaptureError: where there is no row left.
+        """
+        place, capacity = 2 * len(self.numbers), self._size() // 2
+        if len(self.numbers) == capacity:
+            raise CaptureError(f"{name}: more than {capacity} operands of this graph draw random "
+                               "numbers. Remedy: rounding='nearest'")
+        self.numbers.append(number)
+        return call(aten.slice.Tensor, (self.table, 0, place, place + 1))
+
+    def values(self, device: torch.device) -> torch.Tensor:
+        """The input."""
+        found = torch.zeros(self._size(), dtype=torch.int64)
+        found[:2 * len(self.numbers):2] = torch.tensor(self.numbers, dtype=torch.int64)
+        return found.to(device)
+
+    def _size(self) -> int:
+        return int(self.table.meta["val"].shape[0])

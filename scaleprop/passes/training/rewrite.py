@@ -25,7 +25,7 @@ from scaleprop.ops.estimators import parse_estimator
 from scaleprop.ops.operands import exact_dtype
 from scaleprop.passes.training.calls import call
 from scaleprop.passes.training.matrices import Layer, Matrix, operand_matrix
-from scaleprop.passes.training.memory import Memory
+from scaleprop.passes.training.memory import Memory, Streams
 from scaleprop.passes.training.roles import Product
 from scaleprop.recipes.training import Operand
 
@@ -45,7 +45,8 @@ class Settings:
 
     operands: by role. names: parameter → its name, for streams and reports. seed: of random bits.
     step: the input that counts training steps, int64 [1]. memory: the inputs that hold amax from
-    step to step. rank: which part of the batch this process has: parts are of one size.
+    step to step. streams: the input that tells random numbers of operands apart. rank: which part
+    of the batch this process has: parts are of one size.
     """
 
     operands: Mapping[str, Operand]
@@ -53,6 +54,7 @@ class Settings:
     seed: int
     step: torch.fx.Node
     memory: Memory
+    streams: Streams
     rank: int = 0
 
 
@@ -216,8 +218,10 @@ class Rewrite:
             rank = self.settings.rank
             first = rank * shape[0] if isinstance(shape[0], int) else self.call(
                 operator.mul, (shape[0], rank), at)
-        return self.call(ops.random_bits, (self.settings.step, shape, self.settings.seed,
-                                           _stream(layer, role), width, first), at)
+        stream = self.settings.streams.of(_stream(layer, role), f"{layer}/{role}",
+                                          lambda target, args: self.call(target, args, at))
+        return self.call(ops.random_bits, (self.settings.step, stream, shape, self.settings.seed,
+                                           width, first), at)
 
     def _blocks(self, size: Any, block: int, at: torch.fx.Node) -> Any:
         """How many blocks there are in a size, the last one broken or not."""
