@@ -300,15 +300,6 @@ def compile_inductor(
     return compiled
 
 
-def is_symbolic(graph: torch.fx.Graph) -> bool:
-    """Whether an input has a size that is known only when the graph runs."""
-    values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
-    sizes = [size for value in values
-             for size in (value.shape if isinstance(value, torch.Tensor) else (value,))]
-    return any(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
-               for size in sizes)
-
-
 def with_inputs(
     module: torch.fx.GraphModule, values: Mapping[str, torch.Tensor]
 ) -> torch.fx.GraphModule:
@@ -473,20 +464,6 @@ def traced_nodes() -> Generator[list[torch.fx.Node]]:
     while node is not end:
         found.append(node)
         node = node.next
-
-
-def rendezvous_store() -> Any:
-    """The key-value store that the ranks of the default process group met in."""
-    from torch.distributed import distributed_c10d
-
-    return distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
-
-
-def collective_device() -> torch.device:
-    """Where tensors must lie for a collective of the default process group."""
-    from torch.distributed import distributed_c10d
-
-    return torch.device(distributed_c10d._get_object_coll_device())  # pyright: ignore[reportPrivateUsage]
 
 
 @contextmanager

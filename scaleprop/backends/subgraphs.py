@@ -30,7 +30,16 @@ def is_worth_sharing(graph: torch.fx.Graph) -> bool:
     """Whether a graph has so many pieces that time to compile counts for more than that nothing is
     fused across their borders. Graphs of symbolic sizes are not shared."""
     pieces = sum(len(graph.find_nodes(op="call_function", target=target)) for target in PIECES)
-    return pieces >= MANY and not compat.is_symbolic(graph)
+    return pieces >= MANY and not _is_symbolic(graph)
+
+
+def _is_symbolic(graph: torch.fx.Graph) -> bool:
+    """Whether an input has a size that is known only when the graph runs."""
+    values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    sizes = [size for value in values
+             for size in (value.shape if isinstance(value, torch.Tensor) else (value,))]
+    return any(isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+               for size in sizes)
 
 
 def share(module: torch.fx.GraphModule, table: Table) -> None:

@@ -60,7 +60,7 @@ def agree(
         return amax
     known = [math.inf if math.isnan(value) else value for value in amax.values()]
     with torch.no_grad(), compat.without_modes():
-        values = torch.tensor(known, dtype=torch.float64, device=compat.collective_device())
+        values = torch.tensor(known, dtype=torch.float64, device=_collective_device())
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return dict(zip(amax, values.tolist(), strict=True))
 
@@ -87,7 +87,7 @@ def _in_step(graph: torch.fx.Graph) -> bool:
 
 def _meet(mine: str, within: datetime.timedelta) -> str:
     """Wait for the other ranks: one answer, the same for all of them."""
-    store, rank, world = compat.rendezvous_store(), dist.get_rank(), dist.get_world_size()
+    store, rank, world = _rendezvous_store(), dist.get_rank(), dist.get_world_size()
     turn = store.add(f"scaleprop/turn/{rank}", 1)
     place = f"scaleprop/{turn}"
     store.set(f"{place}/{rank}", mine)
@@ -110,3 +110,17 @@ def _wait(store: Any, key: str, within: datetime.timedelta) -> None:
         store.wait([key], within)
     except RuntimeError:  # it ran out: not every kind of store has an error of its own for that
         store.compare_set(key, "", _ALONE)
+
+
+def _rendezvous_store() -> Any:
+    """The key-value store that the ranks of the default process group met in."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+
+
+def _collective_device() -> torch.device:
+    """Where tensors must lie for a collective of the default process group."""
+    from torch.distributed import distributed_c10d
+
+    return torch.device(distributed_c10d._get_object_coll_device())  # pyright: ignore[reportPrivateUsage]
