@@ -23,6 +23,7 @@ import scaleprop
 from benchmarks import harness
 from examples import train_lm
 from scaleprop.recipes.training import OPERANDS, Operand, TrainingRecipe
+from scaleprop.sweeps.tables import EFFECT_COLUMNS, effect_rows
 
 SETTINGS = train_lm.Settings(vocabulary=256, width=64, layers=2, context=64, batch=8, steps=150,
                              rate=4e-3)
@@ -88,6 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found.to_csv(options.results / "fp4_design_space.csv")
     found.plot(options.plot)
     print(found.table())
+    two_levels = AXES["*.format"][2:]
+    rows = [(name, *cells) for name in two_levels
+            for cells in effect_rows(found, {"*.format": name}) if cells[0] == "*.scaling"]
+    print("Tensor scaling, within a format:\n")
+    print(harness.markdown_table(["within", *EFFECT_COLUMNS], rows))
     return 0
 
 

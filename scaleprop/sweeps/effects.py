@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from scaleprop.errors import ConfigError
 from scaleprop.sweeps.results import Mean, Point, Sweep
 
 
@@ -25,15 +26,24 @@ class Effect:
     diverged: int
 
 
-def effects(sweep: Sweep) -> list[Effect]:
-    """Every value of every axis but the first ones, in the order of the grid."""
-    points = {_key(point.axes): point for point in sweep.points}
+def effects(sweep: Sweep, within: Mapping[str, str] | None = None) -> list[Effect]:
+    """Every value of every axis but the first ones, in the order of the grid; ``within`` the
+    combinations that have these values alone.
+
+    Raises:
+        ConfigError: where none has.
+    """
+    chosen = [point for point in sweep.points
+              if all(point.axes.get(axis) == value for axis, value in (within or {}).items())]
+    if within and not chosen:
+        raise ConfigError(f"no combination has {dict(within)}; axes: {', '.join(sweep.axes)}")
+    points = {_key(point.axes): point for point in chosen}
     found: list[Effect] = []
     for axis in sweep.axes:
-        values = dict.fromkeys(point.axes[axis] for point in sweep.points if axis in point.axes)
+        values = dict.fromkeys(point.axes[axis] for point in chosen if axis in point.axes)
         first = next(iter(values), "")
         for value in list(values)[1:]:
-            pairs = [(points[key], point) for point in sweep.points if point.axes.get(axis) == value
+            pairs = [(points[key], point) for point in chosen if point.axes.get(axis) == value
                      if (key := _key({**point.axes, axis: first})) in points]
             changes = [change for pair in pairs for change in _changes(*pair)]
             finite = [change for change in changes if math.isfinite(change)]

@@ -165,11 +165,16 @@ class Sweep:
                 least = best
         return front
 
-    def effects(self) -> list[Effect]:
-        """What each value of an axis does, the others alike."""
+    def effects(self, within: Mapping[str, str] | None = None) -> list[Effect]:
+        """What each value of an axis does, the others alike; ``within``: axis → value, among the
+        combinations that have it, to see whether one choice depends on another.
+
+        Raises:
+            ConfigError: where none has.
+        """
         from scaleprop.sweeps.effects import effects
 
-        return effects(self)
+        return effects(self, within)
 
     def errors(self) -> list[tuple[Point, int, str]]:
         """(point, seed, traceback) of failed runs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from scaleprop.report.console import stdout_console
@@ -76,10 +76,13 @@ def _mean(mean: Mean, sign: str) -> str:
     return shown if math.isnan(mean.error) else f"{shown} ± {mean.error:.4f}"
 
 
-def effect_rows(sweep: Sweep) -> list[tuple[str, ...]]:
-    """Cells of ``EFFECT_COLUMNS``, a row for every value that was compared."""
+def effect_rows(
+    sweep: Sweep, within: Mapping[str, str] | None = None
+) -> list[tuple[str, ...]]:
+    """Cells of ``EFFECT_COLUMNS``, a row for every value that was compared; see
+    ``Sweep.effects``."""
     found: list[tuple[str, ...]] = []
-    for each in sweep.effects():
+    for each in sweep.effects(within):
         mean, lost = each.percent, f", {each.diverged} diverged" * bool(each.diverged)
         change = f"{mean.value:+.2f}%" if mean.count else ""
         if mean.count > 1:

@@ -10,6 +10,7 @@ import math
 import pytest
 from rich.console import Console
 
+from scaleprop.errors import ConfigError
 from scaleprop.recipes.training import OPERANDS, Operand, TrainingRecipe
 from scaleprop.sweeps.results import Mean, Point, Sweep
 from scaleprop.sweeps.runs import Outcome
@@ -50,6 +51,16 @@ def test_the_error_is_that_of_the_mean_over_pairs():
     effect = sweep_of(*grid).effects()[0]
     assert effect.percent.value == pytest.approx(20.0)  # of 10 and 30
     assert effect.percent.error == pytest.approx(10.0)
+
+
+def test_effects_within_a_value_show_what_depends_on_it():
+    grid = [point({"x": "0", "y": "0"}, 1.0), point({"x": "1", "y": "0"}, 1.1),
+            point({"x": "0", "y": "1"}, 2.0), point({"x": "1", "y": "1"}, 2.6)]
+    changes = {y: [each.percent.value for each in sweep_of(*grid).effects({"y": y})]
+               for y in ("0", "1")}
+    assert changes == {"0": pytest.approx([10.0]), "1": pytest.approx([30.0])}
+    with pytest.raises(ConfigError, match=r"no combination has \{'y': '2'\}; axes: x, y"):
+        sweep_of(*grid).effects({"y": "2"})
 
 
 def test_what_diverged_has_no_partner_or_did_not_run_does_not_count():
