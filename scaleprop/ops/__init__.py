@@ -19,6 +19,7 @@ scaled_mm = torch.ops.scaleprop.scaled_mm.default
 hadamard = torch.ops.scaleprop.hadamard.default
 cast = torch.ops.scaleprop.cast.default
 gemm = torch.ops.scaleprop.gemm.default
+wide_mm = torch.ops.scaleprop.wide_mm.default
 power_scale = torch.ops.scaleprop.power_scale.default
 quantize_operand = torch.ops.scaleprop.quantize_operand.default
 eden_operand = torch.ops.scaleprop.eden_operand.default
@@ -51,4 +52,5 @@ __all__ = [
     "softened",
     "truncate",
     "unrotate",
+    "wide_mm",
 ]

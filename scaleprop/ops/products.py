@@ -6,6 +6,7 @@ more; they have no gradient of their own.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from scaleprop.formats import elements
 from scaleprop.formats.rounding import nearest, power_of_two_below
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_UNITS = threading.Lock()  # who reads the switch while it is set would leave it so
 MOST = 2.0**100  # scales beyond would not be float32 numbers together with their reciprocals
 
 
@@ -49,10 +51,30 @@ def gemm(a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
     """alpha·(a @ b), [m, k] × [k, n] of low-precision data, summed in float32, in ``dtype``."""
     if in_hardware(a, b):
         return scaled_gemm(a, b, alpha, dtype)
-    if alpha == 1.0 and a.dtype == b.dtype == dtype == torch.bfloat16 and a.device.type == "cpu":
-        return torch.mm(a, b)  # sums in float32, in the matrix units of CPUs that have them
+    if a.dtype == b.dtype == torch.bfloat16 and a.device.type == "cpu":
+        if alpha == 1.0 and dtype == torch.bfloat16:
+            return torch.mm(a, b)  # sums in float32, in the matrix units of CPUs that have them
+        product: Tensor = torch.ops.scaleprop.wide_mm(a, b)
+        return (product if alpha == 1.0 else product * alpha).to(dtype)
     # alpha first: it is a power of two, and here it is part of the conversion
     return torch.mm(a.to(torch.float32) * alpha, b.to(torch.float32)).to(dtype)
+
+
+def wide_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, [m, k] × [k, n] of bfloat16 data, summed in float32, in float32.
+
+    Converted to float32 the factors still are bfloat16 numbers, so CPUs that have matrix units for
+    these may multiply there, and lose nothing (but numbers below 2^-126, which count as 0). torch
+    has one switch for that in a process: float32 products that another thread begins meanwhile have
+    their factors rounded.
+    """
+    with _UNITS:
+        switch: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+        before, switch.fp32_precision = switch.fp32_precision, "bf16"
+        try:
+            return torch.mm(a.to(torch.float32), b.to(torch.float32))
+        finally:
+            switch.fp32_precision = before
 
 
 def in_hardware(a: Tensor, b: Tensor) -> bool:

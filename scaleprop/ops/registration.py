@@ -29,6 +29,7 @@ SCHEMAS = {
                 "-> Tensor",
     "cast": "(Tensor x, str element) -> Tensor",
     "gemm": "(Tensor a, Tensor b, float alpha, ScalarType dtype) -> Tensor",
+    "wide_mm": "(Tensor a, Tensor b) -> Tensor",
     "power_scale": "(Tensor x, str element, int margin) -> Tensor",
     "quantize_operand": "(Tensor x, str format, int axis, str rounding='nearest', "
                         "Tensor? bits=None, Tensor? tensor_amax=None, float prescale=1.0, "
@@ -121,6 +122,11 @@ def cast_fake(x: Tensor, element: str) -> Tensor:
 def gemm_fake(a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
     """[m, n]."""
     return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
+
+
+def wide_mm_fake(a: Tensor, b: Tensor) -> Tensor:
+    """[m, n] of float32."""
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
 
 
 def power_scale_fake(x: Tensor, element: str, margin: int) -> Tensor:
@@ -244,12 +250,13 @@ def _hadamard_backward(ctx: Any, grad: Tensor) -> Any:
 _KERNELS = {"quantize": quantize_kernel, "dequantize": dequantize_kernel,
             "fake_quantize": fake_quantize_kernel, "scaled_mm": implementations.scaled_mm,
             "hadamard": hadamard_kernel, "cast": products.cast, "gemm": products.gemm,
-            "power_scale": products.power_scale, "quantize_operand": quantize_operand_kernel,
-            "eden_operand": eden_operand_kernel}
+            "wide_mm": products.wide_mm, "power_scale": products.power_scale,
+            "quantize_operand": quantize_operand_kernel, "eden_operand": eden_operand_kernel}
 _FAKES = {"quantize": quantize_fake, "dequantize": dequantize_fake,
           "fake_quantize": fake_quantize_fake, "scaled_mm": scaled_mm_fake,
           "hadamard": hadamard_fake, "cast": cast_fake, "gemm": gemm_fake,
-          "power_scale": power_scale_fake, "quantize_operand": quantize_operand_fake,
+          "wide_mm": wide_mm_fake, "power_scale": power_scale_fake,
+          "quantize_operand": quantize_operand_fake,
           "eden_operand": eden_operand_fake}
 _GRADIENTS = {"quantize": (_quantize_setup, _quantize_backward),
               "dequantize": (_dequantize_setup, _dequantize_backward),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -58,6 +59,32 @@ def test_gemm_is_alpha_times_the_product():
                                atol=1e-6)
     assert ops.gemm(a, b, 1.0, torch.bfloat16).dtype == torch.bfloat16
     assert ops.gemm(a[:, :0], b[:0], 1.0, torch.float32).abs().sum() == 0
+
+
+@pytest.mark.parametrize("m, k, n", [(33, 256, 70), (256, 512, 128), (5, 0, 3), (0, 4, 3)])
+def test_wide_products_of_bfloat16_are_summed_in_float32(m: int, k: int, n: int):
+    a, b = (torch.randn(shape).bfloat16() for shape in ((m, k), (k, n)))
+    got = ops.wide_mm(a, b.t().contiguous().t())
+    assert got.dtype == torch.float32
+    size = a.double().abs() @ b.double().abs()
+    assert ((got.double() - a.double() @ b.double()).abs() <= size * k * 2.0**-24).all()
+    assert torch.equal(ops.gemm(a, b, 0.25, torch.float32), ops.wide_mm(a, b) * 0.25)
+
+
+def test_wide_products_leave_the_switch_of_the_process():
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    a = torch.randn(256, 256).bfloat16()
+
+    def multiply(_: int) -> None:
+        for _ in range(20):
+            ops.wide_mm(a, a)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(multiply, range(4)))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        products.wide_mm(a, a[:3])
+    assert switch.fp32_precision == before
 
 
 SHAPES = [(32, 64, 48), (5, 50, 7), (1, 16, 16), (3, 1, 1)]  # m, k, n
@@ -130,6 +157,8 @@ def test_power_scale_is_one_where_there_is_nothing_to_scale(values: list[float])
     lambda: torch.library.opcheck(ops.cast, (torch.randn(3, 4), "e4m3")),
     lambda: torch.library.opcheck(ops.gemm, (torch.randn(3, 4), torch.randn(4, 2), 2.0,
                                              torch.float32)),
+    lambda: torch.library.opcheck(ops.wide_mm, (torch.randn(3, 4).bfloat16(),
+                                                torch.randn(4, 2).bfloat16())),
     lambda: torch.library.opcheck(ops.power_scale, (torch.randn(3, 4), "e5m2", 1)),
 ])  # fmt: skip
 def test_opcheck(call: object):
