@@ -2,7 +2,8 @@
 
 ``quantize``, ``dequantize``, ``fake_quantize``, ``scaled_mm``, ``hadamard`` are the overloads that
 graphs hold (``torch.ops.scaleprop.<name>.default``); passes insert them, backends lower them.
-``cast``, ``gemm`` and ``power_scale`` are those of training graphs.
+``cast``, ``gemm``, ``wide_mm`` and ``power_scale`` are those of training graphs; ``wide_mm`` alone
+has no implementation in ATen, and stays whole.
 """
 
 import torch

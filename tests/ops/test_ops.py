@@ -107,8 +107,9 @@ def test_implementations_trace_with_symbolic_sizes(name):
 
 
 def test_every_operator_has_an_implementation():
+    whole = {"IMPLEMENTATIONS", "wide_mm"}  # a product that ATen has no operator for
     assert {name.removeprefix("scaleprop::") for name in ops.IMPLEMENTATIONS} == {
-        name for name in ops.__all__ if name != "IMPLEMENTATIONS"}
+        name for name in ops.__all__ if name not in whole}
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "int8", "int8+zp"])
