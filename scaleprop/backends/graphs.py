@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scaleprop import _torch_compat as compat
 from scaleprop import ops
+from scaleprop.backends import loop_split
 from scaleprop.backends.subgraphs import PIECES, is_worth_sharing, share
 from scaleprop.errors import CaptureError
 from scaleprop.passes.decompose import respell
@@ -105,6 +106,7 @@ def compile_joint(
                                     inner)
     if inner == "eager":
         return compat.compile_eager(module, example_inputs, _loud(transform), training_table())
+    loop_split.install()
     return compat.compile_inductor(module, example_inputs, _loud(respelled), training_table(),
                                    _loud(shared))
 

@@ -3,9 +3,11 @@
 Importing this package also teaches Inductor to fuse ``scaleprop::*`` under ``torch.compile``.
 """
 
+from scaleprop.backends import loop_split
 from scaleprop.backends.inductor.backend import InductorBackend, InductorExecutable
 from scaleprop.backends.inductor.decompositions import register_decompositions
 
+loop_split.install()
 register_decompositions()
 
 __all__ = ["InductorBackend", "InductorExecutable", "register_decompositions"]
