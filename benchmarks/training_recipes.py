@@ -6,8 +6,9 @@
 The model and text of ``examples/train_lm``, under bfloat16 autocast but for ``fp32``. The recipes
 of a seed start from the same weights and see the same tokens. Gap: of the validation loss at the
 end to that of ``bf16`` with the same seed, mean and standard error over seeds. Step time, forward
-and backward: ÷ that of ``bf16``, steps of both in turns, medians. Recipes that are done are not run
-again unless ``--redo`` says so.
+and backward: ÷ that of ``bf16``, steps of both in turns, medians. ``mus-fp8`` is for models of
+another function, and is compared with ``mus-bf16``: that function in bfloat16. Recipes that are
+done are not run again unless ``--redo`` says so.
 """
 
 from __future__ import annotations
@@ -25,28 +26,38 @@ import torch
 import scaleprop
 from benchmarks import harness
 from examples import train_lm
+from scaleprop.recipes.training import OPERANDS, Operand, TrainingRecipe
 
 BASELINE = "bf16"
 SETTINGS = train_lm.Settings()
-# int4-cnn is for convolutions; the unit-scaled ones have other models, and are in train_lm
+MUS = {"mus-bf16": "bf16", "mus-fp8": "mus-fp8"}  # of unit_scale(scheme="mus")
+MUS_RATE = 0.1  # near the best for both
+# int4-cnn is for convolutions
 RECIPES = ("fp32", "fp8", "fp8-current", "fp8-delayed", "fp8-block", "fp8-amax", "fp8-cscale",
            "mxfp8", "mxfp6", "mxfp4-tseng", "mxfp4-tetrajet", "mxfp4-quartet", "mxfp4-plain",
-           "nvfp4", "nvfp4-quartet2", "ue5m3", "fp4-all-the-way")
+           "nvfp4", "nvfp4-quartet2", "ue5m3", "fp4-all-the-way", *MUS)
 
 
-def recipe_of(name: str) -> Any:
+def recipe_of(name: str) -> train_lm.Recipe:
     """A named recipe; ``mxfp4-plain``: MXFP4 rounded to nearest, nothing rotated."""
+    if name in MUS:
+        return train_lm.Recipe(MUS[name], "mus")
     if name != "mxfp4-plain":
-        return name
-    from scaleprop.recipes.training import OPERANDS, Operand, TrainingRecipe
+        return train_lm.Recipe(name)
+    return train_lm.Recipe(TrainingRecipe(
+        name=name, description="MXFP4, nearest, no rotation",
+        operands=dict.fromkeys(OPERANDS[:6], Operand(format="mxfp4"))))
 
-    return TrainingRecipe(name=name, description="MXFP4, nearest, no rotation",
-                          operands=dict.fromkeys(OPERANDS[:6], Operand(format="mxfp4")))
+
+def baseline_of(name: str) -> str:
+    """What a recipe's loss and step are compared with: the same function in bfloat16."""
+    return "mus-bf16" if name == "mus-fp8" else BASELINE
 
 
 def run(name: str, seeds: int, text: torch.Tensor, settings: train_lm.Settings) -> dict[str, Any]:
     """Train a model a seed: validation losses at the end; and the time of a step."""
-    recipe = train_lm.Recipe(recipe_of(name))
+    recipe = recipe_of(name)
+    settings = dataclasses.replace(settings, rate=MUS_RATE) if recipe.scheme else settings
     seen, held_out = train_lm.split(text)
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=name != "fp32")
     with mixed:
@@ -56,9 +67,11 @@ def run(name: str, seeds: int, text: torch.Tensor, settings: train_lm.Settings) 
             model.load_state_dict(start)
             found = train_lm.train(model, recipe, (name, seed), seen, held_out, settings)
             losses.append(found.validation[-1][1])
-    baseline = scaleprop.prepare_training(train_lm.Language(settings), BASELINE)
-    ids = next(train_lm.batches(seen, 0, settings))
-    steps = {BASELINE: stepper(baseline, ids), name: stepper(model, ids, name != "fp32")}
+    base, ids = baseline_of(name), next(train_lm.batches(seen, 0, settings))
+    with mixed:
+        other = recipe_of(base).change(train_lm.Language(settings), ids)
+    baseline = scaleprop.prepare_training(other, recipe_of(base).precision)
+    steps = {base: stepper(baseline, ids), name: stepper(model, ids, name != "fp32")}
     timings = harness.measure(steps, harness.Plan(rounds=9))
     return {"losses": losses, "steps": settings.steps, "threads": torch.get_num_threads(),
             "timings": {each: timing.to_dict() for each, timing in timings.items()}}
@@ -87,13 +100,13 @@ def gaps(row: dict[str, Any], base: dict[str, Any]) -> tuple[float, float]:
 
 def table(results: harness.Results) -> str:
     """Markdown, the smallest gap first."""
-    base = results.sections[BASELINE]
     rows: list[tuple[float, list[object]]] = []
     for name, row in results.sections.items():
-        gap, error = gaps(row, base)
+        base = baseline_of(name)
+        gap, error = gaps(row, results.sections[base])
         timings = {key: harness.Timing.from_dict(one) for key, one in row["timings"].items()}
-        ratio: object = "1" if name == BASELINE else harness.speedup(
-            timings[BASELINE], timings[name], "wall")
+        ratio: object = "1" if name == base else harness.speedup(
+            timings[base], timings[name], "wall")
         losses = ", ".join(f"{loss:.4f}" for loss in row["losses"])
         rows.append((gap, [name, losses, f"{gap:+.2f} ± {error:.2f}", ratio]))
     header = ["recipe", "validation loss, each seed", "gap to bf16, %", "step ÷ bf16's"]
@@ -111,9 +124,8 @@ def plot(results: harness.Results, path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "scaleprop"  # the same picture for the same numbers
     from matplotlib import pyplot
 
-    base = results.sections[BASELINE]
-    found = sorted((*gaps(row, base), name) for name, row in results.sections.items()
-                   if name != BASELINE)
+    found = sorted((*gaps(row, results.sections[baseline_of(name)]), name)
+                   for name, row in results.sections.items() if name != BASELINE)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.barh([name for *_, name in found], [gap for gap, *_ in found],
               xerr=[error for _, error, _ in found], color="C0")
@@ -137,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = dataclasses.replace(SETTINGS, steps=options.steps)
     results = harness.Results("training_recipes", options.results, options.redo)
     text = train_lm.tokens(settings.vocabulary)
-    for name in dict.fromkeys((BASELINE, *options.recipes.split(","))):
+    wanted = options.recipes.split(",")
+    for name in dict.fromkeys((BASELINE, *map(baseline_of, wanted), *wanted)):
         done = results.sections.get(name)
         if done is None or len(done["losses"]) < options.seeds or done["steps"] != settings.steps:
             results.add(name, run(name, options.seeds, text, settings))
