@@ -60,7 +60,8 @@ class Operand:
         those that follow are agreed on by all: ``held:n``, found every n steps; ``delayed:n``, of
         the largest amax of n steps before; ``static``, fixed at the first step, as the solver of
         exponents does; ``constant:e``, 2^e.
-    of: the ``data``, or what fprop made of it, ``quantized`` once more (arXiv:2502.20853).
+    of: the ``data``, or what fprop made of it, in fprop's basis, ``quantized`` once more
+        (arXiv:2502.20853; rotated, 2505.14669).
     estimator: whose gradient passes to what was quantized; ``fprop`` roles only.
     """
 

@@ -1,7 +1,8 @@
 """Makes what products read: factors quantized, rotated and rounded as a recipe's operands say.
 
-A rotation is of both factors of a product, which stays the same. Where fprop's factors are rotated,
-or their estimator is not ``ste``, gradients are brought to the rotated basis, estimated, and back.
+A rotation is of both factors of a product, which stays the same. Where fprop's factors are rotated
+and their estimator is not ``ste``, gradients are brought to the rotated basis, estimated, and back;
+those of products that read what fprop made of its factors are in that basis already.
 """
 
 from __future__ import annotations
@@ -78,17 +79,19 @@ class Quantized:
 @dataclasses.dataclass(frozen=True)
 class Data:
     """What a product reads for a factor: data, and what the product is multiplied by. amax: what
-    the scale of the whole tensor was found by, where not by the value."""
+    the scale of the whole tensor was found by, where not by the value. rotated: the matrix and the
+    operand of fprop in whose basis the data are, along the axis that the product keeps."""
 
     node: torch.fx.Node
     outer: torch.fx.Node | None = None
     prescale: float = 1.0
     amax: torch.fx.Node | None = None
+    rotated: tuple[Matrix, Operand] | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether a product of it is one of the value."""
-        return self.outer is None and self.prescale == 1.0
+        return self.outer is None and self.prescale == 1.0 and self.rotated is None
 
 
 class Rewrite:
@@ -109,6 +112,7 @@ class Rewrite:
         # product → what takes its place; and what goes on reading the product itself
         self._results: dict[torch.fx.Node, torch.fx.Node] = {}
         self._kept: set[torch.fx.Node] = set()
+        self._rotated: set[torch.fx.Node] = set()  # those whose result is in fprop's basis yet
 
     def multiply(self, layer: Layer, product: Product) -> None:
         """Make a product of quantized factors beside ``product``."""
@@ -121,7 +125,14 @@ class Rewrite:
         plain = left.is_plain and right.is_plain
         dtype = value.dtype if plain else torch.float32
         result = self.call(ops.gemm, (left.node, right.node, 1.0, dtype), node)
-        result = self.restored(result, (left, right), value.dtype, node)
+        basis = left.rotated or right.rotated
+        result = self.restored(result, (left, right), torch.float32 if basis else value.dtype, node)
+        if basis and self.estimates("x" if product.role == "dgrad" else "w"):
+            self._rotated.add(node)  # ``estimate`` brings it back
+        elif basis:
+            axis = 0 if left.rotated else 1
+            result = self._unrotate(result, basis, layer.name, node, axis=axis)
+            result = self._cast(result, value.dtype, node)
         if node.target is aten.addmm.default:
             result = self.call(aten.add.Tensor, (result, node.args[0]), node)
         self._results[node] = result
@@ -140,9 +151,15 @@ class Rewrite:
         prescale = math.prod(data.prescale for data in factors)
         if prescale != 1.0:
             result = self.call(aten.mul.Tensor, (result, 1.0 / prescale), at)
-        if result.meta["val"].dtype != dtype:
-            result = self.call(_COPY, (result,), at, kwargs={"dtype": dtype})
-        return result
+        return self._cast(result, dtype, at)
+
+    def _cast(
+        self, value: torch.fx.Node, dtype: torch.dtype, at: torch.fx.Node,
+        place: torch.fx.Node | None = None,
+    ) -> torch.fx.Node:
+        if value.meta["val"].dtype == dtype:
+            return value
+        return self.call(_COPY, (value,), at, place, {"dtype": dtype})
 
     def _factor(self, layer: str, product: Product, kind: str) -> Data:
         """A factor in the orientation that the product reads it in."""
@@ -179,8 +196,9 @@ class Rewrite:
             made = self.call(_COPY, (value,), at, kwargs={"dtype": dtype})
             made.meta[QUANTIZED] = (layer, role, operand)
             return Data(made)
+        basis = None
         if operand.of == "quantized":
-            value = self._again(layer, matrix, role, at)
+            value, basis = self._again(layer, matrix, role, at)
         if operand.hadamard:
             value = self._rotate(value, operand, axis, layer, at)
         if parse_estimator(operand.estimator)[0].forward is not None:
@@ -203,7 +221,7 @@ class Rewrite:
                 operand.headroom, dtype), at)
         made.meta[QUANTIZED] = (layer, role, operand)
         outer = self.call(_GET, (made, 1), at) if _has_outer(operand) else None
-        return Data(self.call(_GET, (made, 0), at), outer, operand.prescale, amax)
+        return Data(self.call(_GET, (made, 0), at), outer, operand.prescale, amax, basis)
 
     def _bits(
         self, value: torch.fx.Node, layer: str, role: str, width: int, at: torch.fx.Node,
@@ -252,12 +270,14 @@ class Rewrite:
         return self._made[key]
 
     def _unrotate(
-        self, value: torch.fx.Node, operand: Operand, like: Matrix, layer: str,
-        at: torch.fx.Node, place: torch.fx.Node | None = None,
+        self, value: torch.fx.Node, basis: tuple[Matrix, Operand], layer: str, at: torch.fx.Node,
+        place: torch.fx.Node | None = None, axis: int | None = None,
     ) -> torch.fx.Node:
+        """``value`` out of the basis of an operand, along its matrix's ``axis`` or another."""
+        like, operand = basis
         size = self.size(like.base, like.axis, at)
         return self.call(ops.unrotate, (value, operand.hadamard, self._signs(operand, layer),
-                                        like.axis, size), at, place)
+                                        like.axis if axis is None else axis, size), at, place)
 
     def _signs(self, operand: Operand, layer: str) -> Any:
         """Random signs; the same for both factors of a product."""
@@ -280,14 +300,14 @@ class Rewrite:
 
     def _again(
         self, layer: str, matrix: Matrix, role: str, at: torch.fx.Node
-    ) -> torch.fx.Node:
-        """What fprop made of the value, as it is without fprop's rotation; or the value."""
+    ) -> tuple[torch.fx.Node, tuple[Matrix, Operand] | None]:
+        """What fprop made of the value, and in whose basis it is; or the value."""
         before = self._before(layer, matrix, role)
         if before is None:
-            return matrix.base
+            return matrix.base, None
         mine, operand, data = before
         value = self.restored(data.node, (data,), torch.float32, at)
-        return self._unrotate(value, operand, mine, layer, at) if operand.hadamard else value
+        return value, (mine, operand) if operand.hadamard else None
 
     def _before(
         self, layer: str, matrix: Matrix, role: str
@@ -336,7 +356,9 @@ class Rewrite:
             # dx and dw have the axis that fprop sums over where dy is not
             turned = (1 if product.left.kind == "dy" else 0) != matrix.axis
             made = self._turned(gradient, at, place) if turned else gradient
-            made = self.estimated(made, matrix, kind, layer.name, at, place)
+            made = self.estimated(made, matrix, kind, layer.name, at, place,
+                                  rotated=at in self._rotated)
+            made = self._cast(made, at.meta["val"].dtype, at, place)
             self._results[at] = self._turned(made, at, place) if turned else made
             if gradient is at:
                 self._kept.update(set(at.users) - readers)
@@ -348,24 +370,24 @@ class Rewrite:
 
     def estimated(
         self, gradient: torch.fx.Node, matrix: Matrix, kind: str, layer: str, at: torch.fx.Node,
-        place: torch.fx.Node,
+        place: torch.fx.Node, rotated: bool = False,
     ) -> torch.fx.Node:
-        """The gradient of ``matrix`` from that of what fprop quantized it to, both as it lies."""
+        """The gradient of ``matrix`` from that of what fprop quantized it to, both as it lies;
+        rotated: the latter in fprop's basis."""
         operand = self.settings.operands[f"fprop.{kind}"]
         value, dtype = matrix.base, gradient.meta["val"].dtype
         if operand.hadamard:
             value = self._rotate(value, operand, matrix.axis, layer, at, place)
-            gradient = self._rotate(gradient, operand, matrix.axis, layer, at, place)
+            if not rotated:
+                gradient = self._rotate(gradient, operand, matrix.axis, layer, at, place)
         before = self._before(layer, matrix, f"fprop.{kind}")
         amax = before[2].amax if before is not None else None
         gradient = self.call(ops.estimate, (
             gradient, value, operand.estimator, operand.format, matrix.axis, amax,
             operand.headroom, operand.prescale), at, place)
         if operand.hadamard:
-            gradient = self._unrotate(gradient, operand, matrix, layer, at, place)
-        if gradient.meta["val"].dtype != dtype:
-            gradient = self.call(_COPY, (gradient,), at, place, {"dtype": dtype})
-        return gradient
+            gradient = self._unrotate(gradient, (matrix, operand), layer, at, place)
+        return self._cast(gradient, dtype, at, place)
 
     def once(self, key: Any, make: Callable[[], torch.fx.Node]) -> torch.fx.Node:
         """What was made for ``key`` before, or ``make`` makes now."""
