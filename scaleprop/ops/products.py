@@ -6,6 +6,7 @@ more; they have no gradient of their own.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from scaleprop.formats import elements
 from scaleprop.formats.rounding import nearest, power_of_two_below
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SHORT = {*_FP8, torch.bfloat16}  # exact in bfloat16
 _UNITS = threading.Lock()  # who reads the switch while it is set would leave it so
 MOST = 2.0**100  # scales beyond would not be float32 numbers together with their reciprocals
 
@@ -51,13 +53,21 @@ def gemm(a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
     """alpha·(a @ b), [m, k] × [k, n] of low-precision data, summed in float32, in ``dtype``."""
     if in_hardware(a, b):
         return scaled_gemm(a, b, alpha, dtype)
-    if a.dtype == b.dtype == torch.bfloat16 and a.device.type == "cpu":
-        if alpha == 1.0 and dtype == torch.bfloat16:
-            return torch.mm(a, b)  # sums in float32, in the matrix units of CPUs that have them
-        product: Tensor = torch.ops.scaleprop.wide_mm(a, b)
-        return (product if alpha == 1.0 else product * alpha).to(dtype)
-    # alpha first: it is a power of two, and here it is part of the conversion
-    return torch.mm(a.to(torch.float32) * alpha, b.to(torch.float32)).to(dtype)
+    if a.device.type != "cpu" or not {a.dtype, b.dtype} <= _SHORT:
+        # alpha first: it is a power of two, and here it is part of the conversion
+        return torch.mm(a.to(torch.float32) * alpha, b.to(torch.float32)).to(dtype)
+    if a.dtype in _FP8 and _fits(alpha):
+        a, alpha = a.to(torch.bfloat16) * alpha, 1.0
+    a, b = a.to(torch.bfloat16), b.to(torch.bfloat16)
+    if alpha == 1.0 and dtype == torch.bfloat16:
+        return torch.mm(a, b)  # sums in float32, in the matrix units of CPUs that have them
+    product: Tensor = torch.ops.scaleprop.wide_mm(a, b)
+    return (product if alpha == 1.0 else product * alpha).to(dtype)
+
+
+def _fits(alpha: float) -> bool:
+    """Whether all FP8 numbers times ``alpha`` are normal numbers of bfloat16."""
+    return math.frexp(alpha)[0] == 0.5 and 2.0**-80 <= alpha <= 2.0**80
 
 
 def wide_mm(a: Tensor, b: Tensor) -> Tensor:

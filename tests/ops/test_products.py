@@ -52,13 +52,20 @@ def test_cast_refuses_elements_without_a_dtype():
         ops.cast(torch.ones(3), "e2m1")
 
 
-def test_gemm_is_alpha_times_the_product():
-    a, b = ops.cast(torch.randn(5, 64), "e4m3"), ops.cast(torch.randn(64, 7), "e5m2")
-    want = a.double() @ b.double() * 0.125
-    torch.testing.assert_close(ops.gemm(a, b, 0.125, torch.float32).double(), want, rtol=1e-6,
-                               atol=1e-6)
-    assert ops.gemm(a, b, 1.0, torch.bfloat16).dtype == torch.bfloat16
-    assert ops.gemm(a[:, :0], b[:0], 1.0, torch.float32).abs().sum() == 0
+# powers of two that may be multiplied in first, that leave normal numbers, and another
+@pytest.mark.parametrize("alpha", [1.0, 0.125, 2.0**-80, 2.0**80, 2.0**-110, 3.0], ids=float.hex)
+@pytest.mark.parametrize("elements", ["e4m3 e4m3", "e5m2 e4m3", "e4m3 e5m2"])
+def test_gemm_is_alpha_times_the_product(elements: str, alpha: float):
+    k = 256
+    a, b = (ops.cast(torch.randn(shape), name)
+            for name, shape in zip(elements.split(), ((33, k), (k, 70)), strict=True))
+    want, size = a.double() @ b.double() * alpha, a.double().abs() @ b.double().abs() * alpha
+    got = ops.gemm(a, b, alpha, torch.float32)
+    assert ((got.double() - want).abs() <= size * k * 2.0**-24).all()
+    narrow = ops.gemm(a, b, alpha, torch.bfloat16)
+    assert narrow.dtype == torch.bfloat16
+    assert ((narrow.double() - want).abs() <= want.abs() * 2.0**-8 + size * k * 2.0**-24).all()
+    assert ops.gemm(a[:, :0], b[:0], alpha, torch.float32).abs().sum() == 0
 
 
 @pytest.mark.parametrize("m, k, n", [(33, 256, 70), (256, 512, 128), (5, 0, 3), (0, 4, 3)])
