@@ -117,7 +117,7 @@ def table(results: harness.Results) -> str:
 
 
 def plot(results: harness.Results, path: Path) -> None:
-    """Gaps with their standard errors, one bar a recipe."""
+    """Gaps with their standard errors, one bar a recipe, ``mus`` apart."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -125,7 +125,8 @@ def plot(results: harness.Results, path: Path) -> None:
     from matplotlib import pyplot
 
     found = sorted((*gaps(row, results.sections[baseline_of(name)]), name)
-                   for name, row in results.sections.items() if name != BASELINE)
+                   for name, row in results.sections.items()
+                   if name != BASELINE and name not in MUS)  # whose seeds differ by more than these
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     axes.barh([name for *_, name in found], [gap for gap, *_ in found],
               xerr=[error for _, error, _ in found], color="C0")
