@@ -127,15 +127,23 @@ class Rewrite:
         result = self.call(ops.gemm, (left.node, right.node, 1.0, dtype), node)
         basis = left.rotated or right.rotated
         result = self.restored(result, (left, right), torch.float32 if basis else value.dtype, node)
-        if basis and self.estimates("x" if product.role == "dgrad" else "w"):
+        estimated = product.role != "fprop" and self.estimates(
+            "x" if product.role == "dgrad" else "w")
+        if basis and estimated:
             self._rotated.add(node)  # ``estimate`` brings it back
         elif basis:
             axis = 0 if left.rotated else 1
             result = self._unrotate(result, basis, layer.name, node, axis=axis)
             result = self._cast(result, value.dtype, node)
-        if node.target is aten.addmm.default:
-            result = self.call(aten.add.Tensor, (result, node.args[0]), node)
-        self._results[node] = result
+        self._results[node] = result if estimated else self._plus(result, node)
+
+    def _plus(
+        self, result: torch.fx.Node, at: torch.fx.Node, place: torch.fx.Node | None = None
+    ) -> torch.fx.Node:
+        """``result`` and what the product ``at`` is added to, if anything."""
+        if at.target is not aten.addmm.default:
+            return result
+        return self.call(aten.add.Tensor, (result, at.args[0]), at, place)
 
     def restored(
         self, result: torch.fx.Node, factors: Sequence[Data], dtype: torch.dtype,
@@ -175,8 +183,7 @@ class Rewrite:
         if operand is None:
             return Data(matrix.base)
         key = (matrix.key, None if _symmetric(operand) else matrix.axis, operand,
-               role if operand.stochastic else "",
-               layer.partition("#")[0] if operand.signs == "layer" else "")
+               role if operand.stochastic else "", self._whose(layer, role, operand))
         if key not in self._data:
             self._data[key] = self._quantize(layer, role, matrix, operand, at)
             why = _NOT_AGAIN if operand.of == "quantized" and \
@@ -186,6 +193,13 @@ class Rewrite:
         if role.startswith("fprop"):
             self._forward[layer, role.rpartition(".")[2]] = (matrix, operand, self._data[key])
         return self._data[key]
+
+    def _whose(self, layer: str, role: str, operand: Operand) -> str:
+        """The layer whose signs are in data, its own or what fprop made; "" where none are."""
+        before = self.settings.operands.get(f"fprop.{role.rpartition('.')[2]}")
+        own = operand.signs == "layer" or (
+            operand.of == "quantized" and before is not None and before.signs == "layer")
+        return layer.partition("#")[0] if own else ""
 
     def _quantize(
         self, layer: str, role: str, matrix: Matrix, operand: Operand, at: torch.fx.Node
@@ -264,10 +278,12 @@ class Rewrite:
     ) -> torch.fx.Node:
         signs = self._signs(operand, layer)
         key = (value, axis, operand.hadamard, signs)
-        if key not in self._made:
-            self._made[key] = self.call(ops.rotate, (value, operand.hadamard, signs, axis), at,
-                                        place)
-        return self._made[key]
+        if key in self._made:
+            return self._made[key]
+        made = self.call(ops.rotate, (value, operand.hadamard, signs, axis), at, place)
+        if place is None:  # else layers come in forward order, and backward's is the reverse
+            self._made[key] = made
+        return made
 
     def _unrotate(
         self, value: torch.fx.Node, basis: tuple[Matrix, Operand], layer: str, at: torch.fx.Node,
@@ -351,6 +367,8 @@ class Rewrite:
                 continue
             at, place = product.node, product.node.next
             gradient = self._results.get(at, at)
+            if gradient is at and at.target is aten.addmm.default:
+                gradient = self.call(aten.mm.default, at.args[1:3], at)
             readers = set(at.users)
             matrix = operand_matrix(layer.fprop, kind)
             # dx and dw have the axis that fprop sums over where dy is not
@@ -359,7 +377,8 @@ class Rewrite:
             made = self.estimated(made, matrix, kind, layer.name, at, place,
                                   rotated=at in self._rotated)
             made = self._cast(made, at.meta["val"].dtype, at, place)
-            self._results[at] = self._turned(made, at, place) if turned else made
+            made = self._turned(made, at, place) if turned else made
+            self._results[at] = self._plus(made, at, place)
             if gradient is at:
                 self._kept.update(set(at.users) - readers)
 
