@@ -27,7 +27,8 @@ transpose are no transpose of blocks. Layers that share an input share its codes
 and ``f16`` cost nothing to make; what a recipe leaves as it is counts as BF16, in ``fp32`` too.
 
 ``relative`` adds them up as a memory-bound step would see them, work divided by ``BALANCE``, and
-divides by the same of BF16: 1 is as BF16, less is a saving. Attention's products are not counted.
+divides by the same of BF16: 1 is as BF16, less is a saving. Attention's products are not counted,
+nor rotations of gradients out of fprop's basis, and into it where they are estimated there.
 """
 
 from __future__ import annotations
