@@ -157,8 +157,10 @@ def test_the_graph_of_int4_cnn_carries_what_it_declares(monkeypatch: pytest.Monk
 
 def test_inductor_gives_the_same_step():
     x = torch.randn(6, 4, 9, 9, generator=torch.Generator().manual_seed(1))
-    for a, b in zip(step(prepared("int4-cnn", inner="inductor"), x), step(prepared("int4-cnn"), x),
-                    strict=True):
+    # the first layer alone: each takes long to compile
+    recipe = training_recipe("int4-cnn").replace(name="first", high=("head",))
+    got, want = (step(prepared(recipe, 2, inner), x) for inner in ("inductor", "eager"))
+    for a, b in zip(got, want, strict=True):
         assert (a - b).norm() <= 5e-6 * b.norm()
 
 
