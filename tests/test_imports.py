@@ -21,7 +21,7 @@ LAYERS = (
     ("formats",),
     ("ops",),
     ("rules",),
-    ("report", "calibration.statistics", "recipes"),
+    ("report", "calibration.statistics", "calibration.channels", "calibration.sample", "recipes"),
     ("passes", "calibration", "signature"),
     ("backends",),
     ("fidelity", "graph_json", "storage", "analysis", "api", "optim", "qat", "training",

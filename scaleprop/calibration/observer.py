@@ -15,16 +15,27 @@ from scaleprop.errors import CalibrationError, describe
 
 
 class Tally:
-    """Statistics of one value over all batches so far; with ``moment``, its second moment too."""
+    """Statistics of one value over all batches so far.
 
-    def __init__(self, moment: bool = False) -> None:
+    moment: its second moment too. axis: the channels', counted from the end. channels: more of
+    each channel than its amax. sample: how many rows to keep; ``seed`` draws them, the same rows of
+    every value that has as many.
+    """
+
+    def __init__(
+        self, moment: bool = False, axis: int = -1, *, channels: bool = False, sample: int = 0,
+        seed: int = 0,
+    ) -> None:
         self._wants_moment = moment
+        self._axis, self._channels, self._sample = axis, channels, sample
+        self._generator = torch.Generator().manual_seed(seed) if sample else None
         self._seen: TensorStatistics | None = None
         self._moment: SecondMoment | None = None
 
     def add(self, value: torch.Tensor) -> None:
         """Count one batch."""
-        seen = TensorStatistics.of(value)
+        seen = TensorStatistics.of(value, self._axis, channels=self._channels,
+                                   sample=self._sample, generator=self._generator)
         self._seen = self._seen.merge(seen) if self._seen else seen
         if self._wants_moment:
             self._moment = self._moment or SecondMoment(value.shape[-1])

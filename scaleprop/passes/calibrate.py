@@ -8,15 +8,16 @@ as the graph has read them. An interruption (Ctrl-C) leaves the given program as
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
+import torch
 import torch.fx
 
 from scaleprop.calibration.feed import feed, refuse_bare
 from scaleprop.calibration.observer import Observer, Tally
 from scaleprop.calibration.progress import progress_bar
-from scaleprop.errors import CalibrationError
+from scaleprop.errors import CalibrationError, ConfigError
 from scaleprop.passes.assign import assignment_of
 from scaleprop.passes.base import Pass, PassResult, Program
 from scaleprop.rules import contraction_of
@@ -32,12 +33,21 @@ class Calibrate(Pass):
     progress: show a bar on standard error (needs rich).
     moments: also keep second moments of what the weights of linear operators are multiplied with,
         [K, K] each; None: for those weights whose role has ``rounding="compensated"``.
+    channels: keep extremes, means and moments of every channel, not its amax alone. Channels are
+        counted along the axis that the value's readers sum over (``channel_axes``).
+    sample: how many rows of each value to keep, drawn uniformly from all batches by ``seed``; 0:
+        none. A row has one number per channel.
+    watch: more values to watch: node name → the channels' axis, counted from the end.
     """
 
     data: Iterable[Any] | Callable[[Any], Any] | None = None
     everything: bool = False
     progress: bool = False
     moments: bool | None = None
+    channels: bool = False
+    sample: int = 0
+    seed: int = 0
+    watch: Mapping[str, int] | None = None
 
     name: ClassVar[str] = "calibrate"
     preserves_function: ClassVar[bool] = True
@@ -51,13 +61,19 @@ class Calibrate(Pass):
             )
         refuse_bare(self.data)
         moments = moment_nodes(program, self.moments)
-        watched = watched_nodes(program, self.everything) | moments
+        also = self._also(program)
+        axes = {**channel_axes(program), **also}
+        watched = watched_nodes(program, self.everything) | moments | set(also)
         if not watched:
             note = "nothing to calibrate: no scale is static, no weight is compensated"
             return PassResult(program, False, (note,))
         total = _length(self.data)
         with progress_bar(self.progress, total) as update:
-            tallies = {name: Tally(moment=name in moments) for name in watched}
+            tallies = {
+                name: Tally(name in moments, axes.get(name, -1), channels=self.channels,
+                            sample=self.sample, seed=self.seed)
+                for name in sorted(watched)
+            }
             observer = Observer(
                 program.module, {name: tally.add for name, tally in tallies.items()}, update)
             feed(self.data, program, observer)
@@ -65,6 +81,43 @@ class Calibrate(Pass):
         statistics = {**program.statistics, **found}
         note = f"{len(found)} values over {observer.batch} batches"
         return PassResult(program.replace(statistics=statistics), True, (note,))
+
+    def _also(self, program: Program) -> Mapping[str, int]:
+        """``watch``, checked."""
+        if self.sample < 0:
+            raise ConfigError(f"pass {self.name!r}: sample={self.sample} is a number of rows")
+        given: Any = self.watch or {}
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"pass {self.name!r}: watch={given!r} is no mapping from names of "
+                              "nodes to axes")
+        values = {node.name: node.meta.get("val") for node in program.module.graph.nodes}
+        for name, axis in given.items():
+            if not isinstance(value := values.get(name), torch.Tensor):
+                raise ConfigError(f"pass {self.name!r}: watch names {name!r}, which is no tensor "
+                                  "of the graph. Remedy: use names of its nodes")
+            if not -value.dim() <= axis < 0:
+                raise ConfigError(f"pass {self.name!r}: axis {axis} of {name!r}, of shape "
+                                  f"{list(value.shape)}, is none. Remedy: count from the end, -1 "
+                                  "for the last")
+        return dict(given)
+
+
+def channel_axes(program: Program) -> dict[str, int]:
+    """Activation name → the axis that contractions sum it over, counted from the end.
+
+    The last for linears, the channels' for convolutions. Where readers of one value differ, linears
+    and convolutions come before other products, then the first in the graph.
+    """
+    found: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    for node in program.module.graph.nodes:
+        contraction = contraction_of(node)
+        for operand in contraction.operands if contraction is not None else ():
+            source = node.args[operand.argument] if operand.argument < len(node.args) else None
+            if operand.role == "activation" and operand.axes and isinstance(source, torch.fx.Node):
+                assert contraction is not None
+                found[contraction.kind in ("linear", "conv")].setdefault(
+                    source.name, operand.axes[0])
+    return {**found[False], **found[True]}
 
 
 def watched_nodes(program: Program, everything: bool = False) -> set[str]:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from scaleprop.calibration.observer import Observer, Tally
-from scaleprop.errors import CalibrationError
+from scaleprop.errors import CalibrationError, ConfigError
 from scaleprop.passes.assign import AssignFormats
-from scaleprop.passes.calibrate import Calibrate, watched_nodes
+from scaleprop.passes.calibrate import Calibrate, channel_axes, watched_nodes
 from scaleprop.passes.canonicalise import Canonicalise
 from scaleprop.passes.capture import capture
 from scaleprop.passes.cleanup import CleanUp
@@ -145,3 +145,56 @@ def test_activations_die_as_soon_as_they_are_read(mlp):
 def test_progress_goes_to_standard_error(mlp, capsys):
     Calibrate(data=BATCHES, progress=True).run(prepared(mlp, BATCHES[0]))
     assert capsys.readouterr().out == ""
+
+
+def test_channels_lie_along_the_contraction_axis(convnet, mlp):
+    image = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(5))
+    program = Calibrate(data=[image, 2 * image], everything=True, channels=True, sample=40).run(
+        prepared(convnet, image, recipe="int8-dynamic")).program
+    axes = channel_axes(program)
+    assert axes["image"] == -3 and set(axes.values()) == {-3, -1}
+    assert set(axes) == watched_nodes(program, everything=True)
+    seen = program.statistics["image"]
+    pixels = torch.cat([image, 2 * image]).movedim(1, -1).reshape(-1, 3)
+    torch.testing.assert_close(seen.channel_amax, pixels.abs().amax(0))
+    torch.testing.assert_close(seen.channel_mean_abs, pixels.double().abs().mean(0))
+    assert seen.sample.shape == (40, 3)
+    assert (seen.sample[:, None] == pixels).all(-1).any(1).all()  # they are rows of the data
+
+
+def test_samples_are_aligned_bounded_and_the_same_every_time(mlp):
+    def sampled(seed):
+        return Calibrate(data=BATCHES, everything=True, sample=4, seed=seed).run(
+            prepared(mlp, BATCHES[0])).program.statistics
+
+    first, again, other = sampled(0), sampled(0), sampled(1)
+    hidden = next(name for name in first if name != "x")
+    assert all(torch.equal(first[name].sample, again[name].sample) for name in first)
+    assert not torch.equal(first["x"].sample, other["x"].sample)
+    with torch.no_grad():
+        x = first["x"].sample
+        torch.testing.assert_close(first[hidden].sample,
+                                   nn.functional.silu(mlp.gate(x)) * mlp.up(x))
+
+
+def test_values_that_no_contraction_reads_are_watched_where_named(mlp):
+    program = prepared(mlp, BATCHES[0], recipe="int8-dynamic")
+    last = program.module.graph.output_node().all_input_nodes[0].name
+    seen = Calibrate(data=BATCHES, watch={last: -2}).run(program).program.statistics
+    assert set(seen) == {last} and seen[last].channel_amax is None  # batches of 2, 3 and 5
+    seen = Calibrate(data=BATCHES, watch={last: -1}, channels=True).run(program).program.statistics
+    with torch.no_grad():
+        want = mlp(torch.cat(BATCHES)).amin(0)
+    torch.testing.assert_close(seen[last].channel_min, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"watch": {"nobody": -1}}, "'nobody', which is no tensor"),
+    ({"watch": {"x": 0}}, "axis 0 of 'x', of shape"),
+    ({"watch": {"x": -3}}, "axis -3 of 'x'"),
+    ({"watch": "x"}, "watch='x' is no mapping"),
+    ({"sample": -1}, "sample=-1 is a number of rows"),
+])  # fmt: skip
+def test_what_cannot_be_watched_is_refused(mlp, options, message):
+    with pytest.raises(ConfigError, match=message):
+        Calibrate(data=BATCHES, **options).run(prepared(mlp, BATCHES[0]))
