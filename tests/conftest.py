@@ -7,6 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.done_once import arrange
+
+
+def pytest_collection_finish() -> None:
+    arrange()
+
 
 @pytest.fixture(autouse=True)
 def same_gradient_mode() -> Iterator[None]:
