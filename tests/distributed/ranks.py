@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 WIDTH, ROWS, LABELS = 32, 16, 4
+# processes are forks of one that has imported this, and has run nothing
+multiprocessing.set_forkserver_preload(["tests.distributed.imported"])
 
 
 class Block(nn.Module):
@@ -97,9 +100,14 @@ def together(ranks: int, task: Callable[..., Any], *arguments: Any) -> list[Any]
     """What ``task`` returns on each of ``ranks`` gloo processes, in their order."""
     with tempfile.TemporaryDirectory() as folder:
         run = functools.partial(_rank, ranks, Path(folder), task, arguments)
-        mp.spawn(run, nprocs=ranks)
+        spawn(run, ranks)
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
                 for rank in range(ranks)]
+
+
+def spawn(run: Callable[..., None], nprocs: int) -> None:
+    """``torch.multiprocessing.spawn`` of forks, which need not import anything."""
+    mp.start_processes(run, nprocs=nprocs, start_method="forkserver")
 
 
 def _rank(

@@ -7,8 +7,13 @@ import torch
 
 from examples import train_distributed
 
+from .ranks import spawn
 
-def test_processes_train_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+
+def test_processes_train_as_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_distributed.mp, "spawn", spawn)
     torch._dynamo.reset()
     found = train_distributed.main(["--inner", "eager"])
     assert list(found) == ["one process", "DDP, 2 processes", "FSDP2, 2 processes"]
