@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from scaleprop.calibration.statistics import TensorStatistics
@@ -214,7 +213,12 @@ def run_as_is(program: Program) -> Any:
 
 
 def run_in_float64(program: Program) -> Any:
-    """The program's outputs on its example inputs, with every float tensor in float64.
+    """The program's outputs on its example inputs, with every float tensor in float64."""
+    return run_as_is(widened(program))
+
+
+def widened(program: Program) -> Program:
+    """The same program with every float tensor in float64, example inputs included.
 
     Casts and constants of a narrower float type are widened too, else they would round.
     """
@@ -230,10 +234,17 @@ def run_in_float64(program: Program) -> Any:
     for node in list(module.graph.nodes):
         if node.target is _METADATA_CHECK:
             module.graph.erase_node(node)
-        elif node.op == "call_function":
+            continue
+        if node.op == "call_function":
             node.args, node.kwargs = pytree.tree_map(widen, (node.args, node.kwargs))
+        if "val" in node.meta:
+            with torch.no_grad():
+                node.meta["val"] = pytree.tree_map(widen, node.meta["val"])
+    for owner in module.modules():
+        for tensors in (owner._parameters, owner._buffers):  # pyright: ignore[reportPrivateUsage]
+            for name, tensor in tensors.items():
+                wide = widen(tensor.detach()) if isinstance(tensor, torch.Tensor) else tensor
+                tensors[name] = wide
     module.recompile()
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     args, kwargs = pytree.tree_map(widen, (program.example_args, dict(program.example_kwargs)))
-    with torch.no_grad():
-        return functional_call(module, pytree.tree_map(widen, tensors), args, kwargs)
+    return program.replace(module=module, example_args=args, example_kwargs=kwargs)

@@ -76,6 +76,35 @@ class Rewriter:
         if not old.users:
             self.graph.erase_node(old)
 
+    def take_name(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
+        """The tensor behind ``new`` is called as that behind ``old``, a ``get_attr`` node that
+        nothing reads any more: patterns over parameters' names go on matching."""
+        target = str(old.target)
+        self.graph.erase_node(old)
+        if any(node.op == "get_attr" and node.target == target for node in self.graph.nodes):
+            return
+        tensor = self.tensor(new)
+        for name in (target, str(new.target)):
+            path, _, leaf = name.rpartition(".")
+            delattr(_submodule(self.module, path), leaf)
+        path, _, leaf = target.rpartition(".")
+        _submodule(self.module, path).register_buffer(leaf, tensor)
+        new.target = target
+
+    def constant_value(self, node: Any) -> torch.Tensor | None:
+        """What ``node`` is, where it is made of parameters and buffers alone; None elsewhere."""
+        if not isinstance(node, torch.fx.Node):
+            return None
+        if node.op != "call_function":
+            return self.tensor(node)
+        known = {source: self.constant_value(source) for source in node.all_input_nodes}
+        if any(value is None for value in known.values()):
+            return None
+        args, kwargs = map_arg((node.args, node.kwargs), lambda source: known[source])
+        target: Any = node.target
+        with torch.no_grad():
+            return target(*args, **kwargs)
+
     def tensor(self, node: Any) -> torch.Tensor | None:
         """The tensor that a ``get_attr`` node reads; None for everything else."""
         if not isinstance(node, torch.fx.Node) or node.op != "get_attr":

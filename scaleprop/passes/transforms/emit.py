@@ -1,0 +1,165 @@
+"""What no parameter absorbs becomes operators: a product, a sum, a selection, a rotation.
+
+They stay in high precision, are ordinary ATen operators (``scaleprop::hadamard`` where a rotation
+has that form), and so lower to every backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from scaleprop import ops
+from scaleprop.passes.rewrite import Rewriter
+from scaleprop.passes.transforms.region import Region
+from scaleprop.passes.transforms.transform import Centre, Permute, Rotate, Scale, Shift, Transform
+from scaleprop.rules.channels import Layout, block_rows, sizes_of
+
+aten: Any = torch.ops.aten
+
+Node = torch.fx.Node
+
+
+def emit(
+    rewriter: Rewriter,
+    value: Node,
+    layout: Layout,
+    transform: Transform,
+    region: Region,
+    *,
+    inverse: bool,
+    why: str,
+) -> Node:
+    """A node that computes the transform of ``value``, or undoes it, right after it is made."""
+    work = _Emission(rewriter, value, layout, region, why)
+    if isinstance(transform, (Scale, Shift)):
+        return work.each(transform, inverse)
+    if isinstance(transform, Centre):
+        return work.centred()
+    return work.mixed(transform, inverse)
+
+
+class _Emission:
+    def __init__(
+        self, rewriter: Rewriter, value: Node, layout: Layout, region: Region, why: str
+    ) -> None:
+        self.rewriter = rewriter
+        self.value = value
+        self.layout = layout
+        self.region = region
+        self.why = why
+        self.at = value.next
+        while self.at.op == "placeholder":
+            self.at = self.at.next
+
+    def call(self, op: Any, *args: Any) -> Node:
+        return self.rewriter.call(op, args, at=self.at, why=self.why)
+
+    def constant(self, tensor: Tensor, name: str) -> Node:
+        return self.rewriter.constant(tensor, f"{self.value.name}_{name}", at=self.at, why=self.why)
+
+    def each(self, transform: Scale | Shift, inverse: bool) -> Node:
+        codes = torch.from_numpy(self.layout.codes)
+        channel = codes.clamp_min(0) >> 1
+        rank = len(sizes_of(self.value))
+        first = self.layout.axes[0]
+        shape = [1] * (rank - first)
+        for axis, size in zip(self.layout.axes, codes.shape, strict=True):
+            shape[axis - first] = size
+        dtype = self.value.meta["val"].dtype
+        if isinstance(transform, Shift):
+            shift = torch.where(codes < 0, 0.0, transform.values[channel]).reshape(shape)
+            op = aten.add.Tensor if inverse else aten.sub.Tensor
+            return self.call(op, self.value, self.constant(shift.to(dtype), "shift"))
+        turned = (codes % 2 == 1) != inverse
+        factor = torch.where(turned, transform.other[channel], transform.values[channel])
+        factor = torch.where(codes < 0, 1.0, factor).reshape(shape)
+        return self.call(aten.mul.Tensor, self.value, self.constant(factor.to(dtype), "scale"))
+
+    def centred(self) -> Node:
+        mean = self.call(aten.mean.dim, self.value, list(self.layout.axes), True)
+        return self.call(aten.sub.Tensor, self.value, mean)
+
+    def mixed(self, transform: Permute | Rotate, inverse: bool) -> Node:
+        rank = len(sizes_of(self.value))
+        axes, codes = self.layout.axes, self.layout.codes
+        is_whole = bool((codes >= 0).all())
+        shared = (isinstance(transform, Permute) and transform.order.ndim == 1) or (
+            isinstance(transform, Rotate) and transform.is_shared)  # fmt: skip
+        if is_whole and shared and codes.shape[-1] % self.region.block == 0:
+            axes = axes[-1:]  # every row of the last axis holds whole blocks, all treated alike
+        if isinstance(transform, Rotate) and transform.hadamard and len(axes) == 1 and is_whole:
+            return self._hadamard(transform, axes[0], inverse)
+        if isinstance(transform, Permute) and len(axes) == 1:
+            order = self._order(transform.inverse() if inverse else transform, axes[0])
+            return self.call(aten.index_select.default, self.value, axes[0],
+                             self.constant(order, "order"))  # fmt: skip
+        others = [axis for axis in range(rank) if axis not in axes]
+        turn = [*others, *axes]
+        moves = turn != list(range(rank))
+        x = self.call(aten.permute.default, self.value, turn) if moves else self.value
+        shape = self._shape(turn, len(others))
+        matrix = self._matrix(transform, axes)
+        if inverse:
+            matrix = matrix.mT
+        flat = self.call(aten.reshape.default, x, [*shape[: len(others)], matrix.shape[0]]) if (
+            len(axes) > 1) else x  # fmt: skip
+        dtype = self.value.meta["val"].dtype
+        mixed = self.call(aten.matmul.default, flat,
+                          self.constant(matrix.to(dtype).contiguous(), "rotation"))
+        back = self.call(aten.reshape.default, mixed, shape) if len(axes) > 1 else mixed
+        if not moves:
+            return back
+        return self.call(aten.permute.default, back, [turn.index(axis) for axis in range(rank)])
+
+    def _shape(self, turn: list[int], count: int) -> list[Any]:
+        """Sizes in the order ``turn``; nodes for those that may vary."""
+        sizes: list[Any] = []
+        for place, axis in enumerate(turn):
+            size = self.value.meta["val"].shape[axis]
+            fixed = isinstance(size, int) or place >= count
+            sizes.append(size if fixed else self.call(aten.sym_size.int, self.value, axis))
+        return sizes
+
+    def _hadamard(self, transform: Rotate, axis: int, inverse: bool) -> Node:
+        assert transform.hadamard is not None
+        block, signs = transform.hadamard
+        size = int(self.value.meta["val"].shape[axis])
+        node = None
+        if signs is not None:
+            repeated = signs.repeat(size // signs.numel()).to(self.value.meta["val"].dtype)
+            node = self.constant(repeated, "signs")
+        return self.call(ops.hadamard, self.value, block, node, axis, inverse)
+
+    def _rows(self, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Where each block lies on the flattened ``axes``, [m, n]; which block it is, [m]."""
+        codes = self.layout.codes
+        codes = codes[(0,) * (codes.ndim - len(axes))]
+        part = Layout(axes, codes)
+        rows = block_rows(part, self.region.block)
+        blocks = (codes.reshape(-1)[rows[:, 0]] >> 1) // self.region.block
+        return torch.from_numpy(rows), torch.from_numpy(blocks)
+
+    def _order(self, transform: Permute, axis: int) -> Tensor:
+        rows, blocks = self._rows((axis,))
+        order = transform.order if transform.order.ndim == 1 else transform.order[blocks]
+        places = torch.arange(int(self.value.meta["val"].shape[axis]))
+        places[rows] = rows.gather(1, order.expand(rows.shape))
+        return places
+
+    def _matrix(self, transform: Permute | Rotate, axes: tuple[int, ...]) -> Tensor:
+        """M with v·M the transform of the flattened ``axes``; untouched positions stay."""
+        rows, blocks = self._rows(axes)
+        shape = self.layout.codes.shape[-len(axes):]
+        matrix = torch.eye(int(torch.tensor(shape).prod()), dtype=torch.float64)
+        if isinstance(transform, Rotate):
+            part = transform.matrix.double()
+        else:
+            n = transform.order.shape[-1]
+            part = torch.eye(n, dtype=torch.float64)[transform.order].mT
+        part = part.expand(len(rows), *part.shape) if part.ndim == 2 else part[blocks]
+        matrix[rows.unsqueeze(2), rows.unsqueeze(1)] = part
+        return matrix
