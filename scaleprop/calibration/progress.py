@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(enabled: bool, total: int | None) -> Generator[Callable[[int], None]]:
-    """Yields ``update(batches done)``; does nothing where disabled or without rich."""
+def progress_bar(
+    enabled: bool, total: int | None, what: str = "calibrating"
+) -> Generator[Callable[[int], None]]:
+    """Yields ``update(how many are done)``; does nothing where disabled or without rich."""
     if not enabled:
         yield lambda _done: None
         return
@@ -19,5 +21,5 @@ def progress_bar(enabled: bool, total: int | None) -> Generator[Callable[[int], 
         yield lambda _done: None
         return
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("calibrating", total=total)
+        task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
 from scaleprop.errors import CalibrationError, ConfigError
@@ -21,6 +21,7 @@ from scaleprop.passes.cleanup import CleanUp
 from scaleprop.passes.finish import Finish
 from scaleprop.passes.quantize_activations import QuantizeActivations
 from scaleprop.passes.quantize_weights import QuantizeWeights
+from scaleprop.passes.solve_weights import SolveWeights
 from scaleprop.recipes import Recipe
 
 _PASSES: tuple[type[Pass], ...] = (
@@ -28,6 +29,7 @@ _PASSES: tuple[type[Pass], ...] = (
     Canonicalise,
     AssignFormats,
     Calibrate,
+    SolveWeights,
     QuantizeWeights,
     QuantizeActivations,
     Finish,
@@ -55,7 +57,7 @@ def build(
 
     extra: passes to run on the canonical graph, before formats are assigned. One that is in the
         pipeline already changes it there: text changes the options that it names, a ``Pass``
-        takes its place.
+        takes its place. ``solve-weights`` runs before ``quantize-weights``.
 
     Raises:
         ConfigError: an unknown pass or option, or one that is an argument of ``compile``.
@@ -72,12 +74,57 @@ def build(
     ]
     standard = {step.name: step for step in steps}
     inserted: list[Pass] = []
+    solver: SolveWeights | None = None
     for item in extra:
-        step = parse_pass(item, standard) if isinstance(item, str) else item
-        if step.name in standard:
+        last = solver or SolveWeights(data=calibration, progress=progress)
+        known = {**standard, last.name: last}
+        step = parse_pass(item, known) if isinstance(item, str) else item
+        if isinstance(step, SolveWeights):
+            solver = step
+        elif step.name in standard:
             standard[step.name] = step
         else:
             inserted.append(step)
+    if solver is not None:
+        passes = _with_solver(standard, solver, calibration)
+    else:
+        _calibrate_moments(standard, recipe, calibration)
+        passes = list(standard.values())
+    at = list(standard).index(AssignFormats.name)
+    return PassManager([*passes[:at], *inserted, *passes[at:]], verify=verify)
+
+
+def _with_solver(
+    standard: dict[str, Pass], solver: SolveWeights, calibration: Any
+) -> list[Pass]:
+    """The pipeline with ``solver`` in its place; it reads the data once more."""
+    weights, calibrate = standard[QuantizeWeights.name], standard.get(Calibrate.name)
+    data: Any = calibration if solver.data is None else solver.data
+    if data is None:
+        raise CalibrationError(
+            "solve-weights weighs errors by what calibration saw. Remedy: pass calibration= "
+            "(example inputs without padding, or a function that calls the model)"
+        )
+    if isinstance(weights, QuantizeWeights):
+        if weights.rounding is not None:
+            raise ConfigError(
+                f"quantize-weights{{rounding={weights.rounding}}} contradicts solve-weights, which "
+                "rounds the same weights. Remedy: leave one of them out"
+            )
+        solver = dataclasses.replace(solver, clipping=solver.clipping or weights.clipping)
+    if isinstance(calibrate, Calibrate):
+        if isinstance(data, Iterator) and data is calibrate.data:
+            data = list(data)  # an iterator can be read only once
+            calibrate = dataclasses.replace(calibrate, data=data)
+        standard[Calibrate.name] = dataclasses.replace(
+            calibrate, moments=bool(calibrate.moments))
+    passes = list(standard.values())
+    at = list(standard).index(QuantizeWeights.name)
+    return [*passes[:at], dataclasses.replace(solver, data=data), *passes[at:]]
+
+
+def _calibrate_moments(standard: dict[str, Pass], recipe: Recipe, calibration: Any) -> None:
+    """Let calibration keep the second moments that compensated rounding needs."""
     moments = _wants_moments(standard[QuantizeWeights.name])
     if calibration is None and (
         recipe.compensates if moments is None else moments and "fprop.w" in recipe.roles
@@ -90,9 +137,6 @@ def build(
     calibrate = standard.get(Calibrate.name)
     if isinstance(calibrate, Calibrate) and calibrate.moments is None:
         standard[Calibrate.name] = dataclasses.replace(calibrate, moments=moments)
-    passes = list(standard.values())
-    at = list(standard).index(AssignFormats.name)
-    return PassManager([*passes[:at], *inserted, *passes[at:]], verify=verify)
 
 
 def _wants_moments(weights: Pass) -> bool | None:

@@ -4,8 +4,9 @@
     conv(x, w, b)      →  conv(x, view(dequantize([codes, scale, …])), b)
     embedding(w, ids)  →  dequantize([codes[ids], scale[ids], …])
 
-One weight at a time, so that the peak is the source plus what is quantized already. A tensor used
-twice in one format is stored once.
+Weights that ``solve-weights`` solved are stored as they are, to the last bit. One weight at a time,
+so that the peak is the source plus what is quantized already. A tensor used twice in one format is
+stored once.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from scaleprop.passes.compensation import DAMPING, compensated
 from scaleprop.passes.error import weight_error
 from scaleprop.passes.operators import DEQUANTIZE, SCALED_MM
 from scaleprop.passes.rewrite import Rewriter
+from scaleprop.passes.solving.solved import solved_of
 from scaleprop.recipes.base import Role
 from scaleprop.report.records import Role as RecordRole
 from scaleprop.report.records import TensorRecord
@@ -92,6 +94,8 @@ class QuantizeWeights(Pass):
             records=(*result.records, *work.records), statistics=_slim(result.statistics)
         )
         notes = [f"{len(work.records)} weights quantized"]
+        if work.solved:
+            notes.append(f"{work.solved} weights as solve-weights solved them")
         if work.compensated:
             notes.append(
                 f"{work.compensated} weights rounded with compensation: closer outputs, though "
@@ -118,7 +122,7 @@ class _Weights:
         self._stored: dict[Any, tuple[list[torch.fx.Node], ScaledTensor, dict[str, Any]]] = {}
         self._generator = torch.Generator().manual_seed(options.seed)
         self._moments: dict[Any, torch.Tensor] = {}
-        self.compensated = 0
+        self.compensated = self.solved = 0
 
     def role(self, assignment: Assignment) -> Role | None:
         """The weight's role, with the rounding that the pass's options ask for."""
@@ -135,7 +139,7 @@ class _Weights:
             CalibrationError: where calibration has not seen it.
         """
         role = self.role(assignment)
-        if role is None or role.rounding != "compensated":
+        if role is None or role.rounding != "compensated" or solved_of(node) is not None:
             return
         x, w = assignment.argument(node, "activation"), assignment.argument(node, "weight")
         seen = self.rewriter.program.statistics.get(x.name)
@@ -145,7 +149,7 @@ class _Weights:
                 f"no second moment of its input {x.name!r}. Remedy: pass calibration= (example "
                 "inputs without padding), or rounding='nearest'"
             )
-        key = self._key(w, role)
+        key = self._key(node, w, role)
         earlier = self._moments.get(key)
         self._moments[key] = (
             seen.second_moment if earlier is None else earlier + seen.second_moment
@@ -232,18 +236,21 @@ class _Weights:
     ) -> tuple[list[torch.fx.Node], str]:
         """``get_attr`` nodes of the stored parts, and the format's name."""
         fmt = parse(role.format)
-        key = self._key(w, role)
+        key = self._key(node, w, role)
         if key not in self._stored:
             tensor = self.rewriter.tensor(w)
             if tensor is None:
                 raise PreconditionError(f"{describe(node)}: its weight is no parameter any more")
             matrix = tensor.detach().reshape(tensor.shape[0], -1)
-            if role.rounding == "compensated":
+            if (solved := solved_of(node)) is not None:
+                scaled = self._as_solved(node, matrix, fmt, solved)
+            elif role.rounding == "compensated":
                 scaled = self._compensate(node, matrix, fmt, role, key)
             else:
                 scaled = self._quantize(matrix, fmt, role)
             names = _part_names(fmt)
-            why = f"{w.target} in {fmt}, rounding {role.rounding}"
+            how = "solved" if solved is not None else f"rounding {role.rounding}"
+            why = f"{w.target} in {fmt}, {how}"
             parts = [
                 self.rewriter.constant(part, f"{w.target}_{part_name}", at=node, why=why)
                 for part, part_name in zip(scaled.parts, names, strict=True)
@@ -252,10 +259,23 @@ class _Weights:
             logger.debug("%s: %s", w.target, fmt)
         return self._stored[key][0], str(fmt)
 
-    def _key(self, w: torch.fx.Node, role: Role) -> Any:
+    def _key(self, node: torch.fx.Node, w: torch.fx.Node, role: Role) -> Any:
         tensor = self.rewriter.tensor(w)
         place = None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride())
-        return place, role.format, role.rounding, self.options.clipping or role.clipping
+        rounding = role.rounding if solved_of(node) is None else "solved"
+        return place, role.format, rounding, self.options.clipping or role.clipping
+
+    def _as_solved(
+        self, node: torch.fx.Node, matrix: torch.Tensor, fmt: ScaledFormat, solved: ScaledTensor
+    ) -> ScaledTensor:
+        if solved.format != fmt or solved.shape != matrix.shape:
+            raise PreconditionError(
+                f"{describe(node)}: its weight, {list(matrix.shape)} in {fmt}, was solved as "
+                f"{list(solved.shape)} in {solved.format}. Remedy: solve-weights comes right "
+                "before quantize-weights"
+            )
+        self.solved += 1
+        return solved
 
     def _compensate(
         self, node: torch.fx.Node, matrix: torch.Tensor, fmt: ScaledFormat, role: Role, key: Any
@@ -290,7 +310,7 @@ class _Weights:
     ) -> None:
         if role is None:
             return
-        _, scaled, errors = self._stored[self._key(w, role)]
+        _, scaled, errors = self._stored[self._key(original, w, role)]
         value = w.meta["val"]
         self.records.append(
             TensorRecord(
