@@ -129,6 +129,10 @@ class Attentions:
                 self._feeds.setdefault(source, []).append(attention)
         self._selfish: dict[torch.fx.Node, bool] = {}
 
+    def __iter__(self) -> Iterator[Attention]:
+        """All of them, in the graph's order."""
+        return iter(self._found.values())
+
     def of(self, x: torch.fx.Node) -> Attention | str:
         """The attention for layers that read ``x``; or why there is none."""
         if not self._found:
