@@ -6,13 +6,16 @@ value of a training step is, forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
+
+from scaleprop.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
+    from scaleprop.passes.base import Pass
     from scaleprop.report import Report, ScaleReport
 
 __all__ = ["analyze"]
@@ -26,6 +29,7 @@ def analyze(
     *,
     loss_fn: None = None,
     dynamic_shapes: Any = None,
+    passes: Sequence[str | Pass] = (),
 ) -> Report: ...
 
 
@@ -45,6 +49,7 @@ def analyze(
     *,
     loss_fn: Any = None,
     dynamic_shapes: Any = None,
+    passes: Sequence[str | Pass] = (),
 ) -> Report | ScaleReport:
     """What low precision would do to a model. Nothing is changed.
 
@@ -54,10 +59,13 @@ def analyze(
             ``f(model)`` that runs the model. Statistics are summed over all of them.
         loss_fn: looks at a training step instead: takes the model's output and returns the loss;
             or ``"output"`` where the model returns the loss, alone, first, or as ``.loss``.
+        passes: transforms, as ``name{option=value}``, in this order: how much easier they would
+            make the activations to quantize is measured too.
 
     Returns:
         Without ``loss_fn``: a report without recipe: one record per operand and candidate format
-        with its SQNR and underflow, and notes that name outliers and the tensors each format would
+        with its SQNR and underflow, ``outliers`` (where activations, weights and attention stand
+        out, kurtosis, quantization difficulty), and notes that name the tensors each format would
         hurt. With it: a scale report: every value and gradient of one step, measured and predicted,
         the source with its scales, and findings on the signal through depth.
 
@@ -69,7 +77,9 @@ def analyze(
     if loss_fn is None:
         from scaleprop.analysis.formats import compare_formats
 
-        return compare_formats(model, example_inputs, calibration, dynamic_shapes)
+        return compare_formats(model, example_inputs, calibration, dynamic_shapes, passes)
+    if passes:
+        raise ConfigError("passes have no use with loss_fn: they are measured on inference")
     from scaleprop.analysis.scales import look_at_training
 
     return look_at_training(model, example_inputs, loss_fn, calibration, dynamic_shapes)

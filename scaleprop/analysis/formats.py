@@ -10,15 +10,17 @@ import torch
 import torch.fx
 from torch.export import ExportedProgram
 
+from scaleprop.analysis.outliers import Detector, with_difficulty_after
 from scaleprop.calibration import TensorStatistics
 from scaleprop.calibration.feed import feed, refuse_bare
 from scaleprop.calibration.observer import Observer, Tally
 from scaleprop.errors import source_line
 from scaleprop.formats import fake_quantize, parse
-from scaleprop.passes.base import PassManager, Program
+from scaleprop.passes.base import Pass, PassManager, Program
 from scaleprop.passes.canonicalise import Canonicalise
 from scaleprop.passes.capture import capture
 from scaleprop.passes.cleanup import CleanUp
+from scaleprop.passes.pipeline import parse_pass
 from scaleprop.report import Report
 from scaleprop.report.records import TensorRecord
 from scaleprop.rules import Contraction, contraction_of
@@ -109,27 +111,39 @@ def compare_formats(
     example_inputs: Any,
     calibration: Iterable[Any] | Callable[[Any], Any] | None = None,
     dynamic_shapes: Any = None,
+    passes: Sequence[str | Pass] = (),
 ) -> Report:
     """``analyze`` without a loss: see there."""
     refuse_bare(calibration)
+    steps = [parse_pass(item) if isinstance(item, str) else item for item in passes]
     args, kwargs = split_example(example_inputs)
     captured = capture(model, args, kwargs, dynamic_shapes)
     Signature.of(captured).flatten(args, kwargs)  # tracing may have chosen other sizes
     program = PassManager([CleanUp(), Canonicalise()]).run(captured)
     operands = _operands(program)
-    watched: dict[str, list[_Operand]] = {}
+    detector = Detector(program)
+    watched: dict[str, list[Callable[[torch.Tensor], None]]] = {}
     for operand in operands:
-        watched.setdefault(operand.source.name, []).append(operand)
-    observer = Observer(program.module, {name: _adder(found) for name, found in watched.items()})
-    feed([(args, kwargs)] if calibration is None else calibration, program, observer)
+        watched.setdefault(operand.source.name, []).append(operand.add)
+    for name, add in detector.watched.items():
+        watched.setdefault(name, []).append(add)
+    data: Any = [(args, kwargs)] if calibration is None else calibration
+    if steps and not callable(data):
+        data = list(data)  # read again for what comes after the passes
+    adders = {name: _adder(found) for name, found in watched.items()}
+    feed(data, program, Observer(program.module, adders, calls=detector.calls))
+    outliers = detector.table()
+    if steps:
+        outliers = with_difficulty_after(outliers, program, steps, data)
     records = [record for operand in operands for record in _records(operand)]
-    return Report(records=tuple(records), notes=(*program.notes, *_notes(operands)))
+    return Report(records=tuple(records), notes=(*program.notes, *_notes(operands)),
+                  outliers=outliers)
 
 
-def _adder(operands: Sequence[_Operand]) -> Callable[[torch.Tensor], None]:
+def _adder(several: Sequence[Callable[[torch.Tensor], None]]) -> Callable[[torch.Tensor], None]:
     def add(value: torch.Tensor) -> None:
-        for operand in operands:
-            operand.add(value)
+        for one in several:
+            one(value)
 
     return add
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch.fx
 from scaleprop.calibration.moments import SecondMoment
 from scaleprop.calibration.statistics import TensorStatistics
 from scaleprop.errors import CalibrationError, describe
+
+Call = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
 
 
 class Tally:
@@ -53,6 +56,7 @@ class Observer(torch.fx.Interpreter):
     """An interpreter that shows the values of ``watched`` nodes and keeps none of them.
 
     watched: node name → what is called with the node's tensor, batch for batch.
+    calls: node name → what is called with the node's arguments, keyword arguments and value.
     """
 
     def __init__(
@@ -60,10 +64,12 @@ class Observer(torch.fx.Interpreter):
         module: torch.fx.GraphModule,
         watched: Mapping[str, Callable[[torch.Tensor], None]],
         on_batch: Callable[[int], None] = lambda _batch: None,
+        calls: Mapping[str, Call] = MappingProxyType({}),
     ) -> None:
         super().__init__(module, garbage_collect_values=True)
         self.batch = 0
         self._watched = watched
+        self._calls = calls
         self._on_batch = on_batch
 
     def observe(self, leaves: list[Any]) -> list[Any]:
@@ -84,6 +90,9 @@ class Observer(torch.fx.Interpreter):
         if n.name in self._watched and isinstance(value, torch.Tensor):
             self._refuse_not_finite(n, value)
             self._watched[n.name](value)
+        if n.name in self._calls:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            self._calls[n.name](tuple(args), dict(kwargs), value)
         return value
 
     def _refuse_not_finite(self, node: torch.fx.Node, value: torch.Tensor) -> None:

@@ -215,13 +215,15 @@ def _check_suffix(report: Path | None) -> None:
                    "where MODEL returns it.")
 @click.option("--source", is_flag=True,
               help="With --loss: print the model's source with the scales that its lines make.")
+@click.option("-p", "--pass", "passes", multiple=True, metavar="NAME{OPTION=VALUE}",
+              help="Without --loss: how much easier it makes the activations; repeatable.")
 @_report
 @_common
 def analyze_command(
     model: str, inputs: str | None, calibration: str | None, loss: str | None, source: bool,
-    report: Path | None, emit: Any,
+    passes: tuple[str, ...], report: Path | None, emit: Any,
 ) -> None:
-    """Say what each format would cost MODEL, tensor by tensor. Nothing is changed."""
+    """Say what each format would cost MODEL, and where its outliers are. Nothing is changed."""
     from scaleprop.analysis import analyze
     from scaleprop.cli.models import load_subject, resolve
 
@@ -230,9 +232,12 @@ def analyze_command(
         raise ConfigError("--source shows a training step: add --loss MODULE:FUNCTION")
     subject = load_subject(model, inputs)
     if loss is None:
-        found = analyze(subject.model, subject.inputs, calibration=_calibration(calibration))
+        found = analyze(subject.model, subject.inputs, calibration=_calibration(calibration),
+                        passes=passes)
         _finish(found, [], report, emit)
         return
+    if passes:
+        raise ConfigError("--pass has no use with --loss: passes are measured on inference")
     if calibration is not None:
         raise ConfigError("--calibration has no use with --loss: one step is measured")
     loss_fn: Any = loss if loss == "output" else resolve(loss, "loss")

@@ -25,7 +25,7 @@ _COLOURS = {
     "#010206": "var(--other)",
     "#010207": "var(--line)",
 }
-_INK, _WEIGHT, _ACTIVATION, _OTHER, _LINE = _COLOURS
+INK, WEIGHT, ACTIVATION, OTHER, LINE = _COLOURS
 _NAMED = 4  # how many of the worst tensors a chart names
 
 
@@ -69,11 +69,11 @@ def _finite(value: float | None) -> bool:
 
 
 def _sqnr(measured: Sequence[tuple[int, TensorRecord]]) -> str:
-    figure, axes = _figure(3.2)
+    figure, axes = new_figure(3.2)
     for label, colour, kinds in (
-        ("weights", _WEIGHT, {"weight"}),
-        ("activations", _ACTIVATION, {"static", "dynamic"}),
-        ("other", _OTHER, {None}),
+        ("weights", WEIGHT, {"weight"}),
+        ("activations", ACTIVATION, {"static", "dynamic"}),
+        ("other", OTHER, {None}),
     ):
         points = [(i, r.sqnr_db) for i, r in measured if r.scale_kind in kinds]
         if points:
@@ -84,16 +84,16 @@ def _sqnr(measured: Sequence[tuple[int, TensorRecord]]) -> str:
     for rank, (place, record) in enumerate(worst):
         number, value = str(rank + 1), record.sqnr_db or 0.0
         axes.annotate(number, (place, value), xytext=(0, -10), textcoords="offset points",
-                      fontsize=8, fontweight="bold", ha="center", color=_INK)
+                      fontsize=8, fontweight="bold", ha="center", color=INK)
         axes.text(0.995, 0.98 - 0.085 * rank,
-                  f"{number}  {_shorten(record.node)}, {record.operand}: {text.decibels(value)}",
-                  transform=axes.transAxes, fontsize=8, ha="right", va="top", color=_INK)
+                  f"{number}  {shorten(record.node)}, {record.operand}: {text.decibels(value)}",
+                  transform=axes.transAxes, fontsize=8, ha="right", va="top", color=INK)
     axes.set_ylim(bottom=min(0.0, *(r.sqnr_db or 0.0 for _, r in measured)))
     axes.set_ylim(top=axes.get_ylim()[1] * (1.15 + 0.09 * len(worst)))  # room for the names
     axes.set_ylabel("SQNR in dB")
     axes.set_xlabel("tensor")
-    axes.legend(loc="upper left", frameon=False, fontsize=8, labelcolor=_INK, ncols=3)
-    return _svg(figure, "SQNR of each tensor")
+    axes.legend(loc="upper left", frameon=False, fontsize=8, labelcolor=INK, ncols=3)
+    return to_svg(figure, "SQNR of each tensor")
 
 
 def _bytes(records: Sequence[TensorRecord]) -> str:
@@ -102,38 +102,45 @@ def _bytes(records: Sequence[TensorRecord]) -> str:
         if record.nbytes:
             totals[record.format or text.HIGH] += record.nbytes
     names, counts = zip(*reversed(totals.most_common()), strict=True)
-    figure, axes = _figure(0.9 + 0.32 * max(len(names), 3))
+    figure, axes = new_figure(0.9 + 0.32 * max(len(names), 3))
     bars = axes.barh(
         range(len(names)), counts, height=0.6,
-        color=[_OTHER if name == text.HIGH else _WEIGHT for name in names],
+        color=[OTHER if name == text.HIGH else WEIGHT for name in names],
     )
-    axes.bar_label(bars, [text.megabytes(n) for n in counts], padding=4, fontsize=8, color=_INK)
+    axes.bar_label(bars, [text.megabytes(n) for n in counts], padding=4, fontsize=8, color=INK)
     axes.set_yticks(range(len(names)), names)
     axes.set_xticks([])
     axes.margins(x=0.15)
     axes.set_ylim(-0.6, max(len(names), 3) - 0.4)  # one bar is not a poster
     axes.spines[["bottom"]].set_visible(False)
-    return _svg(figure, "Stored bytes by format")
+    return to_svg(figure, "Stored bytes by format")
 
 
-def _shorten(name: str, length: int = 36) -> str:
+def shorten(name: str, length: int = 36) -> str:
+    """The end of a name that is longer than ``length``."""
     return name if len(name) <= length else "…" + name[1 - length :]
 
 
-def _figure(height: float) -> tuple[Any, Axes]:
+def new_figure(height: float, columns: int = 1) -> tuple[Any, Any]:
+    """A figure of the page's width in the page's colours, and its axes: several in an array."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no window system
 
     figure = Figure(figsize=(7.2, height), layout="constrained")
-    axes = figure.subplots()
-    axes.tick_params(colors=_INK, labelsize=8)
-    axes.xaxis.label.set(color=_INK, size=9)
-    axes.yaxis.label.set(color=_INK, size=9)
+    drawn = figure.subplots(1, columns)
+    for axes in [drawn] if columns == 1 else drawn:
+        _colour(axes)
+    return figure, drawn
+
+
+def _colour(axes: Axes) -> None:
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.xaxis.label.set(color=INK, size=9)
+    axes.yaxis.label.set(color=INK, size=9)
     for side, spine in axes.spines.items():
-        spine.set(color=_LINE, visible=side in ("left", "bottom"))
-    return figure, axes
+        spine.set(color=LINE, visible=side in ("left", "bottom"))
 
 
-def _svg(figure: Any, label: str) -> str:
+def to_svg(figure: Any, label: str) -> str:
     """``figure`` as an ``<svg>`` element: no header, no metadata, the page's colours."""
     import matplotlib as mpl
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from scaleprop.extras import install_command
 from scaleprop.report import text
 from scaleprop.report.charts import Chart, charts, matplotlib_is_installed
+from scaleprop.report.outliers_table import section
 from scaleprop.report.records import TensorRecord
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def render(report: Report) -> str:
     parts = (
         _cards(report),
         _charts(report),
+        section(report.outliers),
         _high(report),
         notes_section(report.notes),
         _tensors(report.records),

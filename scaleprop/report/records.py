@@ -38,3 +38,23 @@ class TensorRecord:
     nbytes_high: int | None = None
     source: str = ""
     lowering: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformRecord:
+    """One transform of channels: where it was put, what took it up, what is left, or why not.
+
+    by: the pass. kind: scale, shift, permute, rotate, …; seed: the value it was asked for.
+    members: how many values carry it. absorbed: the parameters that took it up.
+    runtime: what is left to do at run time, each with its reason; none where it costs nothing.
+    refused: why it was not applied; None where it was.
+    """
+
+    by: str
+    kind: str
+    seed: str
+    members: int = 0
+    absorbed: tuple[str, ...] = ()
+    runtime: tuple[str, ...] = ()
+    refused: str | None = None
+    source: str = ""

@@ -11,6 +11,7 @@ JSON schema, version 1 (``Report.save("x.json")``, ``to_dict``)::
     fidelity        measure → number, e.g. {"cosine": 0.9993}; empty unless verified
     notes           list of sentences
     records         list of objects with the fields of ``TensorRecord``
+    outliers        object with the fields of ``OutlierTable``; there for an analysis only
 
 JSON has no infinities: they are written as the strings ``"inf"``, ``"-inf"`` and ``"nan"``.
 """
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from scaleprop.errors import ConfigError
 from scaleprop.report.files import write_text
+from scaleprop.report.outliers import OutlierTable
 from scaleprop.report.records import TensorRecord
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class Report:
     notes: what a reader should know besides, one sentence each.
     nbytes_before, nbytes_after: bytes of the model's parameters and buffers.
     fidelity: measure → number against the model that was given; empty unless verified.
+    outliers: of an analysis: what stands out in activations, weights and attention.
     """
 
     recipe: str | None = None
@@ -59,6 +62,7 @@ class Report:
     nbytes_before: int | None = None
     nbytes_after: int | None = None
     fidelity: Mapping[str, float] = dataclasses.field(default_factory=_no_numbers)
+    outliers: OutlierTable | None = None
 
     @property
     def quantized(self) -> tuple[TensorRecord, ...]:
@@ -131,6 +135,7 @@ class Report:
             "fidelity": {key: _to_json(float(value)) for key, value in self.fidelity.items()},
             "notes": list(self.notes),
             "records": [_record_to_dict(record) for record in self.records],
+            **({} if self.outliers is None else {"outliers": self.outliers.to_dict()}),
         }
 
     @classmethod
@@ -150,6 +155,8 @@ class Report:
             fields["fidelity"] = {key: float(value) for key, value in fields["fidelity"].items()}
             fields["notes"] = tuple(fields["notes"])
             fields["records"] = tuple(_record_from_dict(item) for item in fields["records"])
+            if "outliers" in fields:
+                fields["outliers"] = OutlierTable.from_dict(fields["outliers"])
             return cls(**fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"not a report: {type(error).__name__}: {error}") from error

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from scaleprop.report import text
 from scaleprop.report.console import stdout_console
+from scaleprop.report.outliers_table import tables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,13 +16,15 @@ if TYPE_CHECKING:
 
 
 def show(report: Report, console: Console | None = None) -> None:
-    """Print ``report``: a summary, then one row per tensor.
+    """Print ``report``: a summary, the outliers where they were looked for, one row per tensor.
 
     Raises:
         BackendUnavailable: without rich.
     """
     console = console or stdout_console()
     console.print(_summary(report))
+    for table in tables(report.outliers) if report.outliers is not None else ():
+        console.print(table)
     if report.records:
         console.print(_table(report))
 

@@ -43,16 +43,25 @@ def label(rewriter: Rewriter) -> int:
 
 
 def _label(node: torch.fx.Node) -> bool:
-    if not is_call(node, *_SOFTMAX):
+    products = products_around(node)
+    if products is None:
         return False
+    scores, values = products
+    scores.meta[ATTENTION] = "queries × keys"
+    values.meta[ATTENTION] = "weights × values"
+    return True
+
+
+def products_around(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | None:
+    """Of a softmax between two products: queries × keys, and weights × values; else None."""
+    if not is_call(node, *_SOFTMAX):
+        return None
     scores = _first_product(node, lambda n: n.all_input_nodes)
     values = _first_product(node, lambda n: list(n.users))
     if scores is None or values is None:
         refuse(node, "no product on both sides of the softmax: not an attention")
-        return False
-    scores.meta[ATTENTION] = "queries × keys"
-    values.meta[ATTENTION] = "weights × values"
-    return True
+        return None
+    return scores, values
 
 
 def _first_product(softmax: torch.fx.Node, step: Any) -> torch.fx.Node | None:

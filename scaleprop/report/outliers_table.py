@@ -1,0 +1,109 @@
+"""The outliers of a report in the terminal and on its page, in rows that both show."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from typing import TYPE_CHECKING
+
+from scaleprop.report import text
+from scaleprop.report.charts import matplotlib_is_installed
+from scaleprop.report.outliers import Outlier, OutlierTable, Profile
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_NAMED = 4  # indices that a row names
+_TERMINAL, _PAGE = 16, 60  # rows of each table
+OUTLIER_COLUMNS = ("outliers", "where", "indices (size, share)", "detail", "source")
+PROFILE_COLUMNS = ("activation", "read by", "channels", "kurtosis", "of channels", "difficulty",
+                   "relative", "after", "relative after")  # fmt: skip
+
+
+def outlier_row(outlier: Outlier) -> tuple[str, ...]:
+    """The cells of ``OUTLIER_COLUMNS``."""
+    named = ", ".join(
+        f"{index} ({size:.3g}×, {text.percent(share)}%)" for index, size, share in
+        zip(outlier.indices[:_NAMED], outlier.sizes, outlier.shares, strict=False))
+    more = f" and {outlier.count - _NAMED} more" if outlier.count > _NAMED else ""
+    return (outlier.kind, f"{outlier.node} ({outlier.op})", named + more, outlier.detail,
+            text.short_place(outlier.source))
+
+
+def profile_row(profile: Profile) -> tuple[str, ...]:
+    """The cells of ``PROFILE_COLUMNS``."""
+    return (profile.node, f"{profile.layer} {profile.reader}", str(profile.channels),
+            *map(number, (profile.kurtosis, profile.channel_kurtosis, profile.difficulty,
+                          profile.relative_difficulty, profile.after, profile.relative_after)))
+
+
+def number(value: float | None) -> str:
+    """Three digits; empty where there is none."""
+    return "" if value is None or math.isnan(value) else f"{value:.3g}"
+
+
+def tables(found: OutlierTable) -> list[Table]:
+    """What the terminal shows: the largest outliers, and the most difficult activations."""
+    shown = [_table(OUTLIER_COLUMNS, [outlier_row(o) for o in found.outliers[:_TERMINAL]],
+                    _left_out(len(found.outliers), _TERMINAL, "kinds of outliers"))]
+    profiles = _worst(found)
+    shown += [_table(PROFILE_COLUMNS, [profile_row(p) for p in profiles[:_TERMINAL]],
+                     _left_out(len(profiles), _TERMINAL, "activations"))]
+    return [table for table in shown if table.row_count]
+
+
+def _worst(found: OutlierTable) -> list[Profile]:
+    return sorted(found.profiles, key=lambda p: -p.relative_difficulty
+                  if math.isfinite(p.relative_difficulty) else math.inf)
+
+
+def _left_out(count: int, limit: int, what: str) -> str:
+    return f"and {count - limit} more {what}: save the report to see them" if count > limit else ""
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]], caption: str) -> Table:
+    from rich import box
+    from rich.markup import escape as plain
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption or None)
+    for name in columns:
+        table.add_column(name, overflow="fold",
+                         justify="right" if columns is PROFILE_COLUMNS and name not in
+                         PROFILE_COLUMNS[:2] else "left")
+    for row in rows:
+        table.add_row(*map(plain, row))
+    return table
+
+
+def section(found: OutlierTable | None) -> str:
+    """The page's section on outliers; "" where none were looked for."""
+    if found is None:
+        return ""
+    parts = ["<h2>Outliers</h2>\n"]
+    if not found.outliers:
+        parts.append("<p>No channel, token, weight or attention stands out.</p>\n")
+    parts.append(_html(OUTLIER_COLUMNS, [outlier_row(o) for o in found.outliers[:_PAGE]]))
+    if matplotlib_is_installed():
+        from scaleprop.report.outliers_charts import charts
+
+        figures = "".join(
+            f"<figure>{chart.svg}<figcaption>{escape(chart.caption)}</figcaption></figure>"
+            for chart in charts(found))
+        parts.append(f'<div class="charts">{figures}</div>\n')
+    parts.append(_html(PROFILE_COLUMNS, [profile_row(p) for p in _worst(found)[:_PAGE]]))
+    parts += [f"<p>{escape(note)}</p>\n" for note in found.notes]
+    return "".join(parts)
+
+
+def _html(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    if not rows:
+        return ""
+    first = 2 if columns is PROFILE_COLUMNS else len(columns)
+    heads = "".join(f"<th{'' if i < first else ' class=number'}>{escape(name)}</th>"
+                    for i, name in enumerate(columns))
+    body = "".join("<tr>" + "".join(
+        f"<td{'' if i < first else ' class=number'}>{escape(cell)}</td>"
+        for i, cell in enumerate(row)) + "</tr>" for row in rows)
+    return (f'<div class="scroll fit"><table><thead class="plain"><tr>{heads}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>\n")
