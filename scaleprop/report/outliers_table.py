@@ -25,7 +25,8 @@ def outlier_row(outlier: Outlier) -> tuple[str, ...]:
     named = ", ".join(
         f"{index} ({size:.3g}×, {text.percent(share)}%)" for index, size, share in
         zip(outlier.indices[:_NAMED], outlier.sizes, outlier.shares, strict=False))
-    more = f" and {outlier.count - _NAMED} more" if outlier.count > _NAMED else ""
+    unnamed = outlier.count - min(_NAMED, len(outlier.indices))
+    more = f" and {unnamed} more" if unnamed > 0 else ""
     return (outlier.kind, f"{outlier.node} ({outlier.op})", named + more, outlier.detail,
             text.short_place(outlier.source))
 

@@ -257,6 +257,13 @@ def test_analyze_changes_nothing_and_compares_formats(capsys: pytest.CaptureFixt
     assert len({record["format"] for record in report["records"]}) > 3
 
 
+def test_analyze_tells_outliers_and_what_passes_change(capsys: pytest.CaptureFixture[str]) -> None:
+    done = Done(["analyze", "cli_models:small", "-p", "clean-up", "--json"], capsys)
+    profiles = done.json["report"]["outliers"]["profiles"]
+    assert profiles and all(p["after"] == pytest.approx(p["difficulty"]) for p in profiles)
+    assert "relative after" in Done(["analyze", "cli_models:small"], capsys).out
+
+
 def test_bench_compares_with_float32(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "cli_models:small", "--recipe", "int8-dynamic", "--recipe", "mxfp4",
                  "--seconds", "0.05"]
@@ -289,6 +296,8 @@ def test_bench_compares_with_float32(capsys: pytest.CaptureFixture[str]) -> None
         (["compile", "cli_models:small", "--report", "r.pdf"], ".html or .json"),
         (["compile", "cli_models:small", "-p", "clean-upp"], "did you mean 'clean-up'"),
         (["compile", "cli_models:small", "--recipe", "int8"], "calibration"),
+        (["analyze", "cli_models:small", "-p", "nothing"], "unknown pass 'nothing'"),
+        (["analyze", "cli_models:small", "-p", "clean-up", "--loss", "output"], "--pass has no"),
         (["export", "cli_models:small", "--out", "m.bin"], "an export is a .onnx file"),
         (["formats", "mxfp3"], "unknown format 'mxfp3'"),
         (["rules", "cli_models:bare"], "pass --inputs"),

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from scaleprop.errors import BackendUnavailable, ConfigError
-from scaleprop.report import SCHEMA_VERSION, Report, TensorRecord, charts, text
+from scaleprop.report import SCHEMA_VERSION, Report, TensorRecord, charts, outliers_charts, text
+from scaleprop.report.outliers import AttentionProfile, Outlier, OutlierTable, Profile, grouped
 
 HOSTILE = "</script><script>alert('x')</script>$\\frac"
 
@@ -254,3 +255,76 @@ def test_megabytes(value: int | None, shown: str) -> None:
 )
 def test_percent(share: float | None, shown: str) -> None:
     assert text.percent(share) == shown
+
+
+def outlier_table(channels: int = 600, many: int = 1) -> OutlierTable:
+    """Of an activation with two outlier channels, a weight and a sink; every name is hostile."""
+    amax = [1.0 + i / channels for i in range(channels)]
+    amax[37] = amax[channels - 1] = 80.0
+    profile = Profile(
+        node=f"act {HOSTILE}", op=HOSTILE, source=HOSTILE, reader="fc", layer="linear",
+        channels=channels, amax=grouped(amax), outliers=(37, channels - 1), kurtosis=900.0,
+        channel_kurtosis=3.1, difficulty=12.0, relative_difficulty=2.5, after=3.0,
+        relative_after=0.25)
+    outlier = Outlier(kind="activation channel", node=f"act {HOSTILE}", op="aten.add", detail="why",
+                      source="/home/someone/project/model.py:3 in forward", indices=(37, 599),
+                      sizes=(80.0, 41.5), shares=(1.0, 0.125), count=10)
+    sink = AttentionProfile(node="attention", source="m.py:1", keys=20,
+                            received=(0.7, *(0.3 / 19,) * 19), value_norms=(0.1, *(1.0,) * 19))
+    constant = dataclasses.replace(profile, node="constant", kurtosis=math.nan, outliers=(),
+                                   channel_kurtosis=math.nan, relative_difficulty=math.nan)
+    return OutlierTable(outliers=(outlier,) * many, profiles=(profile,) * many + (constant,),
+                        attention=(sink,) * many, notes=("too short",))
+
+
+def test_outliers_survive_json(tmp_path: Path) -> None:
+    report = dataclasses.replace(make_report(), outliers=outlier_table())
+    report.save(tmp_path / "r.json")
+    assert same(Report.load(tmp_path / "r.json"), report)
+    loaded = Report.load(tmp_path / "r.json").outliers
+    assert loaded is not None and loaded.outliers == outlier_table().outliers
+    assert math.isnan(loaded.profiles[1].kurtosis)
+    assert "outliers" not in make_report().to_dict()
+    with pytest.raises(ConfigError, match="not a report"):
+        Report.from_dict({**make_report().to_dict(), "outliers": {"outliers": [{"no": 1}]}})
+
+
+def test_outliers_are_shown_with_pictures(tmp_path: Path) -> None:
+    report = dataclasses.replace(make_report(), outliers=outlier_table())
+    report.save(tmp_path / "r.html")
+    source = (tmp_path / "r.html").read_text()
+    page = Page(source)
+    for expected in ("37 (80×, 100.00%), 599 (41.5×, 12.50%)", "project/model.py:3 in forward",
+                     "and 8 more", "900", "0.25", "too short", "with 2 outliers marked",
+                     "Kurtosis of the 1", HOSTILE):
+        assert expected in page.text
+    assert page.tags.count("svg") == 2 + 4
+    assert "someone" not in source and "image" not in page.tags and "mathdefault" not in source
+    found = re.findall(r'\bid="([^"]+)"', source)
+    assert len(found) == len(set(found))
+    Report(outliers=OutlierTable()).save(tmp_path / "bare.html")
+    assert "No channel, token, weight or attention stands" in (tmp_path / "bare.html").read_text()
+
+
+def test_pictures_of_outliers_are_bounded(tmp_path: Path) -> None:
+    sizes: list[int] = []
+    for many in (12, 200):
+        table = outlier_table(channels=20_000, many=many)
+        assert len(table.profiles[0].amax) <= 256
+        sizes.append(sum(len(chart.svg) for chart in outliers_charts.charts(table)))
+    assert sizes[1] < 1.05 * sizes[0] and sizes[1] < 300_000
+
+
+def test_a_profile_keeps_the_largest_of_neighbours() -> None:
+    assert grouped([1, 5, 2, 3, 9, 4, 7], limit=3) == (5, 9, 7)
+    assert grouped([1, 5, 2], limit=3) == (1, 5, 2)
+
+
+def test_outliers_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    Report(outliers=outlier_table(many=20)).show()
+    shown = capsys.readouterr().out
+    for expected in ("activation", "37 (80×,", "and 4 more kinds of outliers", "0.25",
+                     "and 5 more activations"):
+        assert expected in shown
+    Report(outliers=OutlierTable()).show()
+    assert "relative" not in capsys.readouterr().out
