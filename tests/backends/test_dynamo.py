@@ -77,9 +77,9 @@ def test_batch_norm_statistics_are_updated_once():
     assert int(model[1].num_batches_tracked) == 1
 
 
-@pytest.mark.parametrize("inner", INNER)
-def test_fp32_is_what_torch_computes(inner: Any):
-    model, inputs = build("language")
+@pytest.mark.parametrize(("name", "inner"), [("language", "eager"), ("sequential", "inductor")])
+def test_fp32_is_what_torch_computes(name: str, inner: Any):
+    model, inputs = build(name)
     expected = step(model, inputs)
     got = step(torch.compile(model, backend=scaleprop, options={
         "recipe": "fp32", "inner": inner}), inputs)
@@ -131,10 +131,11 @@ class Scaled(nn.Module):
 
 
 def test_evaluation_without_gradients():
-    model, ids = build("language")
+    torch.manual_seed(0)
+    model, x = Scaled(build("sequential")[0].float(), 1.0), torch.randn(16, 8)
     quantized = torch.compile(model, backend=scaleprop, options={"recipe": "fp8"})
     with torch.no_grad():
-        exact, got = model(ids), quantized(ids)
+        exact, got = model(x), quantized(x)
     assert 0 < abs(got - exact) < 1e-2 * exact
 
 

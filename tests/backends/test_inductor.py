@@ -1,5 +1,6 @@
 """Compiled programs: the same numbers as the reference, nothing opaque, nothing overwritten."""
 
+import functools
 import re
 from collections.abc import Iterator
 
@@ -45,9 +46,14 @@ class Compiled:
             return InductorBackend().lower(self.program)
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@functools.cache
+def compiled_by(recipe: str) -> Compiled:
+    return Compiled(recipe)
+
+
+@pytest.fixture(params=RECIPES)
 def compiled(request: pytest.FixtureRequest) -> Compiled:
-    return Compiled(request.param)
+    return compiled_by(request.param)
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 64), (1, 1, 64), (3, 17, 64)])
@@ -139,7 +145,7 @@ def test_lowerings_name_every_linear(compiled: Compiled):
 
 
 def test_static_int8_runs_relu_and_quantization_inside_the_linear():
-    lowerings = Compiled("int8").executable.lowerings.values()
+    lowerings = compiled_by("int8").executable.lowerings.values()
     assert "oneDNN qlinear u8×s8 static+relu+quantize" in lowerings
     assert "oneDNN qlinear u8×s8 static+add" in lowerings
     assert sum(text == "oneDNN qlinear u8×s8 static, 3 merged" for text in lowerings) == 3
@@ -167,11 +173,12 @@ def test_convolution_embedding_and_nested_outputs(recipe: str):
     assert relative_error(actual, expected) < 2e-6
 
 
-@pytest.mark.parametrize(("recipe", "bound"), [("int8-dynamic", 1e-2), ("mxfp4", 5e-2)])
-def test_bfloat16_where_asked_for(recipe: str, bound: float):
+@pytest.mark.parametrize(("model", "recipe", "bound"), [
+    (Block, "int8-dynamic", 1e-2), (Mlp, "mxfp4", 5e-2)])
+def test_bfloat16_where_asked_for(model: type[nn.Module], recipe: str, bound: float):
     torch.manual_seed(0)
     x = torch.randn(2, 6, 64)
-    made = program(Block(), (x,), recipe)
+    made = program(model(), (x,), recipe)
     executable, reference = InductorBackend("bfloat16").lower(made), ReferenceBackend().lower(made)
     (actual,), (expected,) = executable([x]), reference([x])
     assert actual.dtype == torch.float32
