@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,15 +21,51 @@ BLOCKS = [
         re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.M | re.S)
     )
 ]
+# Each block in a process of its own, forked from one that has imported what all of them import.
+FORKS = """
+import json, os, sys, traceback
+import scaleprop
+for line in sys.stdin:
+    code, folder = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(folder)
+        os.dup2(os.open("said", os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(2, 1)
+        sys.path[0] = ""
+        try:
+            exec(compile(code, "block", "exec"), {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run_block() -> Iterator[Callable[[str, Path], int]]:
+    """The status with which a block ends in a folder; what it says is in the file ``said``."""
+    with subprocess.Popen([sys.executable, "-c", FORKS], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as forks:
+        assert forks.stdin and forks.stdout
+
+        def run(code: str, folder: Path) -> int:
+            print(json.dumps([code, str(folder)]), file=forks.stdin, flush=True)
+            return int(forks.stdout.readline())
+
+        yield run
+        forks.stdin.close()
 
 
 @pytest.mark.parametrize(
     ("document", "number", "code"), BLOCKS, ids=[f"{name}-{number}" for name, number, _ in BLOCKS]
 )
-def test_python_blocks_run(document: str, number: int, code: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          text=True, check=False)
-    assert done.returncode == 0, f"{document}, block {number}:\n{done.stderr}"
+def test_python_blocks_run(
+    document: str, number: int, code: str, tmp_path: Path, run_block: Callable[[str, Path], int]
+) -> None:
+    status = run_block(code, tmp_path)
+    assert status == 0, f"{document}, block {number}:\n{(tmp_path / 'said').read_text()}"
 
 
 def test_the_readme_starts_with_code() -> None:
