@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from scaleprop.calibration.statistics import TensorStatistics
 from scaleprop.errors import PostconditionError
 from scaleprop.recipes.base import TOLERANCE
-from scaleprop.report.records import TensorRecord
+from scaleprop.report.records import TensorRecord, TransformRecord
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Program:
     guards: conditions on ``input.shape[axis]`` that the graph relies on, see ``passes.guards``.
     statistics: node name → calibration statistics of that node's output; empty before calibration.
     records: what was decided for each tensor, in graph order.
+    transforms: which transforms of channels were put where, and which were refused.
     is_assigned: whether formats have been assigned, be it to nothing.
     tolerance: the largest error a backend may add to a product, relative to its largest value.
     notes: what a reader should know of capture and passes: dimensions that were fixed, say.
@@ -66,6 +67,7 @@ class Program:
     guards: tuple[str, ...] = ()
     statistics: Mapping[str, TensorStatistics] = dataclasses.field(default_factory=dict)
     records: tuple[TensorRecord, ...] = ()
+    transforms: tuple[TransformRecord, ...] = ()
     is_assigned: bool = False
     tolerance: float = TOLERANCE
     notes: tuple[str, ...] = ()
@@ -113,6 +115,7 @@ class Pass(abc.ABC):
 
     name: ClassVar[str]
     preserves_function: ClassVar[bool] = False
+    rewrites_parameters: ClassVar[bool] = False  # so it is verified on parameters in float64
 
     def requires(self, program: Program) -> None:  # noqa: B027 (most passes take any program)
         """Raise ``PreconditionError`` where ``program`` is not something this pass can take."""
@@ -147,7 +150,7 @@ class PassManager:
                 result.program.module.recompile()
                 step.ensures(result.program)
                 if self.verify and step.preserves_function and result.modified:
-                    check_same_function(step.name, program, result.program)
+                    _verify(step, program, result.program)
             except Exception as error:
                 error.add_note(f"in pass {step.name!r}, after {done or 'no other pass'}")
                 raise
@@ -157,6 +160,14 @@ class PassManager:
             program = result.program.replace(notes=(*result.program.notes, *notes))
             done.append(step.name)
         return program
+
+
+def _verify(step: Pass, before: Program, after: Program) -> None:
+    if not step.rewrites_parameters:
+        check_same_function(step.name, before, after)
+        return
+    wide = widened(before)  # rewritten parameters are rounded to their dtype: let that be float64
+    check_same_function(step.name, wide, step.run(wide).program, rtol=1e-10)
 
 
 def check_same_function(name: str, before: Program, after: Program, rtol: float = 1e-9) -> None:

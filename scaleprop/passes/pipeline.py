@@ -19,15 +19,18 @@ from scaleprop.passes.calibrate import Calibrate
 from scaleprop.passes.canonicalise import Canonicalise
 from scaleprop.passes.cleanup import CleanUp
 from scaleprop.passes.finish import Finish
+from scaleprop.passes.methods import METHODS
 from scaleprop.passes.quantize_activations import QuantizeActivations
 from scaleprop.passes.quantize_weights import QuantizeWeights
 from scaleprop.passes.solve_weights import SolveWeights
+from scaleprop.passes.transforms.base import TransformPass
 from scaleprop.recipes import Recipe
 
 _PASSES: tuple[type[Pass], ...] = (
     CleanUp,
     Canonicalise,
     AssignFormats,
+    *METHODS,
     Calibrate,
     SolveWeights,
     QuantizeWeights,
@@ -57,12 +60,15 @@ def build(
 
     extra: passes to run on the canonical graph, before formats are assigned. One that is in the
         pipeline already changes it there: text changes the options that it names, a ``Pass``
-        takes its place. ``solve-weights`` runs before ``quantize-weights``.
+        takes its place. ``solve-weights`` runs before ``quantize-weights``; transforms of channels
+        run in the order given once formats are assigned, each calibrated anew.
 
     Raises:
         ConfigError: an unknown pass or option, or one that is an argument of ``compile``.
         CalibrationError: weights are to be rounded with compensation, without calibration.
     """
+    if isinstance(calibration, Iterator):
+        calibration = list(calibration)  # several passes read it, and it can be read only once
     steps: list[Pass] = [
         CleanUp(),
         Canonicalise(),
@@ -74,6 +80,7 @@ def build(
     ]
     standard = {step.name: step for step in steps}
     inserted: list[Pass] = []
+    transforms: list[TransformPass] = []
     solver: SolveWeights | None = None
     for item in extra:
         last = solver or SolveWeights(data=calibration, progress=progress)
@@ -81,6 +88,8 @@ def build(
         step = parse_pass(item, known) if isinstance(item, str) else item
         if isinstance(step, SolveWeights):
             solver = step
+        elif isinstance(step, TransformPass):
+            transforms.append(step)
         elif step.name in standard:
             standard[step.name] = step
         else:
@@ -91,7 +100,26 @@ def build(
         _calibrate_moments(standard, recipe, calibration)
         passes = list(standard.values())
     at = list(standard).index(AssignFormats.name)
-    return PassManager([*passes[:at], *inserted, *passes[at:]], verify=verify)
+    steps = [*passes[:at], *inserted, passes[at], *_calibrated(transforms, calibration, progress),
+             *passes[at + 1:]]  # fmt: skip
+    return PassManager(steps, verify=verify)
+
+
+def _calibrated(
+    transforms: Sequence[TransformPass], calibration: Any, progress: bool
+) -> Iterator[Pass]:
+    """The transforms, with calibration before each one that reads statistics: it drops them."""
+    for step in transforms:
+        needs = step.needs
+        if needs.anything:
+            if calibration is None:
+                raise CalibrationError(
+                    f"{step.name} reads what calibration saw. Remedy: pass calibration= (example "
+                    "inputs, or a function that calls the model)"
+                )
+            yield Calibrate(data=calibration, everything=True, progress=progress,
+                            channels=needs.channels, sample=needs.sample, moments=needs.moments)
+        yield step
 
 
 def _with_solver(

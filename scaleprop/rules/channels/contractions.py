@@ -89,13 +89,13 @@ def convolution(flow: Flow) -> None:
     """y[n, o, …] = Σ x[n, i, …]·w[o, i, taps] + b[o], in groups."""
     x, w, bias = (_argument(flow.node, place) for place in range(3))
     groups: Any = _argument(flow.node, 6) or 1
-    padding = _argument(flow.node, 4)
+    padding: Any = _argument(flow.node, 4) or [0]
     layout = flow.of(x)
     for known in (layout, flow.out):
         if known is not None and known.axes != (1,):
             raise Refused("channels lie along its pixels")
     if layout is not None:
-        if flow.kind == "shift" and (groups != 1 or padding not in (None, 0, [0] * len(padding))):
+        if flow.kind == "shift" and (groups != 1 or any(pad != 0 for pad in padding)):
             raise Refused("its padding, or its groups, do not let a shift pass")
         if groups == 1:
             _weigh(flow, layout, w, 1, 1)

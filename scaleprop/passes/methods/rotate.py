@@ -1,0 +1,120 @@
+"""Rotation: outliers of few channels are spread over all, by orthogonal matrices.
+
+    residual stream   x → x·Q: norms without gains let it pass, what writes and reads absorbs it
+    values            each head's values v → v·Q up to the projection that reads all heads
+    elsewhere         x → x·H right before a quantized operator, Hᵀ in its weight: at run time
+
+Q = diag(s)·H/√n with random signs s (S. Ashkboos et al., QuaRot, arXiv:2404.00456; SpinQuant,
+arXiv:2405.16406, calls the three R1, R2 and R4), or uniform on the orthogonal group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.fx
+
+from scaleprop.errors import ConfigError
+from scaleprop.passes.transforms.base import Site, TransformPass, Work
+from scaleprop.passes.transforms.region import Region, find_region
+from scaleprop.passes.transforms.transform import Rotate, hadamard_rotation, random_rotation
+from scaleprop.rules import contraction_of
+from scaleprop.rules.channels import sizes_of
+
+aten: Any = torch.ops.aten
+
+Node = torch.fx.Node
+
+_NORMS = (aten.rms_norm.default, aten.layer_norm.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class RotateChannels(TransformPass):
+    """Rotate residual streams, attention's values, and what else quantized operators read.
+
+    residual, values, online: which of the three; the last needs ``runtime``.
+    matrix: ``hadamard`` with random signs, or ``random`` (uniform; values and residual only).
+    cuts: how many operators at run time a residual stream's rotation may cost (its inputs, and
+        what the model returns). seed: of signs and matrices.
+    Run fold-norms first: gains and means stop a rotation.
+    """
+
+    residual: bool = True
+    values: bool = True
+    online: bool = True
+    matrix: Literal["hadamard", "random"] = "hadamard"
+    cuts: int = 2
+    seed: int = 0
+
+    name: ClassVar[str] = "rotate"
+
+    def __post_init__(self) -> None:
+        """Raise ``ConfigError`` for a negative number of cuts."""
+        if self.cuts < 0:
+            raise ConfigError(f"cuts={self.cuts} is a number of operators, at least 0")
+
+    def transform(self, work: Work) -> None:
+        """Streams first, then values, then what is left."""
+        generator = torch.Generator().manual_seed(self.seed)
+        sites = work.sites()
+        done: set[str] = set()
+        if self.residual:
+            for seed in _streams(work):
+                self._free(work, seed, sizes_of(seed)[-1], sites, done, generator, self.cuts)
+        if self.values:
+            for seed in _attended(work):
+                self._free(work, seed, sizes_of(seed)[-1], sites, done, generator, 0)
+        if self.online and self.runtime:
+            for site in sites:
+                if site.value.name not in done and site.axis == -1:
+                    region = find_region(site.value, "rotate", only_users=site.readers)
+                    work.apply(region, hadamard_rotation(site.size, generator), "rotated")
+
+    def _free(
+        self, work: Work, seed: Node, size: int, sites: list[Site], done: set[str],
+        generator: torch.Generator, cuts: int,
+    ) -> None:  # fmt: skip
+        if seed.name in done:
+            return
+        region = find_region(seed, "rotate")
+        done.update(value.name for value in region.members)
+        if region.runtime > cuts:
+            work.refuse(seed, "rotate", f"{region.runtime} operators would be left at run time: "
+                        + "; ".join(str(cut) for cut in region.cuts[:3]))
+            done.difference_update(value.name for value in region.members)
+            return
+        if not any(reads_weight(region, site) for site in sites):
+            return  # nothing that is quantized would profit
+        work.apply(region, self._rotation(size, generator), "rotated")
+
+    def _rotation(self, size: int, generator: torch.Generator) -> Rotate:
+        if self.matrix == "random":
+            return random_rotation(size, generator)
+        return hadamard_rotation(size, generator)
+
+
+def reads_weight(region: Region, site: Site) -> bool:
+    """Whether a site's value carries the region's transform."""
+    return region.layout(site.value) is not None
+
+
+def _streams(work: Work) -> list[Node]:
+    """What norms read."""
+    found = [node.args[0] for node in work.rewriter.graph.nodes
+             if node.target in _NORMS and len(node.args[1]) == 1]  # fmt: skip
+    return [node for node in dict.fromkeys(found) if isinstance(node, Node)]
+
+
+def _attended(work: Work) -> list[Node]:
+    """What attention returns: rows of values, weighted."""
+    found: list[Node] = []
+    for node in work.rewriter.graph.nodes:
+        contraction = contraction_of(node)
+        weighs = contraction is not None and contraction.kind == "matmul" and (
+            work.rewriter.constant_value(node.args[1]) is None)  # fmt: skip
+        attends = weighs or (contraction is not None and contraction.kind == "attention")
+        if attends and isinstance(node.meta["val"].shape[-1], int):
+            found.append(node)
+    return found
