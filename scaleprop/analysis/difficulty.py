@@ -6,9 +6,9 @@ tokens)::
     difficulty          D = √( Σₖ (mₖ − m̄)² / (K − 1) )      the standard deviation of the mₖ
     relative_difficulty D / m̄                                 free of the tensor's scale and of n
 
-Uniform channels are easy: every scale over them fits all. D² follows the layer's error under
-per-token and per-tensor scales where both operands keep their size, as under rotations; a transform
-that changes the size, as smoothing does, is judged by the relative one.
+Uniform channels are easy: one scale over them fits all. D compares what has the same norm, as
+before and after a rotation; where a transform changes the norm, as smoothing does, compare the
+relative one.
 
 Source: Czakó, Kertész, Szénási, "Turning LLM Activations Quantization-Friendly", arXiv:2506.01967;
 the formula is that of the authors' published code (czakop/smooth-rot-exper, ``get_channel_

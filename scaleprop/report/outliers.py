@@ -118,6 +118,17 @@ LISTED = 16  # indices that one entry names
 DRAWN = 256  # points of a profile: longer ones keep the largest of neighbours
 
 
+def worst_first(
+    profiles: Sequence[Profile], figure: str = "relative_difficulty"
+) -> list[Profile]:
+    """By one of their figures, the largest first; what has none comes last."""
+    def place(profile: Profile) -> float:
+        value: float = getattr(profile, figure)
+        return -value if math.isfinite(value) else math.inf
+
+    return sorted(profiles, key=place)
+
+
 def grouped(values: Sequence[float], limit: int = DRAWN) -> tuple[float, ...]:
     """``values`` where they are at most ``limit``, else the largest of equal runs of them."""
     if len(values) <= limit:

@@ -6,7 +6,7 @@ At most ``_KINDS`` + 3 drawings of the worst few tensors each, so that a page st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from scaleprop.report.charts import (
@@ -19,7 +19,7 @@ from scaleprop.report.charts import (
     shorten,
     to_svg,
 )
-from scaleprop.report.outliers import AttentionProfile, OutlierTable, Profile
+from scaleprop.report.outliers import AttentionProfile, OutlierTable, Profile, worst_first
 
 _KINDS = 3  # kinds of layers with a picture of channels
 _CURVES = 3  # tensors whose sorted channels it shows
@@ -37,15 +37,6 @@ def charts(table: OutlierTable) -> list[Chart]:
         for draw in (_kurtosis, _difficulty):
             drawn += [chart] if (chart := draw(table.profiles)) else []
         return drawn + ([chart] if (chart := _sinks(table.attention)) else [])
-
-
-def worst_first(profiles: Sequence[Profile]) -> list[Profile]:
-    """By relative difficulty; what has none comes last."""
-    return _sorted(profiles, lambda profile: profile.relative_difficulty)
-
-
-def _sorted(profiles: Sequence[Profile], key: Callable[[Profile], float]) -> list[Profile]:
-    return sorted(profiles, key=lambda p: -key(p) if math.isfinite(key(p)) else math.inf)
 
 
 def _by_kind(profiles: Sequence[Profile]) -> list[tuple[str, list[Profile]]]:
@@ -103,7 +94,7 @@ def _legend(axes: Any) -> None:
 
 
 def _kurtosis(profiles: Sequence[Profile]) -> Chart | None:
-    shown = [p for p in _sorted(profiles, lambda p: p.kurtosis) if math.isfinite(p.kurtosis)]
+    shown = [p for p in worst_first(profiles, "kurtosis") if math.isfinite(p.kurtosis)]
     shown = shown[:_BARS][::-1]
     if not shown:
         return None

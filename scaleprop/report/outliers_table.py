@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from scaleprop.report import text
 from scaleprop.report.charts import matplotlib_is_installed
-from scaleprop.report.outliers import Outlier, OutlierTable, Profile
+from scaleprop.report.outliers import Outlier, OutlierTable, Profile, worst_first
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,15 +47,10 @@ def tables(found: OutlierTable) -> list[Table]:
     """What the terminal shows: the largest outliers, and the most difficult activations."""
     shown = [_table(OUTLIER_COLUMNS, [outlier_row(o) for o in found.outliers[:_TERMINAL]],
                     _left_out(len(found.outliers), _TERMINAL, "kinds of outliers"))]
-    profiles = _worst(found)
+    profiles = worst_first(found.profiles)
     shown += [_table(PROFILE_COLUMNS, [profile_row(p) for p in profiles[:_TERMINAL]],
                      _left_out(len(profiles), _TERMINAL, "activations"))]
     return [table for table in shown if table.row_count]
-
-
-def _worst(found: OutlierTable) -> list[Profile]:
-    return sorted(found.profiles, key=lambda p: -p.relative_difficulty
-                  if math.isfinite(p.relative_difficulty) else math.inf)
 
 
 def _left_out(count: int, limit: int, what: str) -> str:
@@ -92,7 +87,8 @@ def section(found: OutlierTable | None) -> str:
             f"<figure>{chart.svg}<figcaption>{escape(chart.caption)}</figcaption></figure>"
             for chart in charts(found))
         parts.append(f'<div class="charts">{figures}</div>\n')
-    parts.append(_html(PROFILE_COLUMNS, [profile_row(p) for p in _worst(found)[:_PAGE]]))
+    profiles = worst_first(found.profiles)[:_PAGE]
+    parts.append(_html(PROFILE_COLUMNS, [profile_row(profile) for profile in profiles]))
     parts += [f"<p>{escape(note)}</p>\n" for note in found.notes]
     return "".join(parts)
 
