@@ -93,17 +93,20 @@ class Rewriter:
 
     def constant_value(self, node: Any) -> torch.Tensor | None:
         """What ``node`` is, where it is made of parameters and buffers alone; None elsewhere."""
-        if not isinstance(node, torch.fx.Node):
+        if not isinstance(node, torch.fx.Node) or not _is_constant(node):
             return None
-        if node.op != "call_function":
-            return self.tensor(node)
-        known = {source: self.constant_value(source) for source in node.all_input_nodes}
-        if any(value is None for value in known.values()):
-            return None
-        args, kwargs = map_arg((node.args, node.kwargs), lambda source: known[source])
-        target: Any = node.target
+        known: dict[torch.fx.Node, Any] = {}
+
+        def value(source: torch.fx.Node) -> Any:
+            if source not in known:
+                target: Any = source.target
+                args, kwargs = map_arg((source.args, source.kwargs), value)
+                is_call = source.op == "call_function"
+                known[source] = target(*args, **kwargs) if is_call else self.tensor(source)
+            return known[source]
+
         with torch.no_grad():
-            return target(*args, **kwargs)
+            return value(node)
 
     def tensor(self, node: Any) -> torch.Tensor | None:
         """The tensor that a ``get_attr`` node reads; None for everything else."""
@@ -140,6 +143,20 @@ class Rewriter:
         earlier = source.meta.get(PROVENANCE)
         origin = earlier.source if isinstance(earlier, Provenance) else source.name
         node.meta[PROVENANCE] = Provenance(by=self.by, why=why, source=origin)
+
+
+def _is_constant(node: torch.fx.Node) -> bool:
+    """Whether no input of the graph, and nothing random, is behind ``node``."""
+    pending, seen = [node], set[torch.fx.Node]()
+    while pending:
+        source = pending.pop()
+        tags = getattr(source.target, "tags", ())
+        is_random = torch.Tag.nondeterministic_seeded in tags
+        if is_random or source.op not in ("get_attr", "call_function"):
+            return False
+        seen.add(source)
+        pending += [earlier for earlier in source.all_input_nodes if earlier not in seen]
+    return True
 
 
 def module_paths(node: torch.fx.Node) -> tuple[str, ...]:
