@@ -138,7 +138,7 @@ def _sinks(attention: Sequence[AttentionProfile]) -> Chart | None:
 
     longest = max(a.keys for a in shown)
     width = min(longest, _COLUMNS)
-    cells = [_cells(a, longest, width) for a in shown]
+    cells = [cells_of(a, longest, width) for a in shown]
     figure, axes = new_figure(0.9 + 0.26 * max(len(cells), 3))
     edges = [longest * i / width for i in range(width + 1)]
     drawn = axes.pcolormesh(edges, range(len(cells) + 1), cells, vmin=0, vmax=max(map(max, cells)),
@@ -153,7 +153,7 @@ def _sinks(attention: Sequence[AttentionProfile]) -> Chart | None:
                  "receives, mean over sequences, heads and queries: a bright column is a sink.")
 
 
-def _cells(profile: AttentionProfile, longest: int, width: int) -> list[float]:
+def cells_of(profile: AttentionProfile, longest: int, width: int) -> list[float]:
     """The largest share in each of ``width`` equal parts of ``longest`` positions."""
     cells = [0.0] * width
     run = math.ceil(profile.keys / len(profile.received))

@@ -97,7 +97,7 @@ def test_attention_received_is_that_of_the_probabilities():
     generator = torch.Generator().manual_seed(2)
     q = torch.randn(2, 4, 12, 8, generator=generator)
     k, v = (torch.randn(2, 2, 20, 8, generator=generator) for _ in range(2))
-    mask = torch.zeros(2, 1, 12, 20)
+    mask = torch.randn(2, 1, 12, 20, generator=generator)
     mask[1, :, :, 15:] = torch.finfo(torch.float32).min
     mask[0, :, 3] = -torch.inf  # a query that may see nothing counts for nothing
     program = capture(Masked(), (q, k, v, mask), {})
@@ -112,6 +112,22 @@ def test_attention_received_is_that_of_the_probabilities():
     norms = v.norm(dim=-1).mean(1)
     norms = norms / norms.median(1, keepdim=True).values
     torch.testing.assert_close(torch.tensor(profile.value_norms), norms.mean(0))
+
+
+@pytest.mark.parametrize("cells", [2**22, 100], ids=["at once", "in blocks"])
+def test_causal_attention_at_once_and_in_blocks(cells: int, monkeypatch: pytest.MonkeyPatch):
+    class Causal(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    monkeypatch.setattr("scaleprop.analysis.attention._CELLS", cells)
+    q, k, v = torch.randn(3, 2, 3, 17, 8, generator=torch.Generator().manual_seed(6))
+    program = capture(Causal(), (q, k, v), {})
+    detector = Detector(program)
+    feed([(q, k, v)], program, Observer(program.module, {}, calls=detector.calls))
+    hidden = torch.full((17, 17), -torch.inf).triu(1)
+    want = (q @ k.mT / 8**0.5 + hidden).softmax(-1).mean((0, 1, 2))
+    torch.testing.assert_close(torch.tensor(detector.table().attention[0].received), want)
 
 
 def test_massive_activations_and_their_tokens():

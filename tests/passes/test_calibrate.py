@@ -162,6 +162,22 @@ def test_channels_lie_along_the_contraction_axis(convnet, mlp):
     assert (seen.sample[:, None] == pixels).all(-1).any(1).all()  # they are rows of the data
 
 
+def test_linears_decide_over_other_products_that_read_the_same():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, x):
+            y = x * 2
+            return torch.matmul(y.transpose(-1, -2).softmax(-1), y), self.linear(y)
+
+    program = capture(Both(), (torch.randn(2, 9, 6),), {})
+    matmul = torch.ops.aten.matmul.default
+    (product,) = [node for node in program.module.graph.nodes if node.target is matmul]
+    assert channel_axes(program)[product.args[1].name] == -1  # the product sums it over -2
+
+
 def test_samples_are_aligned_bounded_and_the_same_every_time(mlp):
     def sampled(seed):
         return Calibrate(data=BATCHES, everything=True, sample=4, seed=seed).run(

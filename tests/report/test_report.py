@@ -320,6 +320,13 @@ def test_a_profile_keeps_the_largest_of_neighbours() -> None:
     assert grouped([1, 5, 2], limit=3) == (1, 5, 2)
 
 
+def test_the_sink_map_lays_positions_over_each_other() -> None:
+    short = AttentionProfile(node="a", source="", keys=4, received=(1, 2, 3, 4), value_norms=())
+    long = AttentionProfile(node="b", source="", keys=16, received=(8, 7, 6, 5), value_norms=())
+    assert outliers_charts.cells_of(short, 16, 8) == [2, 4, 0, 0, 0, 0, 0, 0]
+    assert outliers_charts.cells_of(long, 16, 8) == [8, 0, 7, 0, 6, 0, 5, 0]  # of four keys each
+
+
 def test_outliers_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     Report(outliers=outlier_table(many=20)).show()
     shown = capsys.readouterr().out
