@@ -44,12 +44,17 @@ _RECORD_ROLES: Mapping[str | None, RecordRole] = {
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """What the operands of an operator ``op`` become. None: stays in high precision."""
+    """What the operands of an operator ``op`` become. None: stays in high precision.
+
+    extremes: of the activation, that its static scale is made for; None: those that calibration
+        saw. A transform of the activation's channels drops them.
+    """
 
     contraction: Contraction
     activation: Role | None
     weight: Role | None
     op: str
+    extremes: tuple[float, float] | None = None
 
     def argument(self, node: torch.fx.Node, role: str) -> Any:
         """The node's argument in ``role`` (activation, weight or bias); None if absent."""

@@ -77,9 +77,11 @@ class _Activations:
         x: torch.fx.Node = operands[0] if is_mm else assignment.argument(node, "activation")
         name = str(parse(role.format))
         operator = QUANTIZE if is_mm else FAKE_QUANTIZE
-        key = (x, operator, name, role.rounding, role.scaling)
+        is_static = role.scaling == "static"
+        extremes = assignment.extremes if is_static else None
+        key = (x, operator, name, role.rounding, role.scaling, extremes)
         if key not in self._quantized:
-            scales = self._static_scales(node, x, role) if role.scaling == "static" else None
+            scales = self._static_scales(node, x, role, extremes) if is_static else None
             why = f"{node.name} reads {x.name} in {name}, {role.scaling}"
             args = (x, name, -1, role.rounding, None, scales)
             self._quantized[key] = self.rewriter.call(operator, args, at=node, why=why)
@@ -92,16 +94,20 @@ class _Activations:
         self.records.append(self._record(node, x, assignment, role))
 
     def _static_scales(
-        self, node: torch.fx.Node, x: torch.fx.Node, role: Role
-    ) -> list[torch.fx.Node]:
-        """Buffers with the scale (and zero point) that the format finds for the seen range."""
-        key = (x, role.format)
+        self, node: torch.fx.Node, x: torch.fx.Node, role: Role,
+        extremes: tuple[float, float] | None,
+    ) -> list[torch.fx.Node]:  # fmt: skip
+        """Buffers with the scale (and zero point) that the format finds for ``extremes``, or else
+        for the seen range."""
+        key = (x, role.format, extremes)
         if key not in self._scales:
-            statistics = self._statistics(node, x)
-            extremes = torch.tensor([statistics.min, statistics.max], dtype=torch.float32)
-            _, *parts = quantize(extremes, role.format).parts
+            how = "a pass chose its range"
+            if extremes is None:
+                statistics = self._statistics(node, x)
+                extremes, how = (statistics.min, statistics.max), "in calibration"
+            _, *parts = quantize(torch.tensor(extremes, dtype=torch.float32), role.format).parts
             names = ("scale", "zero_point")
-            why = f"{x.name} was in [{statistics.min:.4g}, {statistics.max:.4g}] in calibration"
+            why = f"{x.name} in [{extremes[0]:.4g}, {extremes[1]:.4g}]: {how}"
             self._scales[key] = [
                 self.rewriter.constant(part, f"{x.name}_{name}", at=node, why=why)
                 for part, name in zip(parts, names, strict=False)

@@ -369,14 +369,17 @@ class _Solver:
         scales: list[torch.Tensor] | None = None
         if role.scaling == "static":
             seen = self._rewriter.program.statistics.get(source.name)
-            if seen is None:
+            assignment = assignment_of(node)
+            given = None if assignment is None else assignment.extremes
+            if given is None and seen is not None:
+                given = seen.min, seen.max
+            if given is None:
                 raise CalibrationError(
                     f"{describe(node)}: the scale of its input {source.name!r} is static and was "
                     "not calibrated. Remedy: run calibrate before solve-weights, or give "
                     "activations=false"
                 )
-            extremes = torch.tensor([seen.min, seen.max], dtype=torch.float32)
-            scales = quantize(extremes, role.format).parts[1:]
+            scales = quantize(torch.tensor(given, dtype=torch.float32), role.format).parts[1:]
         return lambda value: fake_quantize(value, role.format, scales=scales)
 
     # ------------------------------------------------------------------ weights by name

@@ -9,6 +9,8 @@ Choices that hold for all:
 * Compensated errors (GPTQ) cost calibration and nothing at run time: later columns of a weight make
   up for what earlier ones lost in rounding. MXFP8 then takes NVIDIA's scale rule, which clips
   nothing.
+* Four bits for weights and activations (``int4-int4``) need a method that prepares the model:
+  rotate, smooth, merge-quant. Weights then have one scale per output channel, for integer kernels.
 * INT8 weights are symmetric (no zero point): a zero point would cost a correction in every product.
   INT4 kernels decode each block anyway; there a zero point is free and uses all 16 codes.
 """
@@ -104,6 +106,50 @@ INT4_INT8 = Recipe(
     },
     tolerance=_INT4_TOLERANCE,
 )
+INT4_INT8_TOKEN = Recipe(
+    name="int4-int8-token",
+    description="W4A8: weights in INT4, blocks of 128; activations in INT8 per token at run time",
+    roles={
+        "fprop.w": Role(format="int4[1x128]*f32+zp"),
+        "fprop.x": _INT8_ROWS,
+        "conv.w": _INT8_ROWS,
+        "embedding": _INT8_ROWS,
+    },
+    tolerance=_INT4_TOLERANCE,
+)
+_INT4_ROWS = Role(format="int4[row]*f32", clipping="mse")
+INT4_INT4 = Recipe(
+    name="int4-int4",
+    description="W4A4: weights per output channel, activations per token at run time, both INT4",
+    roles={
+        "fprop.w": _INT4_ROWS,
+        "fprop.x": Role(format="int4[row]*f32"),
+        "conv.w": _INT8_ROWS,
+        "embedding": _INT8_ROWS,
+    },
+)
+INT4_INT4_STATIC = Recipe(
+    name="int4-int4-static",
+    description="W4A4: weights per output channel, activations per tensor, scales calibrated",
+    roles={
+        "fprop.w": _INT4_ROWS,
+        "fprop.x": Role(format="int4[tensor]*f32", scaling="static"),
+        "conv.w": _INT8_ROWS,
+        "embedding": _INT8_ROWS,
+    },
+)
+# FP8 scales of INT4 blocks underflow without a scale of the whole tensor (FireQ, arXiv:2505.20839)
+INT4_FP8 = Recipe(
+    name="int4-fp8",
+    description="INT4 weights in blocks of 128 with E4M3 scales, E4M3 activations per token",
+    roles={
+        "fprop.w": Role(format="int4[1x128]*e4m3*f32", clipping="mse"),
+        "fprop.x": _FP8_ROWS,
+        "conv.w": _FP8_ROWS,
+        "embedding": _FP8_ROWS,
+    },
+    tolerance=_INT4_TOLERANCE,
+)
 FP8 = Recipe(
     name="fp8",
     description="E4M3 weights per output channel and activations per token at run time",
@@ -167,6 +213,10 @@ NAMED: tuple[Recipe, ...] = (
     INT4_G32,
     INT4_G32_COMPENSATED,
     INT4_INT8,
+    INT4_INT8_TOKEN,
+    INT4_INT4,
+    INT4_INT4_STATIC,
+    INT4_FP8,
     FP8,
     FP8_WEIGHT,
     MXFP8,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scaleprop.calibration.statistics import TensorStatistics
 from scaleprop.errors import CalibrationError, describe, source_line
-from scaleprop.passes.assign import Assignment, assignment_of
+from scaleprop.passes.assign import ASSIGNMENT, Assignment, assignment_of
 from scaleprop.passes.base import Pass, PassResult, Program
 from scaleprop.passes.rewrite import Rewriter
 from scaleprop.passes.transforms.apply import apply
@@ -91,6 +91,7 @@ class Work:
         self.method = method
         self.records: list[TransformRecord] = []
         self.notes: list[str] = []
+        self.reassigned = False
 
     def sites(self, wanted: Callable[[Node], bool] | None = None) -> list[Site]:
         """Values read by linears and convolutions whose weights are constant, in graph order.
@@ -190,6 +191,13 @@ class Work:
         """The formats that a reader's operands will get."""
         return assignment_of(reader)
 
+    def assign(self, reader: Node, **changes: Any) -> None:
+        """Change what a reader's operands will become: fields of its ``Assignment``."""
+        if (old := assignment_of(reader)) is not None:
+            new = dataclasses.replace(old, **changes)
+            self.reassigned |= new != old
+            reader.meta[ASSIGNMENT] = new
+
     def apply(self, region: Region, transform: Transform, why: str) -> None:
         """Put ``transform`` into ``region``, and record it."""
         absorbed = tuple(dict.fromkeys(
@@ -201,6 +209,9 @@ class Work:
             runtime=tuple(str(cut) for cut in region.cuts if _costs(cut, region)),
             source=source_line(region.seed),
         )  # fmt: skip
+        for value in region.members:
+            for reader in value.users:  # what was chosen for the value as it was
+                self.assign(reader, extremes=None)
         apply(self.rewriter, region, transform, f"{why} ({region.seed.name})")
         self.records.append(record)
 
@@ -219,7 +230,8 @@ class Work:
         notes += [f"{refused} refused: the report says why"] if refused else []
         program = program.replace(transforms=(*program.transforms, *self.records), statistics={}
                                   if self.rewriter.modified else program.statistics)  # fmt: skip
-        return PassResult(program, self.rewriter.modified, (*notes, *self.notes))
+        modified = self.rewriter.modified or self.reassigned
+        return PassResult(program, modified, (*notes, *self.notes))
 
 
 def _costs(cut: Any, region: Region) -> bool:
