@@ -179,14 +179,40 @@ def _factor(moment: Tensor, damping: float) -> Tensor:
     dead = diagonal == 0
     damped = wide / mean if mean > 0 else torch.zeros_like(wide)
     damped.diagonal().add_(damping).masked_fill_(dead, 1.0)
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-    if bool(failed) or bool((diagonal < 0).any()):
+    inverse = None if bool((diagonal < 0).any()) else _inverse_cholesky(damped.flip(0, 1))
+    if inverse is None:
         raise CalibrationError(
             f"the second moment is not positive definite, even with damping {damping}. Remedy: "
             "calibrate with more, and more varied, inputs, or give a larger damping"
         )
-    identity = torch.eye(size, dtype=torch.float64, device=wide.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return inverse.flip(0, 1)
+
+
+def _inverse_cholesky(matrix: Tensor) -> Tensor | None:
+    """L⁻¹, lower triangular, of M = L Lᵀ; None where M is not positive definite.
+
+    By halves, in products, which run faster than factoring the whole and solving for an identity:
+    with M = [[A, ·], [B, C]], A = Lₐ Lₐᵀ and X = B Lₐ⁻ᵀ, the second half of L is that of C - X Xᵀ,
+    and below the diagonal L⁻¹ is -L꜀⁻¹ X Lₐ⁻¹.
+    """
+    size = matrix.shape[0]
+    if size <= _SPAN:
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        return None if bool(failed) else torch.linalg.solve_triangular(
+            lower, identity, upper=False)  # fmt: skip
+    half = size // 2
+    first = _inverse_cholesky(matrix[:half, :half])
+    if first is None:
+        return None
+    below = matrix[half:, :half] @ first.t()
+    second = _inverse_cholesky(matrix[half:, half:] - below @ below.t())
+    if second is None:
+        return None
+    inverse = torch.zeros_like(matrix)
+    inverse[:half, :half], inverse[half:, half:] = first, second
+    inverse[half:, :half] = -(second @ (below @ first))
+    return inverse
 
 
 @dataclasses.dataclass(frozen=True)
