@@ -180,7 +180,7 @@ def _language(hf: Any, name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
             decoder_start_token_id=0)), {"input_ids": ids, "labels": ids.clone()}
     if name == "mixtral":
         model = hf.MixtralForCausalLM(hf.MixtralConfig(
-            **sizes, num_local_experts=2, num_experts_per_tok=1))
+            **sizes | {"num_hidden_layers": 1}, num_local_experts=2, num_experts_per_tok=1))
         model.set_experts_implementation("batched_mm")  # the grouped product knows no float64
     else:
         model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, attn_implementation="eager"))
