@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from scaleprop import storage
 from scaleprop.backends.base import Executable
 from scaleprop.backends.registry import backend_named
+from scaleprop.errors import ConfigError
 from scaleprop.fidelity import Fidelity, compare
 from scaleprop.passes.base import Program
 from scaleprop.passes.capture import capture
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Calibration = Iterable[Any] | Callable[[Any], Any]
+
+AUTO = "auto"  # a recipe's name that is none: the formats of ``target``, with the best transforms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,7 @@ def compile(
     recipe: str | Recipe = "int8-dynamic",
     backend: str = "onnxruntime",
     *,
+    target: str | Recipe | None = None,
     calibration: Calibration | None = None,
     dynamic_shapes: Any = None,
     exclude: Sequence[str] = (),
@@ -137,7 +141,10 @@ def compile(
             ``(args, kwargs)``. Batch and sequence sizes may vary afterwards where the model
             allows it.
         recipe: a name (see ``scaleprop recipes``), a path to a TOML or JSON file, or a ``Recipe``.
+            ``auto`` tries chains of methods for the formats of ``target`` and takes the best for
+            each region; it needs calibration, and ``report.trials`` says what each gave.
         backend: ``onnxruntime``, ``inductor``, ``reference`` or ``cuda``.
+        target: with ``recipe="auto"``, the recipe whose formats are meant.
         calibration: an iterable of example inputs, or ``f(model)`` that runs the model; static
             recipes need it.
         dynamic_shapes: as ``torch.export.export`` takes it; overrides the default.
@@ -156,14 +163,14 @@ def compile(
         MismatchError: with ``verify``, where the backend differs from the reference.
     """
     args, kwargs = split_example(example_inputs)
-    plan = named_recipe(recipe)
-    target = backend_named(backend)  # a misspelt backend must not cost a capture
+    plan, chosen = _plan(recipe, target)
+    lowering = backend_named(backend)  # a misspelt backend must not cost a capture
     captured = capture(model, args, kwargs, dynamic_shapes)
     Signature.of(captured).flatten(args, kwargs)  # tracing may have chosen other sizes
     with torch.no_grad():
         output = captured.module(*captured.example_args, **captured.example_kwargs)
     manager = build(plan, exclude=exclude, include=include, calibration=calibration,
-                    extra=passes, verify=verify, progress=progress)
+                    extra=[*passes, *chosen], verify=verify, progress=progress)
     nbytes_before = stored_bytes(captured.module)
     program = manager.run(captured)
     compiled = CompiledModel(
@@ -171,7 +178,7 @@ def compile(
         recipe=plan,
         backend=backend,
         signature=Signature.of(program),
-        executable=target.lower(program),
+        executable=lowering.lower(program),
         baseline=tuple(pytree.tree_leaves(output)),
         nbytes_before=nbytes_before,
     )
@@ -179,6 +186,21 @@ def compile(
         compiled = dataclasses.replace(compiled, fidelity=compiled.verify())
         logger.info("%s: %s", backend, compiled.fidelity)
     return compiled
+
+
+def _plan(
+    recipe: str | Recipe, target: str | Recipe | None
+) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe whose formats are meant, and the passes that its name asks for."""
+    if recipe != AUTO:
+        if target is not None:
+            raise ConfigError(f"target={target!r} goes with recipe='auto'. Remedy: leave it out, "
+                              "or pass recipe='auto'")
+        return named_recipe(recipe), ()
+    if target is None:
+        raise ConfigError("recipe='auto' chooses transforms, not formats. Remedy: say which, as "
+                          "target='int4', target='mxfp4', …")
+    return named_recipe(target), (AUTO,)
 
 
 def load(directory: str | Path, backend: str | None = None) -> CompiledModel:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from scaleprop.calibration.statistics import TensorStatistics
 from scaleprop.errors import PostconditionError
 from scaleprop.recipes.base import TOLERANCE
-from scaleprop.report.records import TensorRecord, TransformRecord
+from scaleprop.report.records import TensorRecord, TransformRecord, TrialRecord
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class Program:
     statistics: node name → calibration statistics of that node's output; empty before calibration.
     records: what was decided for each tensor, in graph order.
     transforms: which transforms of channels were put where, and which were refused.
+    trials: what chains of transforms gave that were tried.
     is_assigned: whether formats have been assigned, be it to nothing.
     tolerance: the largest error a backend may add to a product, relative to its largest value.
     notes: what a reader should know of capture and passes: dimensions that were fixed, say.
@@ -68,6 +69,7 @@ class Program:
     statistics: Mapping[str, TensorStatistics] = dataclasses.field(default_factory=dict)
     records: tuple[TensorRecord, ...] = ()
     transforms: tuple[TransformRecord, ...] = ()
+    trials: tuple[TrialRecord, ...] = ()
     is_assigned: bool = False
     tolerance: float = TOLERANCE
     notes: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from scaleprop.errors import CalibrationError, ConfigError
 from scaleprop.passes.assign import AssignFormats
+from scaleprop.passes.auto import Auto
 from scaleprop.passes.base import Pass, PassManager
 from scaleprop.passes.calibrate import Calibrate
 from scaleprop.passes.canonicalise import Canonicalise
@@ -31,6 +32,7 @@ _PASSES: tuple[type[Pass], ...] = (
     Canonicalise,
     AssignFormats,
     *METHODS,
+    Auto,
     Calibrate,
     SolveWeights,
     QuantizeWeights,
@@ -80,7 +82,7 @@ def build(
     ]
     standard = {step.name: step for step in steps}
     inserted: list[Pass] = []
-    transforms: list[TransformPass] = []
+    transforms: list[TransformPass | Auto] = []
     solver: SolveWeights | None = None
     for item in extra:
         last = solver or SolveWeights(data=calibration, progress=progress)
@@ -88,7 +90,7 @@ def build(
         step = parse_pass(item, known) if isinstance(item, str) else item
         if isinstance(step, SolveWeights):
             solver = step
-        elif isinstance(step, TransformPass):
+        elif isinstance(step, (TransformPass, Auto)):
             transforms.append(step)
         elif step.name in standard:
             standard[step.name] = step
@@ -106,10 +108,14 @@ def build(
 
 
 def _calibrated(
-    transforms: Sequence[TransformPass], calibration: Any, progress: bool
+    transforms: Sequence[TransformPass | Auto], calibration: Any, progress: bool
 ) -> Iterator[Pass]:
     """The transforms, with calibration before each one that reads statistics: it drops them."""
     for step in transforms:
+        if isinstance(step, Auto):
+            data = calibration if step.data is None else step.data
+            yield dataclasses.replace(step, data=data, progress=progress or step.progress)
+            continue
         needs = step.needs
         if needs.anything:
             if calibration is None:

@@ -46,6 +46,7 @@ class TransformRecord:
 
     by: the pass. kind: scale, shift, permute, rotate, …; seed: the value it was asked for.
     members: how many values carry it. absorbed: the parameters that took it up.
+    readers: the operators to be quantized that read a transformed value.
     runtime: what is left to do at run time, each with its reason; none where it costs nothing.
     refused: why it was not applied; None where it was.
     """
@@ -55,6 +56,23 @@ class TransformRecord:
     seed: str
     members: int = 0
     absorbed: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
     runtime: tuple[str, ...] = ()
     refused: str | None = None
     source: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """One chain of methods that was tried, and what it gave on calibration data.
+
+    error: Σ‖y − ŷ‖² / Σ‖y‖² of the model's outputs; local_error: the mean over operators of the
+    same of each one's output. operators: those that took this chain in the mixture.
+    """
+
+    chain: str
+    error: float
+    local_error: float
+    seconds: float
+    operators: tuple[str, ...] = ()
+    chosen: bool = False

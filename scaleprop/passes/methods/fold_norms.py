@@ -85,8 +85,8 @@ def _fold_gain(work: Work, node: Node) -> None:
     if bool((gain == 0).any()) and len(region.members) > 1:
         work.refuse(node, kind, "a gain of 0 can be folded into direct readers only")
         return
-    work.apply(region, Scale(forward, gain), "gain folded")
-    _drop(node, 2)
+    if work.apply(region, Scale(forward, gain), "gain folded"):
+        _drop(node, 2)
 
 
 def _fold_bias(work: Work, node: Node) -> None:
@@ -97,8 +97,8 @@ def _fold_bias(work: Work, node: Node) -> None:
     if not region.is_free:
         work.refuse(node, "shift", "; ".join(str(cut) for cut in region.cuts[:3]))
         return
-    work.apply(region, Shift(bias), "bias folded")
-    _drop(node, 3)
+    if work.apply(region, Shift(bias), "bias folded"):
+        _drop(node, 3)
 
 
 def _drop(node: Node, slot: int) -> None:

@@ -64,9 +64,11 @@ class TransformPass(Pass):
 
     runtime: where parameters cannot absorb a transform, do it at run time, for the readers that
         profit from it; False: leave such values alone, and say why.
+    only: names of the operators whose inputs may be transformed; None: all.
     """
 
     runtime: bool = True
+    only: tuple[str, ...] | None = None
 
     preserves_function: ClassVar[bool] = True
     rewrites_parameters: ClassVar[bool] = True
@@ -110,7 +112,11 @@ class Work:
                 continue
             if self.rewriter.constant_value(node.args[1]) is not None:
                 found.setdefault((source, operand.axes[0]), []).append(node)
-        return [Site(value, axis, tuple(readers)) for (value, axis), readers in found.items()]
+        return [Site(value, axis, tuple(readers)) for (value, axis), readers in found.items()
+                if all(self._may(reader) for reader in readers)]  # fmt: skip
+
+    def _may(self, reader: Node) -> bool:
+        return self.method.only is None or reader.name in self.method.only
 
     def region(
         self,
@@ -198,14 +204,25 @@ class Work:
             self.reassigned |= new != old
             reader.meta[ASSIGNMENT] = new
 
-    def apply(self, region: Region, transform: Transform, why: str) -> None:
-        """Put ``transform`` into ``region``, and record it."""
+    def readers(self, region: Region) -> tuple[Node, ...]:
+        """The operators to be quantized that read a value as the region has it."""
+        cut = {(item.value, item.user) for item in region.cuts}
+        return tuple(dict.fromkeys(
+            reader for value in region.members for reader in value.users
+            if assignment_of(reader) is not None and (value, reader) not in cut))  # fmt: skip
+
+    def apply(self, region: Region, transform: Transform, why: str) -> bool:
+        """Put ``transform`` into ``region``, and record it; False where ``only`` forbids it."""
+        readers = self.readers(region)
+        if not all(self._may(reader) for reader in readers):
+            return False
         absorbed = tuple(dict.fromkeys(
             str(item.operand.target) if item.operand is not None else
             f"{item.user.name}.{item.slot}" for item in region.absorbed))  # fmt: skip
         record = TransformRecord(
             by=self.method.name, kind=region.kind, seed=region.seed.name,
             members=len(region.members), absorbed=absorbed,
+            readers=tuple(reader.name for reader in readers),
             runtime=tuple(str(cut) for cut in region.cuts if _costs(cut, region)),
             source=source_line(region.seed),
         )  # fmt: skip
@@ -214,6 +231,7 @@ class Work:
                 self.assign(reader, extremes=None)
         apply(self.rewriter, region, transform, f"{why} ({region.seed.name})")
         self.records.append(record)
+        return True
 
     def refuse(self, seed: Node, kind: Kind, reason: str) -> None:
         """Record that nothing was done at ``seed``, and why."""
