@@ -67,20 +67,25 @@ class OutputError:
         scale: Tensor | None = None,
         shift: Tensor | None = None,
         rotation: Tensor | None = None,
+        order: Tensor | None = None,
+        extremes: tuple[float, float] | None = None,
     ) -> float:
-        """The relative error with y = ((x − shift)·scale)·rotation.
+        """The relative error with y = (((x − shift)·scale)·rotation)[order].
 
         scale, shift: [K], as ``Scale`` and ``Shift`` have them. rotation: [n, n] orthogonal, for
-        each block of n channels, or [K/n, n, n].
+        each block of n channels, or [K/n, n, n]. order: [K], of all channels.
+        extremes: of y, that a scale of the whole tensor is made for; None: those that it had.
         """
         rows, bounds = self.rows, self._bounds(scale, shift, rotation)
+        bounds = bounds if extremes is None else torch.tensor(extremes)
         rows = rows if shift is None else rows - shift.float()
         rows = rows if scale is None else rows * scale.float()
         rows = rows if rotation is None else _rotated(rows, rotation)
+        rows = rows if order is None else rows[:, order]
         rounded: dict[Role, Tensor] = {}
         noise = 0.0
         for reader in self._readers:
-            weight = _transformed(reader.weight, scale, rotation)
+            weight = _transformed(reader.weight, scale, rotation, order)
             exact = reader.product if shift is None else _product(rows, weight)
             x = rows
             if (role := reader.activation) is not None:
@@ -167,10 +172,18 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("ngi,goti->ngot", grouped, weight)
 
 
-def _transformed(weight: Tensor, scale: Tensor | None, rotation: Tensor | None) -> Tensor:
+def _transformed(
+    weight: Tensor, scale: Tensor | None, rotation: Tensor | None, order: Tensor | None
+) -> Tensor:
     if scale is not None:
         weight = weight / scale.float().reshape(weight.shape[0], 1, 1, -1)
-    return weight if rotation is None else _rotated(weight, rotation)
+    weight = weight if rotation is None else _rotated(weight, rotation)
+    if order is None:
+        return weight
+    if weight.shape[0] > 1:
+        raise PassError(f"an order of all channels would move them between {weight.shape[0]} "
+                        "groups of a convolution. Remedy: leave it out")
+    return weight[..., order]
 
 
 def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
