@@ -4,14 +4,16 @@ Rounding to nearest minimises the error of each weight; what matters is the erro
 
     tr((W - Ŵ) H (W - Ŵ)ᵀ),   H = E[x xᵀ]   (K × K, the second moment of the layer's input).
 
-Columns of W [N, K] are rounded in order. With column j fixed, the columns k > j that are still
-free take the least-squares optimal correction
+With H = R Rᵀ, R upper triangular (a Cholesky factorisation from the last input to the first), and
+V[k, j] = R[k, j]/R[j, j], the cost is Σ_j R[j, j]² ‖e_j + Σ_{k<j} V[k, j] e_k‖², e = W - Ŵ by
+columns. Columns of W [N, K] are rounded in order; with those before j fixed, the j-th term is least
+where column j is rounded from
 
-    W[:, k] -= e_j · U[j, k],   e_j = (W[:, j] - Ŵ[:, j]) / U[j, j],   H⁻¹ = Uᵀ U,  U upper
+    W[:, j] + Σ_{k<j} V[k, j] e_k
 
-(E. Frantar et al., GPTQ, arXiv:2210.17323, after Optimal Brain Surgeon). With H = R Rᵀ, R upper
-(a Cholesky factorisation from the last input to the first), U = R⁻¹, so H⁻¹ is never formed.
-A diagonal H leaves round-to-nearest, exactly.
+That is what the least-squares optimal corrections of E. Frantar et al. (GPTQ, arXiv:2210.17323,
+after Optimal Brain Surgeon) come to, as J. Chee et al. show (QuIP, arXiv:2307.13304), without an
+inverse of H. A diagonal H leaves round-to-nearest, exactly.
 
 The order of the columns is free. Those with the largest H_kk, whose errors cost most, may come
 first, while most columns are still free to make up for them ("act-order", in the authors' own
@@ -53,8 +55,8 @@ _ROWS = 2048  # rows at a time: a span of them stays in cache
 class Curvature:
     """H as rounding needs it; weights that read the same value share one.
 
-    factor: U, upper triangular [K, K] float64, with (H + damping·mean(diag H))⁻¹ = Uᵀ U, its rows
-        and columns in the order in which a weight's columns are rounded.
+    factor: V, unit upper triangular [K, K] float64, of H + damping·mean(diag H), its rows and
+        columns in the order in which a weight's columns are rounded.
     order: [K], the columns in that order; None: as they are stored.
     """
 
@@ -172,47 +174,20 @@ def _check_moment(moment: Tensor, size: int) -> None:
 
 
 def _factor(moment: Tensor, damping: float) -> Tensor:
-    """U, upper triangular [K, K] float64, with (H + damping·mean(diag H))⁻¹ = Uᵀ U."""
+    """V, unit upper triangular [K, K] float64, of H + damping·mean(diag H)."""
     wide, size = moment.double(), moment.shape[0]
     diagonal = wide.diagonal()
     mean = float(diagonal.mean()) if size else 0.0
     dead = diagonal == 0
     damped = wide / mean if mean > 0 else torch.zeros_like(wide)
     damped.diagonal().add_(damping).masked_fill_(dead, 1.0)
-    inverse = None if bool((diagonal < 0).any()) else _inverse_cholesky(damped.flip(0, 1))
-    if inverse is None:
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if bool(failed) or bool((diagonal < 0).any()):
         raise CalibrationError(
             f"the second moment is not positive definite, even with damping {damping}. Remedy: "
             "calibrate with more, and more varied, inputs, or give a larger damping"
         )
-    return inverse.flip(0, 1)
-
-
-def _inverse_cholesky(matrix: Tensor) -> Tensor | None:
-    """L⁻¹, lower triangular, of M = L Lᵀ; None where M is not positive definite.
-
-    By halves, in products, which run faster than factoring the whole and solving for an identity:
-    with M = [[A, ·], [B, C]], A = Lₐ Lₐᵀ and X = B Lₐ⁻ᵀ, the second half of L is that of C - X Xᵀ,
-    and below the diagonal L⁻¹ is -L꜀⁻¹ X Lₐ⁻¹.
-    """
-    size = matrix.shape[0]
-    if size <= _SPAN:
-        lower, failed = torch.linalg.cholesky_ex(matrix)
-        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        return None if bool(failed) else torch.linalg.solve_triangular(
-            lower, identity, upper=False)  # fmt: skip
-    half = size // 2
-    first = _inverse_cholesky(matrix[:half, :half])
-    if first is None:
-        return None
-    below = matrix[half:, :half] @ first.t()
-    second = _inverse_cholesky(matrix[half:, half:] - below @ below.t())
-    if second is None:
-        return None
-    inverse = torch.zeros_like(matrix)
-    inverse[:half, :half], inverse[half:, half:] = first, second
-    inverse[half:, :half] = -(second @ (below @ first))
-    return inverse
+    return (lower / lower.diagonal()).flip(0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,6 +309,7 @@ class _Plan:
         size, span = rows.shape[1], width * max(_SPAN // width, 1)
         left = rows.double().t()  # [K, n]: a column of the weight is contiguous
         left = left.contiguous() if order is None else left[order]
+        given = left.clone()
         rounded = torch.empty_like(left, dtype=rows.dtype)
         for begin in range(0, size, span):
             end = min(begin + span, size)
@@ -344,13 +320,11 @@ class _Plan:
                     scales = scales_of(column, left)
                     value = scales.restore(self._nearest(left[column].to(rows.dtype), scales))
                     rounded[column] = value
-                    error = (left[column] - value).div_(factor[column, column])
-                    errors[column - begin] = error
-                    reach = factor[column, column + 1 : high]
-                    left[column + 1 : high].addr_(reach, error, alpha=-1)
+                    error = torch.sub(given[column], value, out=errors[column - begin])
+                    left[column + 1 : high].addr_(factor[column, column + 1 : high], error)
                 made = errors[low - begin : high - begin]
-                left[high:end].addmm_(factor[low:high, high:end].t(), made, alpha=-1)
-            left[end:].addmm_(factor[begin:end, end:].t(), errors, alpha=-1)
+                left[high:end].addmm_(factor[low:high, high:end].t(), made)
+            left[end:].addmm_(factor[begin:end, end:].t(), errors)
         if order is None:
             return rounded.t()
         return torch.empty_like(rounded).index_copy_(0, order, rounded).t()
