@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import scaleprop
 from scaleprop.passes.assign import AssignFormats
 from scaleprop.passes.base import Program, widened
 from scaleprop.passes.calibrate import Calibrate
 from scaleprop.passes.canonicalise import Canonicalise
 from scaleprop.passes.capture import capture
 from scaleprop.passes.cleanup import CleanUp
+from scaleprop.passes.pipeline import build
 from scaleprop.passes.transforms.base import TransformPass, Work
 from scaleprop.recipes import Recipe, named_recipe
 
@@ -101,9 +103,15 @@ def pictures(count: int = 4, *, seed: int = 1) -> list[Tensor]:
     return [torch.randn(2, 3, 6, 6, generator=generator) for _ in range(count)]
 
 
+@functools.lru_cache(maxsize=8)
+def _captured(model: nn.Module, shape: torch.Size) -> Program:
+    """Tensors are shared with the model."""
+    return capture(model, (torch.zeros(shape),), {})
+
+
 def assigned(model: nn.Module, inputs: list[Tensor], recipe: str | Recipe) -> Program:
     """Captured, canonical, with formats."""
-    program = capture(model, (inputs[0],), {})
+    program = _captured(model, inputs[0].shape).replace(example_args=(inputs[0],))
     recipe = named_recipe(recipe) if isinstance(recipe, str) else recipe
     for step in (CleanUp(), Canonicalise(), AssignFormats(recipe=recipe)):
         program = step.run(program).program
@@ -138,9 +146,10 @@ def change_in_float64(program: Program, method: TransformPass) -> float:
 def error(
     model: nn.Module, inputs: list[Tensor], recipe: str | Recipe, *passes: str
 ) -> float:
-    """Relative squared error of the compiled model, over all inputs."""
-    found = scaleprop.compile(model, inputs[0], recipe=recipe, backend="reference",
-                              calibration=inputs, passes=passes)
+    """Relative squared error of the quantized model, over all inputs."""
+    recipe = named_recipe(recipe) if isinstance(recipe, str) else recipe
+    program = _captured(model, inputs[0].shape).replace(example_args=(inputs[0],))
+    found = build(recipe, calibration=inputs, extra=passes).run(program).module
     noise = signal = 0.0
     with torch.no_grad():
         for x in inputs:
