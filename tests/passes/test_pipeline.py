@@ -15,6 +15,7 @@ from scaleprop.passes.assign import AssignFormats
 from scaleprop.passes.base import Pass, PassManager, PassResult
 from scaleprop.passes.calibrate import Calibrate
 from scaleprop.passes.capture import capture
+from scaleprop.passes.methods import METHODS
 from scaleprop.passes.pipeline import build, describe_passes, parse_pass
 from scaleprop.passes.quantize_weights import QuantizeWeights
 from scaleprop.recipes import named_recipe
@@ -50,7 +51,9 @@ def test_bad_passes(text):
 
 def test_every_pass_is_described():
     infos = describe_passes()
-    manager = build(named_recipe("int8"), calibration=[], extra=["solve-weights"])
+    methods = [method.name for method in METHODS]
+    manager = build(named_recipe("int8"), calibration=[],
+                    extra=["solve-weights", "auto", *methods])  # fmt: skip
     assert {step.name for step in manager.passes} == {info.name for info in infos}
     assert all(info.summary for info in infos)
     canonicalise = next(info for info in infos if info.name == "canonicalise")
