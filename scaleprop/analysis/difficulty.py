@@ -18,13 +18,12 @@ magnitude_std``). The relative one is ours.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 import torch
 import torch.fx
 
-from scaleprop.calibration import TensorStatistics
+from scaleprop.calibration import TensorStatistics, channels
 from scaleprop.errors import CalibrationError
 from scaleprop.passes.base import Program
 from scaleprop.rules import contraction_of
@@ -67,10 +66,7 @@ def difficulty(before: Table, after: Table | None = None) -> tuple[Difficulty, .
 
 def of_norms(norms: torch.Tensor) -> tuple[float, float]:
     """``difficulty`` and ``relative_difficulty`` of channel magnitudes [K]; 0 for one channel."""
-    if norms.numel() < 2:
-        return 0.0, 0.0
-    spread, mean = float(norms.double().std()), float(norms.double().mean())
-    return spread, spread / mean if mean else math.nan
+    return channels.difficulty(norms), channels.relative_difficulty(norms)
 
 
 def _figures(table: Table) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 
@@ -113,3 +114,17 @@ def _of_chunk(rows: torch.Tensor) -> ChannelStatistics:
     return ChannelStatistics(
         count=rows.shape[0], min=low.float(), max=high.float(), mean=mean, mean_abs=mean_abs,
         m2=squares.sum(0), m3=(squares * x).sum(0), m4=(squares * squares).sum(0))
+
+
+def relative_difficulty(norms: torch.Tensor) -> float:
+    """Standard deviation ÷ mean of channel magnitudes [K]; 0 for one channel, NaN for no signal.
+
+    The spread is the quantization difficulty of arXiv:2506.01967; uniform channels have none.
+    """
+    spread, mean = difficulty(norms), float(norms.double().mean())
+    return 0.0 if norms.numel() < 2 else spread / mean if mean else math.nan
+
+
+def difficulty(norms: torch.Tensor) -> float:
+    """Standard deviation of channel magnitudes [K]; 0 for one channel."""
+    return 0.0 if norms.numel() < 2 else float(norms.double().std())

@@ -12,9 +12,11 @@ import dataclasses
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from scaleprop.errors import ConfigError
-from scaleprop.passes.transforms.base import Needs, TransformPass, Work
+from scaleprop.passes.transforms.base import Needs, Site, TransformPass, Work
+from scaleprop.passes.transforms.region import Region
 from scaleprop.passes.transforms.transform import Scale
 
 _LEAST = 1e-5  # of a channel that is always 0
@@ -49,10 +51,14 @@ class Smooth(TransformPass):
                 continue
             covered = work.covered(region, sites)
             done.update(member.value.name for member in covered)
-            inputs = work.pooled(region, {member: work.amax(member) for member in covered})
-            weights = work.pooled(region, {member: work.weight_amax(member) for member in covered})
-            factor = inputs.pow(self.alpha) / weights.pow(1 - self.alpha)
-            usable = factor.isfinite() & (inputs > _LEAST) & (weights > _LEAST)
-            factor = torch.where(usable, factor, 1.0)
-            work.apply(region, Scale(region.shared(1 / factor)), "smoothed")
+            scale = smoothing(work, region, covered, self.alpha)
+            work.apply(region, Scale(scale), "smoothed")
 
+
+def smoothing(work: Work, region: Region, covered: list[Site], alpha: float) -> Tensor:
+    """[size of the region] float64: 1/s, what activations are multiplied with."""
+    inputs = work.pooled(region, {site: work.amax(site) for site in covered})
+    weights = work.pooled(region, {site: work.weight_amax(site) for site in covered})
+    factor = inputs.pow(alpha) / weights.pow(1 - alpha)
+    usable = factor.isfinite() & (inputs > _LEAST) & (weights > _LEAST)
+    return region.shared(1 / torch.where(usable, factor, 1.0))

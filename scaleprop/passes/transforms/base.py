@@ -118,6 +118,11 @@ class Work:
     def _may(self, reader: Node) -> bool:
         return self.method.only is None or reader.name in self.method.only
 
+    def current(self, site: Site) -> Site:
+        """The site after transforms at run time: its readers read what they made of its value."""
+        operand: Any = contraction_of(site.readers[0]).operand("activation")  # type: ignore[union-attr]
+        return dataclasses.replace(site, value=site.readers[0].args[operand.argument])
+
     def region(
         self,
         site: Site,
