@@ -51,6 +51,10 @@ _STEP = 16  # columns whose errors reach the rest of their span in one product
 _ROWS = 2048  # rows at a time: a span of them stays in cache
 
 
+# (column, what is left of the columns to round, the columns as given) → the column's scales
+_ScalesOf = Callable[[int, Tensor, Tensor], Scales]
+
+
 @dataclasses.dataclass(frozen=True)
 class Curvature:
     """H as rounding needs it; weights that read the same value share one.
@@ -267,23 +271,34 @@ class _Plan:
         width = self.fmt.granularity.columns
         current: Scales | None = None
 
-        def of_block(column: int, left: Tensor) -> Scales:
+        def of_block(column: int, left: Tensor, given: Tensor) -> Scales:
             nonlocal current
             if current is None or column % width == 0:
-                block = left[column : column + width].t().to(rows.dtype)
-                current = self._block_scales(block)
+                block = self._corrected(slice(column, column + width), left, given)
+                current = self._block_scales(block.t().to(rows.dtype))
                 found.append(_parts(current))
             return current
 
         values = self._columns(rows, of_block, width)
         return values, [torch.stack(parts, -1) for parts in zip(*found, strict=True)]
 
-    def _fixed_scales(self, fixed: _Table, cut: slice) -> Callable[[int, Tensor], Scales]:
+    def _corrected(self, block: slice, left: Tensor, given: Tensor) -> Tensor:
+        """The columns of a block [b, n], none rounded yet, as they best make up for those before.
+
+        Each of them makes its term of the cost zero: with d their change, for j in the block,
+        d_j + Σ_{k<j, k in block} V[k, j] d_k = Σ_{k before it} V[k, j] e_k.
+        """
+        within = self.curvature.factor[block, block].t()
+        owed = left[block] - given[block]
+        return given[block] + torch.linalg.solve_triangular(
+            within, owed, upper=False, unitriangular=True)  # fmt: skip
+
+    def _fixed_scales(self, fixed: _Table, cut: slice) -> _ScalesOf:
         order = self.curvature.order
         places = None if order is None else order.tolist()
         last: tuple[int, Scales] | None = None
 
-        def of_column(column: int, _left: Tensor) -> Scales:
+        def of_column(column: int, _left: Tensor, _given: Tensor) -> Scales:
             nonlocal last
             group = (column if places is None else places[column]) // fixed.width
             if last is None or last[0] != group:
@@ -300,9 +315,7 @@ class _Plan:
             return _flat(find_scales(grouped, self.fmt, grouping))
         return _flat(given_scales([self.outer], grouped, self.fmt, grouping))
 
-    def _columns(
-        self, rows: Tensor, scales_of: Callable[[int, Tensor], Scales], width: int = 1
-    ) -> Tensor:
+    def _columns(self, rows: Tensor, scales_of: _ScalesOf, width: int = 1) -> Tensor:
         """The values that ``rows`` [n, K] become. ``scales_of``: asked for every column; at each
         multiple of ``width``, all columns before it have reached those after it."""
         order, factor = self.curvature.order, self.curvature.factor
@@ -317,7 +330,7 @@ class _Plan:
             starts = {*range(begin, end, _STEP), *range(begin, end, width if width > 1 else _STEP)}
             for low, high in itertools.pairwise([*sorted(starts), end]):
                 for column in range(low, high):  # each depends on those before it
-                    scales = scales_of(column, left)
+                    scales = scales_of(column, left, given)
                     value = scales.restore(self._nearest(left[column].to(rows.dtype), scales))
                     rounded[column] = value
                     error = torch.sub(given[column], value, out=errors[column - begin])

@@ -104,6 +104,26 @@ def test_against_the_definition_one_number_at_a_time(fmt: str):
     assert not torch.equal(in_place.codes(), got.codes())
 
 
+@pytest.mark.parametrize(("fmt", "width"), [("int4[1x8]*f32", 8), ("int3[1x12]*f32", 12)])
+def test_scales_of_blocks_are_found_from_what_is_then_left(fmt: str, width: int):
+    """In their stored order: by the corrections that Optimal Brain Surgeon makes for each column,
+    with a linear system of its own, a block's columns are changed before its scale is found."""
+    matrix, moment = weight(), uneven()
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(SIZE, dtype=torch.float64)
+    top = max(representable(parse(fmt).element))
+    left, want = matrix.double(), torch.zeros(ROWS, SIZE)
+    scale = torch.zeros(ROWS)
+    for j in range(SIZE):
+        if j % width == 0:
+            scale = left[:, j : j + width].float().abs().amax(1) / top
+        want[:, j] = torch.clamp(torch.round(left[:, j].float() / scale), -top, top) * scale
+        free = damped[j + 1 :, j + 1 :]
+        error = left[:, j] - want[:, j].double()
+        left[:, j + 1 :] += error[:, None] * torch.linalg.solve(free, damped[j + 1 :, j])
+    got = compensated(matrix, fmt, moment)
+    torch.testing.assert_close(got.dequantize(), want, rtol=1e-5, atol=0)
+
+
 FORMATS = ("int4[1x32]*f32+zp", "int8[row]*f32", "int8", "mxfp4", "mxfp8:rceil", "nvfp4",
            "nvfp4:fouroversix", "nvfp4_2d", "int4", "nf4", "int4[1x200]*f32", "int4[16x32]*f32",
            "fp4_ue5m3")  # fmt: skip
