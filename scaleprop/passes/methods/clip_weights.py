@@ -21,6 +21,7 @@ from torch import Tensor
 from scaleprop.errors import CalibrationError, ConfigError, describe
 from scaleprop.formats import ScaledFormat, fake_quantize, parse
 from scaleprop.passes.transforms.base import Needs, Site, TransformPass, Work
+from scaleprop.passes.transforms.walk import substitute
 
 Node = torch.fx.Node
 
@@ -80,13 +81,8 @@ class ClipWeights(TransformPass):
         clipped = clip(weight, rows, fmt, size, ratios)
         if clipped is None:
             return False
-        tensor = work.rewriter.tensor(source)
-        assert tensor is not None
-        new = work.rewriter.constant(clipped.to(tensor.dtype), str(source.target), at=reader,
-                                     why="its largest weights are clipped")
-        reader.args = (reader.args[0], new, *reader.args[2:])
-        work.rewriter.take_name(source, new)
-        work.rewriter.modified = True
+        substitute(work, reader, 1, clipped.to(reader.meta["val"].dtype),
+                   "its largest weights are clipped")
         return True
 
 

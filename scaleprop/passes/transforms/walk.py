@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.fx
@@ -136,6 +137,20 @@ def best_scale(
     if best is None or not _pays(work, region, before, least):
         return None
     return least if work.apply(region, Scale(best), why) else None
+
+
+def substitute(work: Work, user: torch.fx.Node, slot: int, value: Tensor, why: str) -> None:
+    """``user`` reads the constant ``value`` in ``slot``, which takes the name of what it read where
+    nothing else reads that."""
+    args: list[Any] = [*user.args, *[None] * (slot + 1 - len(user.args))]
+    old = args[slot]
+    named = isinstance(old, torch.fx.Node) and old.op == "get_attr"
+    name = str(old.target) if named else f"{user.name}_operand{slot}"
+    args[slot] = work.rewriter.constant(value.contiguous(), name, at=user, why=why)
+    user.args = tuple(args)
+    if named and not old.users:
+        work.rewriter.take_name(old, args[slot])
+    work.rewriter.modified = True
 
 
 def _note(work: Work, site: Site, statistics: TensorStatistics) -> None:
