@@ -21,7 +21,6 @@ from scaleprop.passes.transforms.base import Site, TransformPass, Work
 from scaleprop.passes.transforms.region import Region, find_region
 from scaleprop.passes.transforms.transform import Rotate, hadamard_rotation, random_rotation
 from scaleprop.rules import contraction_of
-from scaleprop.rules.channels import sizes_of
 
 aten: Any = torch.ops.aten
 
@@ -62,18 +61,19 @@ class RotateChannels(TransformPass):
         done: set[str] = set()
         if self.residual:
             for seed in _streams(work):
-                self._free(work, seed, sizes_of(seed)[-1], sites, done, generator, self.cuts)
+                self._free(work, seed, sites, done, generator, self.cuts)
         if self.values:
             for seed in _attended(work):
-                self._free(work, seed, sizes_of(seed)[-1], sites, done, generator, 0)
+                self._free(work, seed, sites, done, generator, 0)
         if self.online and self.runtime:
             for site in sites:
                 if site.value.name not in done and site.axis == -1:
                     region = find_region(site.value, "rotate", only_users=site.readers)
-                    work.apply(region, hadamard_rotation(site.size, generator), "rotated")
+                    work.apply(region, self.rotation(work, region, [site], generator, True),
+                               "rotated")
 
     def _free(
-        self, work: Work, seed: Node, size: int, sites: list[Site], done: set[str],
+        self, work: Work, seed: Node, sites: list[Site], done: set[str],
         generator: torch.Generator, cuts: int,
     ) -> None:  # fmt: skip
         if seed.name in done:
@@ -85,14 +85,20 @@ class RotateChannels(TransformPass):
                         + "; ".join(str(cut) for cut in region.cuts[:3]))
             done.difference_update(value.name for value in region.members)
             return
-        if not any(reads_weight(region, site) for site in sites):
+        served = [site for site in sites if reads_weight(region, site)]
+        if not served:
             return  # nothing that is quantized would profit
-        work.apply(region, self._rotation(size, generator), "rotated")
+        work.apply(region, self.rotation(work, region, served, generator), "rotated")
 
-    def _rotation(self, size: int, generator: torch.Generator) -> Rotate:
-        if self.matrix == "random":
-            return random_rotation(size, generator)
-        return hadamard_rotation(size, generator)
+    def rotation(
+        self, work: Work, region: Region, sites: list[Site], generator: torch.Generator,
+        online: bool = False,
+    ) -> Rotate:  # fmt: skip
+        """The matrix of a region whose rotation ``sites`` profit from. online: it is all that is
+        left to run, once for each of them."""
+        if self.matrix == "random" and not online:
+            return random_rotation(region.block, generator)
+        return hadamard_rotation(region.block, generator)
 
 
 def reads_weight(region: Region, site: Site) -> bool:
