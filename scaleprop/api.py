@@ -77,6 +77,7 @@ class CompiledModel:
         fidelity = {} if self.fidelity is None else dataclasses.asdict(self.fidelity)
         return Report(recipe=self.recipe.name, backend=self.backend, records=records,
                       fidelity=fidelity,
+                      transforms=self.program.transforms, trials=self.program.trials,
                       nbytes_before=self.nbytes_before, nbytes_after=self.nbytes,
                       notes=self.program.notes)
 

@@ -27,7 +27,7 @@ from scaleprop.graph_json import graph_from_json, graph_to_json
 from scaleprop.passes.base import Program
 from scaleprop.passes.values import propagate_values
 from scaleprop.recipes import Recipe
-from scaleprop.report.records import TensorRecord
+from scaleprop.report.records import TensorRecord, transforms_from, trials_from
 
 if TYPE_CHECKING:
     from scaleprop.api import CompiledModel
@@ -73,6 +73,8 @@ def save(compiled: CompiledModel, directory: Path) -> Path:
         "tolerance": program.tolerance,
         "notes": list(program.notes),
         "records": [dataclasses.asdict(record) for record in program.records],
+        "transforms": [dataclasses.asdict(record) for record in program.transforms],
+        "trials": [dataclasses.asdict(trial) for trial in program.trials],
         "example": [None if isinstance(leaf, torch.Tensor) else {"constant": leaf}
                     for leaf in leaves],
         "baseline": [None if isinstance(leaf, torch.Tensor) else {"constant": leaf}
@@ -174,6 +176,8 @@ def _restored(directory: Path, config: dict[str, Any], nodes: Any) -> SavedModel
         arguments=tuple(config["arguments"]),
         dynamic_axes=axes, guards=tuple(config["guards"]),
         records=tuple(_record(entry) for entry in config["records"]),
+        transforms=transforms_from(config.get("transforms", ())),
+        trials=trials_from(config.get("trials", ())),
         tolerance=config["tolerance"], notes=tuple(config["notes"]),
     )
     propagate_values(program)

@@ -133,5 +133,6 @@ def test_links_cannot_be_imported(name: str) -> None:
 
 @pytest.mark.parametrize("path", MODULES.values(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_model_or_module_names(path: Path) -> None:
-    names = r"\b(llama|gpt2|bert|mistral|qwen|gemma|q_proj|k_proj|gate_proj|down_proj)\b"
+    names = r"\b(llama|gpt2|bert|mistral|qwen|gemma|opt|whisper|q_proj|k_proj|v_proj|o_proj|" \
+        r"out_proj|up_proj|gate_proj|down_proj|fc1|fc2|lm_head|embed_tokens|input_layernorm)\b"
     assert not re.findall(names, path.read_text(), re.IGNORECASE)

@@ -9,7 +9,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from scaleprop.extras import install_command
-from scaleprop.report import text
+from scaleprop.report import text, transforms_table
 from scaleprop.report.charts import Chart, charts, matplotlib_is_installed
 from scaleprop.report.outliers_table import section
 from scaleprop.report.records import TensorRecord
@@ -34,6 +34,7 @@ def render(report: Report) -> str:
         _cards(report),
         _charts(report),
         section(report.outliers),
+        transforms_table.section(report.transforms, report.trials),
         _high(report),
         notes_section(report.notes),
         _tensors(report.records),

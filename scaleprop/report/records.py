@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 Role = Literal["fprop.x", "fprop.w", "bias", "embedding", "output", "other"]
 ScaleKind = Literal["weight", "static", "dynamic"]
@@ -76,3 +77,17 @@ class TrialRecord:
     seconds: float
     operators: tuple[str, ...] = ()
     chosen: bool = False
+
+
+def transforms_from(items: Iterable[Mapping[str, Any]]) -> tuple[TransformRecord, ...]:
+    """The records that ``dataclasses.asdict`` made plain."""
+    return tuple(TransformRecord(**_with_tuples(item)) for item in items)
+
+
+def trials_from(items: Iterable[Mapping[str, Any]]) -> tuple[TrialRecord, ...]:
+    """The same of trials."""
+    return tuple(TrialRecord(**_with_tuples(item)) for item in items)
+
+
+def _with_tuples(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in item.items()}

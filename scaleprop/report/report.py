@@ -11,6 +11,8 @@ JSON schema, version 1 (``Report.save("x.json")``, ``to_dict``)::
     fidelity        measure → number, e.g. {"cosine": 0.9993}; empty unless verified
     notes           list of sentences
     records         list of objects with the fields of ``TensorRecord``
+    transforms      list of objects with the fields of ``TransformRecord``; may be left out
+    trials          list of objects with the fields of ``TrialRecord``; may be left out
     outliers        object with the fields of ``OutlierTable``; there for an analysis only
 
 JSON has no infinities: they are written as the strings ``"inf"``, ``"-inf"`` and ``"nan"``.
@@ -30,7 +32,13 @@ from typing import TYPE_CHECKING, Any, cast
 from scaleprop.errors import ConfigError
 from scaleprop.report.files import write_text
 from scaleprop.report.outliers import OutlierTable
-from scaleprop.report.records import TensorRecord
+from scaleprop.report.records import (
+    TensorRecord,
+    TransformRecord,
+    TrialRecord,
+    transforms_from,
+    trials_from,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,6 +61,7 @@ class Report:
     nbytes_before, nbytes_after: bytes of the model's parameters and buffers.
     fidelity: measure → number against the model that was given; empty unless verified.
     outliers: of an analysis: what stands out in activations, weights and attention.
+    transforms: of channels, applied or refused. trials: chains that were tried, and what they gave.
     """
 
     recipe: str | None = None
@@ -63,6 +72,8 @@ class Report:
     nbytes_after: int | None = None
     fidelity: Mapping[str, float] = dataclasses.field(default_factory=_no_numbers)
     outliers: OutlierTable | None = None
+    transforms: tuple[TransformRecord, ...] = ()
+    trials: tuple[TrialRecord, ...] = ()
 
     @property
     def quantized(self) -> tuple[TensorRecord, ...]:
@@ -136,6 +147,9 @@ class Report:
             "notes": list(self.notes),
             "records": [_record_to_dict(record) for record in self.records],
             **({} if self.outliers is None else {"outliers": self.outliers.to_dict()}),
+            **{name: [dataclasses.asdict(item) for item in items]
+               for name, items in (("transforms", self.transforms), ("trials", self.trials))
+               if items},
         }
 
     @classmethod
@@ -155,6 +169,8 @@ class Report:
             fields["fidelity"] = {key: float(value) for key, value in fields["fidelity"].items()}
             fields["notes"] = tuple(fields["notes"])
             fields["records"] = tuple(_record_from_dict(item) for item in fields["records"])
+            fields["transforms"] = transforms_from(fields.get("transforms", []))
+            fields["trials"] = trials_from(fields.get("trials", []))
             if "outliers" in fields:
                 fields["outliers"] = OutlierTable.from_dict(fields["outliers"])
             return cls(**fields)

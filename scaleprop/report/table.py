@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from scaleprop.report import text
+from scaleprop.report import text, transforms_table
 from scaleprop.report.console import stdout_console
 from scaleprop.report.outliers_table import tables
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def show(report: Report, console: Console | None = None) -> None:
-    """Print ``report``: a summary, the outliers where they were looked for, one row per tensor.
+    """Print ``report``: a summary, outliers and transforms where there are any, one row per tensor.
 
     Raises:
         BackendUnavailable: without rich.
@@ -24,6 +24,8 @@ def show(report: Report, console: Console | None = None) -> None:
     console = console or stdout_console()
     console.print(_summary(report))
     for table in tables(report.outliers) if report.outliers is not None else ():
+        console.print(table)
+    for table in transforms_table.tables(report.transforms, report.trials):
         console.print(table)
     if report.records:
         console.print(_table(report))
