@@ -12,10 +12,12 @@ from torch import Tensor
 
 from scaleprop.calibration.statistics import TensorStatistics
 from scaleprop.errors import CalibrationError, describe
+from scaleprop.formats import parse
 from scaleprop.passes.transforms.base import Site, Work
 from scaleprop.passes.transforms.region import Region
 from scaleprop.passes.transforms.search import RegionError
 from scaleprop.passes.transforms.transform import Scale, Shift
+from scaleprop.rules import rule_for
 from scaleprop.rules.channels import Kind
 
 _WORTH = 0.9  # an operator at run time must save a tenth of the squared error
@@ -137,6 +139,25 @@ def best_scale(
     if best is None or not _pays(work, region, before, least):
         return None
     return least if work.apply(region, Scale(best), why) else None
+
+
+def after_norm(site: Site) -> bool:
+    """Whether a norm with a weight of its own makes the value: it absorbs factors at no cost."""
+    rule = rule_for(site.value.target)
+    return rule is not None and rule.family == "norm"
+
+
+def rounds_activations(work: Work, site: Site) -> bool:
+    """Whether some reader quantizes the value."""
+    found = [work.assignment(reader) for reader in site.readers]
+    return any(item is not None and item.activation is not None for item in found)
+
+
+def zero_points(work: Work, site: Site) -> bool:
+    """Whether the readers' formats for the value have zero points, so that 0 may lie anywhere."""
+    found = [work.assignment(reader) for reader in site.readers]
+    roles = [item.activation for item in found if item is not None and item.activation is not None]
+    return bool(roles) and all(parse(role.format).zero_point for role in roles)
 
 
 def substitute(work: Work, user: torch.fx.Node, slot: int, value: Tensor, why: str) -> None:
