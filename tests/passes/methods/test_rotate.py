@@ -61,15 +61,17 @@ def test_smoothing_helps_where_channels_stand_out():
     assert errors[1] < errors[0] / 3
 
 
-def test_rotating_helps_where_the_stream_stands_out():
-    make, _inputs = TOYS["untied"]
+def test_folding_and_rotating_help_where_channels_stand_out():
+    make, _ = TOYS["untied"]
     model = shuffled(make())
     with torch.no_grad():
-        for writer in (model.zebra.weight, model.mix.weight.T, model.dn.weight.T):
-            writer[:, 5] *= 50
+        for norm, readers in ((model.n1, (model.ask, model.both)), (model.n2, (model.gu,))):
+            norm.gain[3] *= 80
+            for reader in readers:
+                reader.weight[:, 3] /= 80
     errors = [compiled("untied", *passes, model=model, recipe="int4-int4").fidelity.format_error
               for passes in ((), ("fold-norms", "rotate"))]  # fmt: skip
-    assert errors[1] < errors[0] / 1.5
+    assert errors[1] < errors[0] / 2
 
 
 def test_folded_norms_have_nothing_left_to_fold():
@@ -96,7 +98,7 @@ def test_what_is_refused_says_why():
     reasons = " ".join(record.refused for record in refused)
     assert "smooth" in {record.by for record in refused}
     assert "returns it" in reasons or "weighs its inputs" in reasons or "not homogeneous" in reasons
-    assert all("toys.py" in record.source for record in refused)
+    assert any("toys.py" in record.source for record in refused)
 
 
 def test_online_rotations_serve_the_quantized_readers_only():
