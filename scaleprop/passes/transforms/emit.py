@@ -15,12 +15,22 @@ from torch import Tensor
 from scaleprop import ops
 from scaleprop.passes.rewrite import Rewriter
 from scaleprop.passes.transforms.region import Region
-from scaleprop.passes.transforms.transform import Centre, Permute, Rotate, Scale, Shift, Transform
+from scaleprop.passes.transforms.transform import (
+    Centre,
+    GivensRounds,
+    Permute,
+    Rotate,
+    Scale,
+    Shift,
+    Transform,
+)
 from scaleprop.rules.channels import Layout, block_rows, sizes_of
 
 aten: Any = torch.ops.aten
 
 Node = torch.fx.Node
+
+_ROUND = 24  # a round of pairs takes as long as a product with so many channels, as measured
 
 
 def emit(
@@ -97,6 +107,11 @@ class _Emission:
             order = self._order(transform.inverse() if inverse else transform, axes[0])
             return self.call(aten.index_select.default, self.value, axes[0],
                              self.constant(order, "order"))  # fmt: skip
+        if isinstance(transform, Rotate) and self._in_order(axes):
+            if transform.givens and len(transform.givens.partner) * _ROUND < transform.block:
+                return self._rounds(transform.givens.inverse() if inverse else transform.givens)
+            if transform.block < int(codes.shape[-1]):
+                return self._blocks(transform.matrix.mT if inverse else transform.matrix)
         others = [axis for axis in range(rank) if axis not in axes]
         turn = [*others, *axes]
         moves = turn != list(range(rank))
@@ -114,6 +129,39 @@ class _Emission:
         if not moves:
             return back
         return self.call(aten.permute.default, back, [turn.index(axis) for axis in range(rank)])
+
+    def _in_order(self, axes: tuple[int, ...]) -> bool:
+        """Whether the last axis holds all channels, one after the other."""
+        codes = torch.from_numpy(self.layout.codes)
+        return (axes == (len(sizes_of(self.value)) - 1,) and codes.ndim == 1
+                and bool((codes == 2 * torch.arange(codes.numel())).all()))  # fmt: skip
+
+    def _rounds(self, givens: GivensRounds) -> Node:
+        """v·cos + v[partner]·sin, round by round."""
+        x, dtype = self.value, self.value.meta["val"].dtype
+        for partner, angle in zip(givens.partner, givens.angle.double(), strict=True):
+            other = self.call(aten.index_select.default, x, -1, self.constant(partner, "partner"))
+            cos = self.constant(angle.cos().to(dtype), "cos")
+            sin = self.constant(angle.sin().to(dtype), "sin")
+            x = self.call(aten.add.Tensor, self.call(aten.mul.Tensor, x, cos),
+                          self.call(aten.mul.Tensor, other, sin))  # fmt: skip
+        return x
+
+    def _blocks(self, matrix: Tensor) -> Node:
+        """Each block of the last axis times its own matrix, or all times the same."""
+        n = matrix.shape[-1]
+        rank = len(sizes_of(self.value))
+        shape = self._shape(list(range(rank)), rank - 1)
+        rotation = self.constant(matrix.to(self.value.meta["val"].dtype).contiguous(), "rotation")
+        lead = shape[:-1] if matrix.ndim == 2 else [-1]
+        split = self.call(aten.reshape.default, self.value, [*lead, shape[-1] // n, n])
+        if matrix.ndim == 2:
+            mixed = self.call(aten.matmul.default, split, rotation)
+        else:
+            product = self.call(aten.bmm.default, self.call(aten.permute.default, split, [1, 0, 2]),
+                                rotation)
+            mixed = self.call(aten.permute.default, product, [1, 0, 2])
+        return self.call(aten.reshape.default, mixed, shape)
 
     def _shape(self, turn: list[int], count: int) -> list[Any]:
         """Sizes in the order ``turn``; nodes for those that may vary."""

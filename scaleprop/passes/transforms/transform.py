@@ -101,10 +101,12 @@ class Rotate:
     """v·Q within each block: ``matrix`` [n, n] for all blocks, or [blocks, n, n]; float64.
 
     hadamard: (block, signs or None) where Q = diag(signs)·(I ⊗ H/√block), which runs fast.
+    givens: the rounds of pairs that Q is made of, which run fast where blocks are large.
     """
 
     matrix: Tensor
     hadamard: tuple[int, Tensor | None] | None = None
+    givens: GivensRounds | None = None
 
     kind: Kind = dataclasses.field(default="rotate", init=False)
 
@@ -127,7 +129,7 @@ class Rotate:
 
     def inverse(self) -> Rotate:
         """v·Qᵀ."""
-        return Rotate(self.matrix.mT)
+        return Rotate(self.matrix.mT, givens=self.givens and self.givens.inverse())
 
     def then(self, other: Rotate) -> Rotate:
         """First this, then ``other``: v·Q·R."""
@@ -172,26 +174,61 @@ def random_rotation(size: int, generator: torch.Generator) -> Rotate:
     return Rotate(q * r.diagonal().sign())
 
 
-def givens_rotation(size: int, pairs: Tensor, angles: Tensor) -> Rotate:
-    """Rounds of rotations of disjoint pairs of channels.
+@dataclasses.dataclass(frozen=True, eq=False)
+class GivensRounds:
+    """Rounds of rotations of disjoint pairs: v·cos + v[partner]·sin, one after the other.
 
-    pairs: [rounds, m, 2] int64, no channel twice in a round. angles: [rounds, m] float64: in each
-    pair (a, b) → (a·cos − b·sin, a·sin + b·cos).
+    partner: [rounds, K] int64, itself where a channel rests. angle: [rounds, K]: −θ for the first
+    of a pair, θ for the second, so that (a, b) → (a·cos θ − b·sin θ, a·sin θ + b·cos θ).
+    """
+
+    partner: Tensor
+    angle: Tensor
+
+    @classmethod
+    def of(cls, size: int, pairs: Tensor, angles: Tensor) -> GivensRounds:
+        """pairs: [rounds, m, 2] int64. angles: [rounds, m], differentiable.
+
+        Raises:
+            ConfigError: where a round has a channel twice.
+        """
+        flat = pairs.flatten(1)
+        if flat.numel() and not bool((flat.sort(1).values.diff(dim=1) > 0).all()):
+            raise ConfigError("the pairs of a round of Givens rotations must be disjoint")
+        rest = torch.arange(size).repeat(len(pairs), 1)
+        partner = rest.scatter(1, flat, pairs.flip(2).flatten(1))
+        signed = torch.stack([-angles, angles], 2).flatten(1)
+        angle = torch.zeros(len(pairs), size, dtype=angles.dtype).scatter(1, flat, signed)
+        return cls(partner, angle)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """v·Q: [..., K]."""
+        for partner, angle in zip(self.partner, self.angle, strict=True):
+            v = v * angle.cos() + v[..., partner] * angle.sin()
+        return v
+
+    def inverse(self) -> GivensRounds:
+        """Back, last round first."""
+        return GivensRounds(self.partner.flip(0), -self.angle.flip(0))
+
+
+def givens_rotation(
+    size: int, pairs: Tensor, angles: Tensor, block: int | None = None
+) -> Rotate:
+    """The rotation that these rounds make; arguments as in ``GivensRounds.of``.
+
+    block: pairs lie within consecutive blocks of so many channels; None: anywhere.
 
     Raises:
-        ConfigError: where a round has a channel twice.
+        ConfigError: where a round has a channel twice, or a pair is of two blocks.
     """
-    matrix = torch.eye(size, dtype=torch.float64)
-    for places, turns in zip(pairs, angles.double(), strict=True):
-        if places.unique().numel() != places.numel():
-            raise ConfigError("the pairs of a round of Givens rotations must be disjoint")
-        first, second = matrix[:, places[:, 0]], matrix[:, places[:, 1]]
-        cos, sin = turns.cos(), turns.sin()
-        turned = matrix.clone()
-        turned[:, places[:, 0]] = first * cos - second * sin
-        turned[:, places[:, 1]] = first * sin + second * cos
-        matrix = turned
-    return Rotate(matrix)
+    whole = block or size
+    if bool((pairs // whole)[..., 0].ne((pairs // whole)[..., 1]).any()):
+        raise ConfigError(f"a pair of channels is not within one block of {whole}")
+    rounds = GivensRounds.of(size, pairs, angles.double())
+    rows = rounds(torch.eye(whole, dtype=torch.float64).repeat(1, size // whole))
+    matrices = rows.unflatten(1, (-1, whole)).movedim(1, 0)
+    return Rotate(matrices[0] if len(matrices) == 1 else matrices, givens=rounds)
 
 
 def largest_hadamard(size: int) -> int:

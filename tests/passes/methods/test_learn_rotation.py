@@ -31,7 +31,7 @@ def linear(size: int = 16, count: int = 96) -> tuple[nn.Module, list[torch.Tenso
     return nn.Linear(size, 12).eval(), [rows]
 
 
-def test_the_loss_is_the_outputs_error():
+def test_the_loss_is_the_outputs_error() -> None:
     model, inputs = linear()
     found = work(model, inputs, "int4-int4", LearnRotation())
     loss = QuantizedOutput(found, found.sites()[0])
@@ -47,7 +47,7 @@ def test_the_loss_is_the_outputs_error():
     torch.testing.assert_close(got, (made - want).square().sum() / want.square().sum())
 
 
-def test_two_steps_are_cayley_sgd():
+def test_two_steps_are_cayley_sgd() -> None:
     """Algorithm 1 of arXiv:2002.01113, with the inverse in place of its iteration."""
     model, inputs = linear(8)
     method = LearnRotation(steps=2, rate=0.3, momentum=0.7, rows=10_000)
@@ -75,7 +75,7 @@ def test_two_steps_are_cayley_sgd():
     assert (got[0] - x0).norm() / 8**0.5 == pytest.approx(0.3, rel=0.1)  # so far turns a channel
 
 
-def test_matrices_stay_orthogonal():
+def test_matrices_stay_orthogonal() -> None:
     model, inputs = linear()
     method = LearnRotation(steps=60, rate=0.3)
     at = work(model, inputs, "int4-int4", method)
@@ -87,7 +87,7 @@ def test_matrices_stay_orthogonal():
     assert float((learned.matrix - start.matrix).norm()) > 0.1
 
 
-def test_the_function_stays():
+def test_the_function_stays() -> None:
     for rms in (True, False):
         model, inputs = gated(rms), tokens()
         method = LearnRotation(steps=5)
@@ -97,7 +97,7 @@ def test_the_function_stays():
         assert change_in_float64(folded, method) < 1e-10
 
 
-def test_it_is_better_than_where_it_began():
+def test_it_is_better_than_where_it_began() -> None:
     model, inputs = linear(32, 512)
     start = error(model, inputs, "int4-int4", "rotate")
     assert error(model, inputs, "int4-int4", "learn-rotation") < 0.8 * start
@@ -106,7 +106,7 @@ def test_it_is_better_than_where_it_began():
     assert error(model, inputs, "int4-int4", "fold-norms", "learn-rotation") < start
 
 
-def test_gradients_reach_scales():
+def test_gradients_reach_scales() -> None:
     """By differences of amax: the largest of a row grows, and all of the row's errors with it."""
     x = torch.tensor([[0.3, -7.0, 2.6, 0.9]], requires_grad=True)
     made = straight_through(x, parse(INT4))
@@ -119,7 +119,7 @@ def test_gradients_reach_scales():
     torch.testing.assert_close(gradient[0], want)
 
 
-def test_bad_options_and_too_few_rows():
+def test_bad_options_and_too_few_rows() -> None:
     for bad in ("steps=0", "rows=0", "rate=0.0", "momentum=1.0", "cuts=-1"):
         with pytest.raises(ConfigError, match=bad.partition("=")[0]):
             parse_pass(f"learn-rotation{{{bad}}}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -24,18 +25,18 @@ class Two(nn.Module):
         torch.manual_seed(0)
         self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 6, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(torch.sigmoid(self.first(x)) * x)
 
 
-def test_difficulty_is_the_papers():
+def test_difficulty_is_the_papers() -> None:
     norms = torch.tensor([1.0, 2.0, 6.0])
     assert math.isclose(difficulty(norms), math.sqrt((4 + 1 + 9) / 2))
     assert math.isclose(relative_difficulty(norms), math.sqrt(7) / 3)
     assert relative_difficulty(torch.tensor([5.0])) == 0.0
 
 
-def test_weights_are_smoothed_then_rotated():
+def test_weights_are_smoothed_then_rotated() -> None:
     model = Two().eval()
     x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     x[:, 4] *= 30
@@ -55,14 +56,14 @@ def test_weights_are_smoothed_then_rotated():
 
 
 @pytest.mark.parametrize("choose", ["error", "difficulty", "both"])
-def test_the_function_stays(choose):
+def test_the_function_stays(choose: Any) -> None:
     method = SmoothRotate(choose=choose)
     for model, inputs in ((gated(False), tokens()), (images(), pictures())):
         program = calibrated(model, inputs, "int4-int4", method)
         assert change_in_float64(program, method) < 1e-10
 
 
-def test_the_best_of_them_is_chosen():
+def test_the_best_of_them_is_chosen() -> None:
     for model, inputs in ((gated(False), tokens()), (images(), pictures())):
         chosen = error(model, inputs, "int4-int4", "smooth-rotate")
         assert chosen < error(model, inputs, "int4-int4") / 4
@@ -70,7 +71,7 @@ def test_the_best_of_them_is_chosen():
         assert chosen < error(model, inputs, "int4-int4", "rotate")
 
 
-def test_nothing_is_done_to_what_is_easy():
+def test_nothing_is_done_to_what_is_easy() -> None:
     torch.manual_seed(0)
     signs = torch.randint(0, 2, (64, 16)) * 2.0 - 1
     model = nn.Linear(16, 8).eval()
@@ -82,7 +83,7 @@ def test_nothing_is_done_to_what_is_easy():
         assert not result.modified
 
 
-def test_without_runtime_nothing_runs():
+def test_without_runtime_nothing_runs() -> None:
     method = SmoothRotate(choose="both", runtime=False)
     model, inputs = gated(), tokens()
     program = method.run(calibrated(model, inputs, "int4-int4", method)).program
@@ -90,7 +91,7 @@ def test_without_runtime_nothing_runs():
     assert applied and not any(record.runtime for record in applied)
 
 
-def test_bad_options():
+def test_bad_options() -> None:
     with pytest.raises(ConfigError, match="alpha"):
         SmoothRotate(alpha=1.5)
     with pytest.raises(ConfigError, match="margin"):
