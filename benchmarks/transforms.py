@@ -4,8 +4,9 @@
 
 Each of the 25 models of ``benchmarks.models`` gets random gains and biases, is captured, given
 formats (``int4-int8-token``, or those that a method is for), widened to float64 and calibrated on
-its own inputs; each method transforms it, and the result is compared with the model it was. Fails where an output differs by
-more than 1e-10 of its largest value. Writes ``benchmarks/results/transforms.{json,md}``.
+its own inputs; each method transforms it, and the result is compared with the model it was. Fails
+where an output differs by more than 1e-10 of its largest value. Writes
+``benchmarks/results/transforms.{json,md}``.
 """
 
 from __future__ import annotations
@@ -56,8 +57,11 @@ def prepared(name: str, recipes: Iterable[str]) -> dict[str, Program]:
                 tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
     captured = capture(sample.model, sample.args, sample.kwargs, None)
     canonical = PassManager([CleanUp(), Canonicalise()]).run(captured)
-    return {recipe: widened(PassManager([AssignFormats(recipe=named_recipe(recipe))]).run(canonical))
-            for recipe in recipes}  # fmt: skip
+    found: dict[str, Program] = {}
+    for recipe in recipes:
+        assign = AssignFormats(recipe=named_recipe(recipe))
+        found[recipe] = widened(PassManager([assign]).run(canonical))
+    return found
 
 
 def calibrated(program: Program, method: Any) -> Program:
