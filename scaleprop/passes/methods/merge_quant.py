@@ -32,7 +32,7 @@ from scaleprop.errors import ConfigError
 from scaleprop.formats import fake_quantize, parse, quantize
 from scaleprop.passes.transforms.base import Needs, Site, TransformPass, Work
 from scaleprop.passes.transforms.region import Region
-from scaleprop.passes.transforms.search import OutputError
+from scaleprop.passes.transforms.search import OutputError, site_scale
 from scaleprop.passes.transforms.transform import Scale
 from scaleprop.rules.channels import Kind
 
@@ -150,10 +150,7 @@ class _Read:
         """The readers' error with the site's value times ``factor``, and the range for that."""
         scale, (low, high) = torch.ones_like(self.reach), self.whole
         if region is not None and factor is not None:
-            codes = torch.from_numpy(region.members[self.site.value].codes).reshape(-1)
-            taken = factor[codes.clamp_min(0) >> 1]
-            scale = torch.where(codes % 2 == 1, 1 / taken, taken)
-            scale = torch.where(codes < 0, 1.0, scale)
+            scale = site_scale(factor, region, self.site)
             low, high = (self.low * scale).min().item(), (self.high * scale).max().item()
         rows, energy = self.rows * scale, self.energy / scale.square()
         ranges = [(low * clip, high * clip) for clip in clips]

@@ -76,7 +76,7 @@ class OutputError:
         each block of n channels, or [K/n, n, n]. order: [K], of all channels.
         extremes: of y, that a scale of the whole tensor is made for; None: those that it had.
         """
-        rows, bounds = self.rows, self._bounds(scale, shift, rotation)
+        rows, bounds = self.rows, self.bounds(scale, shift, rotation)
         bounds = bounds if extremes is None else torch.tensor(extremes)
         rows = rows if shift is None else rows - shift.float()
         rows = rows if scale is None else rows * scale.float()
@@ -96,9 +96,10 @@ class OutputError:
             noise += float((got - exact).double().square().sum())
         return noise / self.signal if self.signal else noise
 
-    def _bounds(
-        self, scale: Tensor | None, shift: Tensor | None, rotation: Tensor | None
-    ) -> Tensor | None:
+    def bounds(
+        self, scale: Tensor | None = None, shift: Tensor | None = None,
+        rotation: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """[2] float32: between what the transformed values were, over all rows; None: unknown."""
         low, high = self._range
         if low is None or high is None or rotation is not None:
@@ -133,6 +134,11 @@ def output_error(
 ) -> float:  # fmt: skip
     """``OutputError`` of one candidate: arguments, errors raised as there."""
     return OutputError(work, site)(scale=scale, shift=shift, rotation=rotation)
+
+
+def site_scale(scale: Tensor, region: Region, site: Site) -> Tensor:
+    """[K]: what factors of a region's channels are for a site's."""
+    return _site_scale(scale, _codes(region, site))
 
 
 def _codes(region: Region, site: Site) -> Tensor:
