@@ -4,8 +4,7 @@
     s_j = max|x_j − z_j|^α / max|w_j|^(1−α)
 
 (Y.-S. Tai, A.-Y. Wu, MPTQ-ViT, arXiv:2401.14895, SQ-b.) Of asymmetric channels half of a range is
-left, so less has to move to the weights. Their OPT-m chooses between two ranges of one tensor for
-values behind a GELU; no format here has two.
+left, so less has to move to the weights.
 """
 
 from __future__ import annotations
