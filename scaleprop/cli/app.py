@@ -98,10 +98,12 @@ def _model(command: Command) -> Command:
     return click.argument("model", metavar="MODEL")(command)
 
 
-_one_recipe = click.option(
-    "--recipe", default=_RECIPE, show_default=True,
-    help="A name from `scaleprop recipes`, or a .toml or .json file.",
-)
+def _one_recipe(command: Command) -> Command:
+    command = click.option("--target", help="With --recipe auto: whose formats.")(command)
+    return click.option(
+        "--recipe", default=_RECIPE, show_default=True,
+        help="A name from `scaleprop recipes`, a .toml or .json file, or auto.",
+    )(command)
 
 
 def _decisions(command: Command) -> Command:

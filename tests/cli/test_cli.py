@@ -201,6 +201,12 @@ def test_compile_saves_what_load_reads(folder: Path, capsys: pytest.CaptureFixtu
     assert scaleprop.load("saved")(torch.randn(3, 64)).shape == (3, 32)
 
 
+def test_auto_needs_a_target_and_calibration(capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["compile", "cli_models:small", "--backend", "reference", "--recipe", "auto"]
+    assert "target='int4'" in Done(base, capsys).err
+    assert "auto measures errors" in Done([*base, "--target", "int4"], capsys).err
+
+
 def test_compile_shows_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     done = Done(["compile", "cli_models:small", "--backend", "reference", "--exclude", "2.*"],
                 capsys)
