@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -130,3 +133,15 @@ def test_bad_options_and_missing_calibration():
     with pytest.raises(CalibrationError, match="smooth"):
         scaleprop.compile(make().eval(), inputs, recipe="int8-token", backend="reference",
                           passes=["smooth"])
+
+
+def test_a_method_of_ones_own_as_the_document_writes_it():
+    text = (Path(__file__).parents[3] / "docs" / "transforms.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S)
+                if "class Halve" in block)
+    make, inputs = TOYS["before"]
+    names = {"model": shuffled(make()), "inputs": inputs}
+    exec(code.replace("passes=[Halve()]", "passes=[Halve()], backend='reference', verify=True")
+         .replace("scaleprop.compile(", "made = scaleprop.compile("), names)
+    gain = dict(names["made"].program.module.named_buffers())["ln1.weight"]
+    assert torch.equal(gain, names["model"].ln1.weight / 2)
