@@ -91,8 +91,10 @@ class FloatSearch(TransformPass):
         chosen = [(reader, self._weight(work, site, reader, item))
                   for site, item in zip(sites, found, strict=True)
                   for reader in site.readers]  # before anything changes  # fmt: skip
-        if region is not None and factor is not None:
-            work.apply(region, Scale(factor), "exponent biases moved into weights")
+        if region is not None and factor is not None and not work.apply(
+            region, Scale(factor), "exponent biases moved into weights"
+        ):
+            return
         roles = dict(chosen)
         for site, item in zip(sites, found, strict=True):
             for reader in site.readers:

@@ -92,8 +92,10 @@ class MergeQuant(TransformPass):
             if best is None or error < best[0]:
                 best = error, factor, [item[1] for item in found]
         assert best is not None
-        if region is not None and best[1] is not None:
-            work.apply(region, Scale(best[1]), "quantization steps migrated")
+        if region is not None and best[1] is not None and not work.apply(
+            region, Scale(best[1]), "quantization steps migrated"
+        ):
+            return
         for read, extremes in zip(reads, best[2], strict=True):
             for reader in read.site.readers:
                 work.assign(reader, extremes=extremes)

@@ -30,11 +30,11 @@ from torch import Tensor
 from scaleprop.errors import ConfigError
 from scaleprop.formats import parse
 from scaleprop.passes.transforms.base import Needs, Site, TransformPass, Work
+from scaleprop.passes.transforms.heads import attending, head_regions, largest, projections
 from scaleprop.passes.transforms.region import Region, find_region
 from scaleprop.passes.transforms.search import OutputError
 from scaleprop.passes.transforms.transform import Permute
-from scaleprop.rules import contraction_of
-from scaleprop.rules.channels import Kind, block_rows, sizes_of
+from scaleprop.rules.channels import Kind, block_rows
 
 Node = torch.fx.Node
 
@@ -72,15 +72,15 @@ class Reorder(TransformPass):
                 self._sort(work, region, reads)
             else:
                 work.refuse(seed, _KIND, "no reader of a block format has all of its channels")
-        for node in _attending(work) if self.keys else ():
+        for node in attending(work) if self.keys else ():
             self._sort_keys(work, node)
 
     def _regions(
         self, work: Work, sites: Sequence[Site], done: set[str]
     ) -> Iterator[tuple[Node, Region]]:
         values = {site.value for site in sites}
-        for node in _attending(work):
-            for region in _of_heads(node, blocks=(1,)):
+        for node in attending(work):
+            for region in head_regions(node, _KIND, blocks=(1,)):
                 if region.runtime <= self.cuts and values & region.members.keys():
                     yield node, region
                     break
@@ -112,7 +112,8 @@ class Reorder(TransformPass):
     def _sort_keys(self, work: Work, node: Node) -> None:
         """The largest rows of the keys' projection first."""
         keys: Any = node.args[1]
-        for region in _of_heads(keys, blocks=(1, 2)):  # rotary embeddings: each half for itself
+        # between rotary embeddings each half of a head moves for itself
+        for region in head_regions(keys, _KIND, blocks=(1, 2)):
             if region.is_free:
                 score = _row_norms(work, region, keys)
                 if score is not None:
@@ -132,27 +133,6 @@ def _in_blocks(work: Work, site: Site) -> bool:
         if any(fmt.block is not None and fmt.block[1] < site.size for fmt in formats):
             return True
     return False
-
-
-def _attending(work: Work) -> list[Node]:
-    """Attention: rows of values, weighted."""
-    found = [(node, contraction_of(node)) for node in work.rewriter.graph.nodes]
-    return [node for node, contraction in found
-            if contraction is not None and contraction.kind == "attention"]  # fmt: skip
-
-
-def _of_heads(value: Node, blocks: Sequence[int]) -> Iterator[Region]:
-    """Regions of the channels inside heads: each head's own order, else one for all of them.
-
-    blocks: into how many parts a head is taken, of the same size each.
-    """
-    shape = value.meta["val"].shape
-    for axes in ((-3, -1), (-1,)):
-        fixed = len(shape) >= -axes[0] and all(isinstance(shape[axis], int) for axis in axes)
-        for parts in blocks if fixed else ():
-            size = sizes_of(value)[-1]
-            if size % parts == 0 and size > parts:
-                yield find_region(value, _KIND, axes=axes, block=size // parts)
 
 
 def _scores(work: Work, region: Region, sites: Sequence[Site]) -> Iterator[Tensor]:
@@ -184,18 +164,5 @@ def _places(order: Permute, region: Region, layout: Any) -> Tensor:
 
 def _row_norms(work: Work, region: Region, keys: Node) -> Tensor | None:
     """[size of the region]: of the rows of the projections that ``keys`` come from."""
-    found = torch.zeros(region.size, dtype=torch.float64)
-    pending, seen = [keys], set[Node]()
-    while pending:
-        node = pending.pop()
-        if node in seen or node not in region.members:
-            continue
-        seen.add(node)
-        contraction = contraction_of(node)
-        if contraction is None or contraction.kind != "linear":
-            pending += node.all_input_nodes
-        elif work.rewriter.constant_value(node.args[1]) is not None:
-            codes = torch.from_numpy(region.members[node].codes).reshape(-1)
-            norms = work.weight(node).norm(dim=1)
-            found.scatter_reduce_(0, codes[codes >= 0] >> 1, norms[codes >= 0], "amax")
-    return found if bool(found.any()) else None
+    rows = {node: work.weight(node).norm(dim=1) for node in projections(work, region, keys)}
+    return largest(region, rows) if rows else None
