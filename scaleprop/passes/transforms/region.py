@@ -141,12 +141,14 @@ def find_region(
     axes: tuple[int, ...] = (-1,),
     block: int | None = None,
     only_users: Collection[Node] | None = None,
+    stops: Collection[Node] = (),
 ) -> Region:
     """The region of a transform of the channels of ``seed``.
 
     axes: of the seed, along which its channels lie. block: how many consecutive channels are mixed
     by a rotation or permutation; None: all of them. only_users: who reads the transformed value;
-    all others read it as it was, so it is transformed at run time. None: everyone.
+    all others read it as it was, so it is transformed at run time. None: everyone. stops: values
+    that are transformed where they are made, if at all, and not further back.
 
     Raises:
         PassError: where the channels' axes have no fixed size, or ``block`` does not divide it.
@@ -170,7 +172,7 @@ def find_region(
         if key in tried:
             continue
         tried.add(key)
-        growth = _Growth(seed, start, kind, size, only_users, choices)
+        growth = _Growth(seed, start, kind, size, only_users, stops, choices)
         found = growth.region()
         if best is None or (found.runtime, len(found.members)) < (best.runtime, len(best.members)):
             best = found
@@ -192,6 +194,7 @@ class _Growth:
         kind: Kind,
         block: int,
         only_users: Collection[Node] | None,
+        stops: Collection[Node],
         choices: Mapping[Node, int],
     ) -> None:
         self.kind: Kind = kind
@@ -201,7 +204,7 @@ class _Growth:
         self.members: dict[Node, Layout] = {}
         self.absorbed: dict[tuple[Node, Slot], Absorbed] = {}
         self.counters: dict[Node, Layout] = {}
-        self.opaque: dict[Node, str] = {}
+        self.opaque: dict[Node, str] = dict.fromkeys(stops, "it is transformed where it is made")
         self.channels = ChannelSet(start.codes.size)
         self._seed = seed
         self._order = {node: place for place, node in enumerate(seed.graph.nodes)}

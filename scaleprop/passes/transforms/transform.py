@@ -167,6 +167,27 @@ def hadamard_rotation(size: int, generator: torch.Generator | None = None,
     return Rotate(rows, (chosen, signs))
 
 
+def full_rotation(size: int, generator: torch.Generator) -> Rotate:
+    """diag(s)·(C ⊗ H/√b): mixes all channels, whatever their number: H as in ``hadamard_rotation``,
+    C of the rest, m = size/b, is Hartley's, C[i, j] = (cos + sin)(2π·i·j/m)/√m.
+
+    As flat as can be had for any m: |C| ≤ √(2/m) (R. Bracewell, The Fast Hartley Transform, Proc.
+    IEEE 72, 1984).
+    """
+    blocks = hadamard_rotation(size, generator)
+    assert blocks.hadamard is not None
+    block, signs = blocks.hadamard
+    rest = size // block
+    if rest == 1:
+        return blocks
+    index = torch.arange(rest)
+    angle = (index[:, None] * index % rest).double() * (2 * torch.pi / rest)
+    hartley = (angle.cos() + angle.sin()) / rest**0.5
+    inner = hadamard(torch.eye(block, dtype=torch.float64), block)
+    mixed = torch.kron(hartley, inner)
+    return Rotate(mixed if signs is None else signs[:, None] * mixed)
+
+
 def random_rotation(size: int, generator: torch.Generator) -> Rotate:
     """Uniform (Haar) on the orthogonal group: the Q of a Gaussian matrix, signs of R fixed."""
     gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
