@@ -88,7 +88,7 @@ def test_clipping_one_block_after_the_other():
     weight[::2, 3] *= 6
     rows = torch.randn(30, 24, generator=generator)
     rows[:, 3] *= 0.02
-    fmt, ratios = parse("int4[1x8]*f32"), [0.9, 0.7, 0.5]
+    fmt, ratios = parse("int4[1x8]*f32"), [0.3, 0.5, 0.6, 0.7, 0.8, 0.9]
     got = clip(weight, rows, fmt, 8, ratios)
     assert got is not None
     for n in range(5):

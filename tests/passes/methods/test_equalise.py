@@ -115,6 +115,17 @@ def test_batch_norms_fold_to_the_bit_of_their_formula():
     torch.testing.assert_close(bias, (bn.bias - bn.running_mean.double() * gain).float().detach())
 
 
+def test_a_bias_before_a_batch_norm_is_folded_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    with torch.no_grad():
+        model[1].running_mean.uniform_(1, 2)
+        model[1].running_var.uniform_(2, 4)
+    program = assigned(model, pictures(), TENSOR)
+    assert FoldBatchNorms().run(program).modified
+    assert change_in_float64(program, FoldBatchNorms()) < 1e-10
+
+
 def test_batch_norms_that_cannot_be_folded_say_why():
     class Odd(nn.Module):
         def __init__(self):

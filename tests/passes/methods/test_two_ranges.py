@@ -54,6 +54,9 @@ def test_the_power_is_that_of_least_error():
     (node,) = [node for node in found.program.module.graph.nodes
                if node.target is torch.ops.aten.add.Tensor]  # fmt: skip
     assert node.meta["scaleprop"].why == f"two ranges, steps 2^{best} apart" and best > 0
+    limits = {node.args[1:] for node in found.program.module.graph.nodes
+              if node.target is torch.ops.aten.clamp.default}  # fmt: skip
+    assert limits == {(0, 7), (-8, 0)}
 
 
 def test_errors_fall_and_it_compiles():
