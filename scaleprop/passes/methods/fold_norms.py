@@ -80,6 +80,9 @@ def _fold_gain(work: Work, node: Node) -> None:
     if not region.is_free:
         work.refuse(node, kind, "; ".join(str(cut) for cut in region.cuts[:3]))
         return
+    if not region.agrees(gain, 1.0):
+        work.refuse(node, kind, "channels that must share a gain have different ones")
+        return
     # a gain of 0 has no inverse, and needs none: what reads the channel is multiplied with 0
     forward = torch.where(gain == 0, 1.0, 1 / gain)
     if bool((gain == 0).any()) and len(region.members) > 1:
@@ -97,7 +100,9 @@ def _fold_bias(work: Work, node: Node) -> None:
     if not region.is_free:
         work.refuse(node, "shift", "; ".join(str(cut) for cut in region.cuts[:3]))
         return
-    if work.apply(region, Shift(bias), "bias folded"):
+    if not region.agrees(bias, 0.0):
+        work.refuse(node, "shift", "channels that must share a bias have different ones")
+    elif work.apply(region, Shift(bias), "bias folded"):
         _drop(node, 3)
 
 

@@ -50,10 +50,12 @@ def _check(region: Region, transform: Transform) -> None:
     if isinstance(transform, (Scale, Shift)) and transform.values.shape != (region.size,):
         raise PassError(f"the transform is for {transform.values.numel()} channels, the region "
                         f"has {region.size}")
-    pinned = torch.from_numpy(region.channels.pinned)
-    if isinstance(transform, Scale) and bool((transform.values[pinned] != 1).any()):
-        raise PassError("a channel that must stay as it is would be scaled. Remedy: "
-                        "Region.shared makes factors consistent")
+    if isinstance(transform, (Scale, Shift)):
+        neutral = 1.0 if isinstance(transform, Scale) else 0.0
+        if not region.agrees(transform.values, neutral):
+            raise PassError("channels that are one would be transformed differently, or one that "
+                            "must stay as it is. Remedy: Region.shared makes factors consistent, "
+                            "Region.pooled numbers")
 
 
 class _Work:
@@ -69,8 +71,11 @@ class _Work:
         self._made: dict[Any, Node] = {}
 
     def run(self) -> None:
+        together: dict[tuple[Node, Slot], list[Absorbed]] = {}
         for item in self.region.absorbed:
-            self._absorb(item)
+            together.setdefault((item.user, item.slot), []).append(item)
+        for items in together.values():
+            self._absorb(items)
         for node, layout in self.region.counters:
             self._counter(node, layout)
         self._cut()
@@ -78,7 +83,9 @@ class _Work:
             self._centred_norms()
         self.rewriter.modified = True
 
-    def _absorb(self, item: Absorbed) -> None:
+    def _absorb(self, items: list[Absorbed]) -> None:
+        """All that one operand takes up: of what is read, say, and of what is made."""
+        item = items[0]
         tensor = self.rewriter.tensor(item.operand)
         if item.operand is None:
             given = _given_like(item.user)
@@ -91,9 +98,10 @@ class _Work:
             name = str(item.operand.target)
         if tensor is None:
             raise PassError(f"{describe(item.user)}: its operand {item.operand} is no tensor")
-        key = (name, item.layout.axes, item.layout.codes.tobytes())
+        key = (name, *((one.layout.axes, one.layout.codes.tobytes()) for one in items))
         if key not in self._made:
-            changed = transformed(tensor, item.layout, self.transform, self.region)
+            changed = transformed(tensor, [one.layout for one in items], self.transform,
+                                  self.region)  # fmt: skip
             at = item.user if item.operand is None else item.operand
             self._made[key] = self.rewriter.constant(changed, name, at=at, why=self.why)
         _substitute(item.user, item.slot, self._made[key])
@@ -221,13 +229,16 @@ def _substitute(user: Node, slot: Slot, new: Node) -> None:
     user.args = tuple(args)
 
 
-def transformed(tensor: Tensor, layout: Layout, transform: Transform, region: Region) -> Tensor:
-    """``tensor`` with its channels transformed: in float64, rounded to its dtype."""
-    wide = tensor.detach().double()
-    if isinstance(transform, (Scale, Shift)):
-        result = _each(wide, layout, transform)
-    else:
-        result = _mixed(wide, layout, transform, region)
+def transformed(
+    tensor: Tensor, layouts: list[Layout], transform: Transform, region: Region
+) -> Tensor:
+    """``tensor`` with the channels of each layout transformed: in float64, rounded once."""
+    result = tensor.detach().double()
+    for layout in layouts:
+        if isinstance(transform, (Scale, Shift)):
+            result = _each(result, layout, transform)
+        else:
+            result = _mixed(result, layout, transform, region)
     return result.to(tensor.dtype).contiguous()
 
 

@@ -129,6 +129,14 @@ class Region:
         mean[torch.from_numpy(self.channels.pinned)] = 0.0
         return mean.exp()
 
+    def agrees(self, values: torch.Tensor, neutral: float) -> bool:
+        """Whether numbers per channel, [size], are one for channels that are one (the inverse of
+        it for those that carry the inverse), and ``neutral`` where only the identity passes."""
+        root, inverted = (torch.from_numpy(part) for part in self.channels.representative)
+        expected = torch.where(inverted == 1, 1 / values[root], values[root])
+        expected[torch.from_numpy(self.channels.pinned)] = neutral
+        return torch.allclose(expected, values, rtol=1e-9, atol=0.0)
+
     def layout(self, value: Node) -> Layout | None:
         """Which channels ``value`` carries where."""
         return self.members.get(value)
@@ -202,7 +210,8 @@ class _Growth:
         self.choices = choices
         self.options: dict[Node, int] = {}
         self.members: dict[Node, Layout] = {}
-        self.absorbed: dict[tuple[Node, Slot], Absorbed] = {}
+        self.absorbed: dict[tuple[Node, Slot, int], Absorbed] = {}
+        self.sides: dict[tuple[Node, Slot], int] = {}
         self.counters: dict[Node, Layout] = {}
         self.opaque: dict[Node, str] = dict.fromkeys(stops, "it is transformed where it is made")
         self.channels = ChannelSet(start.codes.size)
@@ -249,6 +258,8 @@ class _Growth:
 
     def put(self, value: Node, layout: Layout) -> None:
         """``value`` carries ``layout``, besides what it carries already."""
+        if self.kind != "permute" and not value.meta["val"].is_floating_point():
+            raise Refused(f"{value.name} holds no floats")
         merged, changed = self._merge(self.members.get(value), layout, sizes_of(value))
         if not changed:
             return
@@ -265,11 +276,16 @@ class _Growth:
     def _merge(
         self, old: Layout | None, new: Layout, sizes: tuple[int, ...]
     ) -> tuple[Layout, bool]:
+        if any(axis >= len(sizes) or sizes[axis] != size
+               for axis, size in zip(new.axes, new.codes.shape, strict=True)):  # fmt: skip
+            raise Refused("an operand is repeated over the channels")
         new = self._checked(self._plain(new))
         if old is None or old.is_empty:
             return new, not new.is_empty
         if new.is_empty:
             return old, False
+        if not (set(old.axes) <= set(new.axes) or set(old.axes) >= set(new.axes)):
+            raise Refused(f"channels lie along axes {old.axes}, and others along {new.axes}")
         axes = tuple(sorted({*old.axes, *new.axes}))
         mine, theirs = old.on(axes, sizes), new.on(axes, sizes)
         both = (mine >= 0) & (theirs >= 0)
@@ -331,13 +347,18 @@ class _Growth:
     def _isolate(self, node: Node, reason: str) -> None:
         self.opaque[node] = reason
         self.counters.pop(node, None)
-        for key in [key for key in self.absorbed if key[0] is node]:
+        reader = _reader(node)
+        dropped = [key for key in self.absorbed if key[0] is reader]
+        for key in dropped:
             del self.absorbed[key]
+        if dropped and reader is not node:  # other items of the tuple read the same parameters
+            for item in reader.users:
+                self.opaque.setdefault(item, reason)
 
     def absorb(self, user: Node, slot: Slot, operand: Any, layout: Layout,
-               missing: float | None) -> None:
+               missing: float | None, side: int) -> None:
         """A parameter in ``slot`` of ``user`` takes ``layout`` up."""
-        key = (user, slot)
+        key = (user, slot, side)
         old = self.absorbed.get(key)
         sizes = sizes_of(operand) or _sizes_like(layout)
         merged, _ = self._merge(old.layout if old else None, layout, sizes)
@@ -378,18 +399,21 @@ class _Call:
     def result(self, layout: Layout) -> None:
         self._growth.put(self.node, layout)
 
-    def carry(self, value: Any, layout: Layout, slot: Slot, missing: float | None = None) -> None:
+    def carry(self, value: Any, layout: Layout, slot: Slot, missing: float | None = None,
+              side: int = 0) -> None:
         if layout.is_empty:
             return
         user = _reader(self.node)
         if value is None and missing is not None:
-            self._growth.absorb(user, slot, None, layout, missing)
+            self._growth.absorb(user, slot, None, layout, missing, side)
         elif not isinstance(value, Node) or not sizes_of(value):
             raise Refused(f"{value!r} cannot carry it")
         elif value.op == "get_attr":
             if not value.meta["val"].is_floating_point():
                 raise Refused(f"{value.target} holds no floats")
-            self._growth.absorb(user, slot, value, layout, missing)
+            self._growth.absorb(user, slot, value, layout, missing, side)
+        elif self._growth.sides.setdefault((user, slot), side) != side:
+            raise Refused(f"{value.name}, which is computed, would carry what is read and made")
         else:
             self._growth.put(value, layout)
 

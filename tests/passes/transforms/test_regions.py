@@ -68,7 +68,9 @@ def transform(region, generator, shared=False):
         factors = torch.randn(region.size, generator=generator, dtype=torch.float64).exp()
         return Scale(region.shared(factors))
     if region.kind == "shift":
-        return Shift(torch.randn(region.size, generator=generator, dtype=torch.float64))
+        shift = torch.randn(region.size, generator=generator, dtype=torch.float64)
+        shift[torch.from_numpy(region.channels.pinned)] = 0.0
+        return Shift(shift[torch.from_numpy(region.channels.representative[0])])
     if region.kind == "permute":
         return Permute(torch.stack([torch.randperm(region.block, generator=generator)
                                     for _ in range(blocks)]))
@@ -255,6 +257,9 @@ def test_a_transform_must_fit_its_region():
         apply(rewriter, region, Scale(torch.ones(3, dtype=torch.float64)), "test")
     with pytest.raises(PassError, match="signs"):
         apply(rewriter, region, Scale(-torch.ones(40, dtype=torch.float64)), "test")
+    _, heads = region_of("quirk", "scale", "mix.weight")
+    with pytest.raises(PassError, match="channels that are one"):
+        apply(rewriter, heads, Scale(torch.arange(1.0, 17.0).double()), "test")
     with pytest.raises(PassError, match="block"):
         _, rotated = region_of("before", "rotate", "down.weight")
         apply(rewriter, rotated, random_rotation(8, torch.Generator()), "test")

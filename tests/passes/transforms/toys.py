@@ -140,6 +140,24 @@ class Picture(nn.Module):
         return self.last(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+class Normed(nn.Module):
+    """Queries and keys are normalised, then turned: a rotary pair shares a scale, not a gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        size = WIDTH // HEADS
+        self.inp, self.out = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 6)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.nq, self.nk = nn.RMSNorm(size), nn.RMSNorm(size)
+
+    def forward(self, x):
+        x = self.inp(x)
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+                   for part in self.qkv(x).split(WIDTH, -1))
+        y = F.scaled_dot_product_attention(turned(self.nq(q)), turned(self.nk(k)), v)
+        return self.out(x + y.transpose(1, 2).flatten(2))
+
+
 class Crossing(nn.Module):
     """An encoder and a decoder: what one writes the other reads through attention."""
 
@@ -177,5 +195,6 @@ TOYS: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
     "after": (After, (floats(2, TOKENS, 6),)),
     "before": (Before, (ids(),)),
     "picture": (Picture, (floats(2, 3, 8, 8),)),
+    "normed": (Normed, (floats(2, TOKENS, 6),)),
     "crossing": (Crossing, (ids(), ids(1))),
 }
