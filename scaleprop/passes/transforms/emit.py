@@ -47,9 +47,10 @@ def emit(
     work = _Emission(rewriter, value, layout, region, why)
     if isinstance(transform, (Scale, Shift)):
         return work.each(transform, inverse)
-    if isinstance(transform, Centre):
-        return work.centred()
-    return work.mixed(transform, inverse)
+    new = work.centred() if isinstance(transform, Centre) else work.mixed(transform, inverse)
+    if new.meta["val"].is_contiguous():
+        return new
+    return work.contiguous(new)
 
 
 class _Emission:
@@ -67,6 +68,11 @@ class _Emission:
 
     def call(self, op: Any, *args: Any) -> Node:
         return self.rewriter.call(op, args, at=self.at, why=self.why)
+
+    def contiguous(self, new: Node) -> Node:
+        """What reads the value may view it as it was in memory."""
+        return self.rewriter.call(aten.clone.default, (new,), at=self.at, why=self.why,
+                                  kwargs={"memory_format": torch.contiguous_format})
 
     def constant(self, tensor: Tensor, name: str) -> Node:
         return self.rewriter.constant(tensor, f"{self.value.name}_{name}", at=self.at, why=self.why)

@@ -63,10 +63,13 @@ class Flow(Protocol):
         """The call's value must carry ``layout``."""
         ...
 
-    def carry(self, value: Any, layout: Layout, slot: Slot, missing: float | None = None) -> None:
+    def carry(self, value: Any, layout: Layout, slot: Slot, missing: float | None = None,
+              side: int = 0) -> None:
         """The operand ``value`` in ``slot`` must carry ``layout``; a parameter absorbs it.
 
         missing: what an operand that is not given stands for, everywhere (a norm's weight: 1).
+        side: a weight that takes one transform of what is read (1) and another of what is made (0)
+        takes up both, one after the other.
         """
         ...
 

@@ -35,6 +35,8 @@ def linear(flow: Flow) -> None:
     """y[…, n] = Σ_k x[…, k]·w[n, k] + b[n]."""
     x, w, bias = (_argument(flow.node, place) for place in range(3))
     last = len(sizes_of(x)) - 1
+    if len(sizes_of(w)) != 2:
+        raise Refused("its weight is a vector")
     if (layout := flow.of(x)) is not None:
         if layout.axes != (last,):
             raise Refused("channels lie along its rows")
@@ -56,7 +58,7 @@ def _weigh(flow: Flow, layout: Layout, w: Any, axis: int, slot: int) -> None:
         flow.counter(layout)
         return
     only(flow, INVERTIBLE, _SUMMED)
-    flow.carry(w, layout.inverse().at([axis]), slot)
+    flow.carry(w, layout.inverse().at([axis]), slot, side=1)
 
 
 def _of_weight(flow: Flow, layout: Layout, x: Any, last: int, bias: Any) -> None:
@@ -91,9 +93,11 @@ def convolution(flow: Flow) -> None:
     groups: Any = _argument(flow.node, 6) or 1
     padding: Any = _argument(flow.node, 4) or [0]
     layout = flow.of(x)
+    if flow.of(w) is not None and not flow.is_parameter(w) and flow.kind == "shift":
+        raise Refused("its weight is shifted")
     for known in (layout, flow.out):
-        if known is not None and known.axes != (1,):
-            raise Refused("channels lie along its pixels")
+        if known is not None and (known.axes != (1,) or len(sizes_of(x)) != len(sizes_of(w))):
+            raise Refused("channels lie along its pixels, or it has no batch")
     if layout is not None:
         if flow.kind == "shift" and (groups != 1 or any(pad != 0 for pad in padding)):
             raise Refused("its padding, or its groups, do not let a shift pass")
@@ -125,7 +129,7 @@ def _weigh_groups(flow: Flow, layout: Layout, w: Any, bias: Any, groups: int) ->
     group = np.arange(outputs) // (outputs // groups)
     source = group[:, None] * inputs + np.arange(inputs)[None, :]
     inverse = layout.inverse()
-    flow.carry(w, Layout((0, 1), inverse.codes[source]), 1)
+    flow.carry(w, Layout((0, 1), inverse.codes[source]), 1, side=1)
 
 
 def _permute_depthwise(flow: Flow, layout: Layout, w: Any, bias: Any, groups: int) -> None:
@@ -204,6 +208,8 @@ def _operand(flow: Flow, value: Any, summed: int, free: int, across: Any) -> Non
     elif free in layout.axes:
         rank = len(sizes_of(flow.node))
         if flow.kind == "shift":
+            if free < summed:
+                raise Refused("a shift of rows is not followed")
             _need_unit_rows(flow.node.args[0])
         shift = rank - len(sizes_of(value))
         flow.result(layout.at([axis + shift for axis in layout.axes]))
@@ -249,11 +255,15 @@ def attention(flow: Flow) -> None:
     rank = len(sizes_of(flow.node))
     last = rank - 1
     queries, keys = sizes_of(q), sizes_of(k)
+    if any(flow.of(other) is not None for other in flow.node.all_input_nodes
+           if other not in (q, k, v)):  # fmt: skip
+        raise Refused("its mask carries channels")
     for value, other, slot in ((q, k, 1), (k, q, 0)):
         layout = flow.of(value)
         if layout is None:
             continue
         if flow.kind == "shift" and value is k:
+            _inside(flow, layout, last)
             continue  # it adds the same to all scores of a query, which softmax ignores
         only(flow, INVERTIBLE, _SUMMED)
         _inside(flow, layout, last)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from scaleprop.rules.base import rule_for
-from scaleprop.rules.channels.base import EVERY, LINEAR, Flow, channels, only
+from scaleprop.rules.channels.base import DIAGONAL, EVERY, LINEAR, Flow, channels, only
 from scaleprop.rules.channels.layouts import (
     UNTOUCHED,
     Layout,
@@ -369,6 +369,15 @@ def constant(flow: Flow) -> None:
     only(flow, [kind for kind in EVERY if kind != "shift"], "it is zero, which a shift changes")
 
 
+def _is_repeated(index: Any, dim: int) -> bool:
+    """Whether an index is the same along all axes but ``dim``."""
+    if index.target is not aten.expand.default:
+        return False
+    before, after = sizes_of(index.args[0]), sizes_of(index)
+    return len(before) == len(after) and all(
+        size == 1 for axis, size in enumerate(before) if axis != dim)
+
+
 @channels(aten.index_add.default, aten.index_put.default, aten.scatter_add.default)
 def added_to_rows(flow: Flow) -> None:
     """index_add(x, dim, i, y), index_put(x, [i, …], y, accumulate): rows are added to others."""
@@ -382,6 +391,8 @@ def added_to_rows(flow: Flow) -> None:
     shapes = sizes_of(source)
     if len(shapes) != rank:
         raise Refused("what is added has other axes")
+    if flow.node.target is aten.scatter_add.default and not _is_repeated(args[2], args[1] % rank):
+        only(flow, DIAGONAL, "each channel has rows of its own")
     for value, slot in ((args[0], 0), (source, 2 if first else 3)):
         if (layout := flow.of(value)) is not None:
             if rows & set(layout.axes):

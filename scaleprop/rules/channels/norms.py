@@ -59,19 +59,26 @@ def _norm(flow: Flow, weight: int, bias: int | None) -> None:
     if out is None:
         return
     if flow.kind in DIAGONAL:
-        inner = out.at([axis - lead for axis in out.axes])
+        inner = _inner(node, out, lead)
         flow.carry(_given(flow, weight), inner, weight, missing=1.0)
         if bias is not None and _given(flow, bias) is not None:
             flow.carry(_given(flow, bias), inner, bias)
     elif flow.kind == "shift":
         if bias is None:
             raise Refused("an RMS norm has no bias to take a shift")
-        inner = out.at([axis - lead for axis in out.axes])
+        inner = _inner(node, out, lead)
         flow.carry(_given(flow, bias), inner, bias, missing=0.0)
     elif flow.kind == "rotate":
         _rotate_norm(flow, out, weight, bias)
     else:
         raise Refused("a norm's output has no mean to take")
+
+
+def _inner(node: torch.fx.Node, layout: Layout, lead: int) -> Layout:
+    """The layout of a weight, as large as all that is normalised."""
+    sizes = sizes_of(node)
+    axes = tuple(range(lead, len(sizes)))
+    return Layout(tuple(axis - lead for axis in axes), layout.on(axes, sizes))
 
 
 def _is_partial(layout: Layout, normalised: Any) -> bool:
@@ -125,7 +132,7 @@ def batch_norm(flow: Flow) -> None:
     if layout is not None:
         flow.carry(mean, layout.at([0]), 3)
         if flow.kind != "shift":
-            flow.carry(w, layout.inverse().at([0]), 1, missing=1.0)
+            flow.carry(w, layout.inverse().at([0]), 1, missing=1.0, side=1)
     if out is not None:
         if flow.kind != "shift":
             flow.carry(w, out.at([0]), 1, missing=1.0)
@@ -214,12 +221,14 @@ def resampled(flow: Flow) -> None:
 
 
 def _per_channel(flow: Flow) -> None:
-    """Axis 1 of images holds channels (of an unbatched one, axis 0); the others are mixed."""
+    """Axis 1 of images in batches holds channels; those behind it are mixed."""
     x: Any = flow.node.args[0]
+    name = str(flow.node.target)
+    rank = next(dims + 2 for dims in (1, 2, 3) if f"{dims}d" in name)
     for known, give in ((flow.of(x), flow.result),
                         (flow.out, lambda layout: flow.carry(x, layout, 0))):  # fmt: skip
         if known is None:
             continue
-        if known.axes != (1,) or len(sizes_of(x)) < 3:
-            raise Refused("channels lie along its pixels")
+        if known.axes != (1,) or len(sizes_of(x)) != rank:
+            raise Refused("channels lie along its pixels, or it has no batch")
         give(known)

@@ -93,6 +93,8 @@ def added(flow: Flow) -> None:
     if node.kwargs.get("alpha", 1) != 1:
         raise Refused("its second term is scaled")
     terms = _operands(node)
+    if node.target is aten.where.self and flow.of(node.args[0]) is not None:
+        raise Refused("its mask carries channels")
     if flow.kind == "shift" and node.target is not aten.where.self:
         _shifted_sum(flow, terms)
         return
@@ -117,8 +119,10 @@ def added(flow: Flow) -> None:
 def _carry_term(flow: Flow, value: Any, layout: Layout, slot: int) -> None:
     if spans(flow, value, layout):
         flow.carry(value, _lowered(flow, value, layout), slot)
-    elif not (isinstance(value, torch.fx.Node) and value.target is aten.scalar_tensor.default
-              and value.args[0] == 0):  # fmt: skip
+    elif flow.kind == "shift" or not (
+        isinstance(value, torch.fx.Node) and value.target is aten.scalar_tensor.default
+        and value.args[0] == 0
+    ):  # fmt: skip
         raise Refused("a term is the same for all channels")
 
 
@@ -184,7 +188,11 @@ def multiplied(flow: Flow) -> None:
         _divide_scale(flow, factors, layouts, divides)
     else:
         only(flow, LINEAR, "a shift would be multiplied")
+        if not any(full):
+            raise Refused("channels lie along axes of both factors")
         place = full.index(True)
+        if layouts[1 - place] is not None:
+            raise Refused("both factors carry channels, along different axes")
         if divides and place == 1:
             raise Refused("something shared by all channels is divided by it")
         _shared(flow, factors[1 - place][0], reference, "channels that are mixed have own factors")
