@@ -28,7 +28,7 @@ from torch import Tensor
 from scaleprop.errors import ConfigError
 from scaleprop.passes.methods.rotate import RotateChannels
 from scaleprop.passes.transforms.base import Needs, Site, Work
-from scaleprop.passes.transforms.learning import QuantizedOutput
+from scaleprop.passes.transforms.learning import QuantizedOutput, has_rows
 from scaleprop.passes.transforms.region import Region
 from scaleprop.passes.transforms.transform import Rotate
 from scaleprop.rules.channels import block_rows
@@ -69,7 +69,8 @@ class LearnRotation(RotateChannels):
     ) -> Rotate:  # fmt: skip
         """The start's matrix, moved downhill; the start where that is no better."""
         start = super().rotation(work, region, sites, generator, online)
-        parts = [_Part(work, region, site) for site in sites if site.axis == -1]
+        parts = [_Part(work, region, site) for site in sites
+                 if site.axis == -1 and has_rows(work, site)]
         parts = [part for part in parts if part.output.counts]
         if not parts:
             return start

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from scaleprop.errors import ConfigError
 from scaleprop.passes.transforms.base import Needs, Site, TransformPass, Work
-from scaleprop.passes.transforms.learning import QuantizedOutput
+from scaleprop.passes.transforms.learning import QuantizedOutput, has_rows
 from scaleprop.passes.transforms.region import Region
 from scaleprop.passes.transforms.transform import GivensRounds, Scale, givens_rotation
 
@@ -69,6 +69,8 @@ class RotatePairs(TransformPass):
         for site in sites:
             if site.axis != -1:
                 work.refuse(site.value, "rotate", "a convolution sums over places, too")
+                continue
+            if not has_rows(work, site):
                 continue
             output = QuantizedOutput(work, site)
             if output.counts:

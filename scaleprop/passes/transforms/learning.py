@@ -36,6 +36,19 @@ class _Reader:
     format: ScaledFormat | None
 
 
+LEAST_ROWS = 4  # of which one is held out
+
+
+def has_rows(work: Work, site: Site) -> bool:
+    """Whether calibration kept rows enough to learn from; recorded where it did not."""
+    rows = work.statistics(site).sample
+    if rows is not None and len(rows) < LEAST_ROWS:
+        work.refuse(site.value, "rotate", f"calibration kept {len(rows)} rows of it, too few to "
+                    "learn from")  # fmt: skip
+        return False
+    return True
+
+
 class QuantizedOutput:
     """L of a site's linears, on rows to learn from and on rows held out.
 
@@ -43,9 +56,9 @@ class QuantizedOutput:
     """
 
     def __init__(self, work: Work, site: Site) -> None:
-        """Raises ``CalibrationError`` where calibration kept fewer than 4 rows."""
+        """Raises ``CalibrationError`` where calibration kept no rows, or too few (``has_rows``)."""
         rows = work.statistics(site).sample
-        if rows is None or len(rows) < 4:
+        if rows is None or len(rows) < LEAST_ROWS:
             raise CalibrationError(
                 f"{describe(site.value)}: calibration kept {0 if rows is None else len(rows)} rows "
                 "of it, too few to learn from. Remedy: more example inputs in calibration="

@@ -145,3 +145,11 @@ def test_a_method_of_ones_own_as_the_document_writes_it():
          .replace("scaleprop.compile(", "made = scaleprop.compile("), names)
     gain = dict(names["made"].program.module.named_buffers())["ln1.weight"]
     assert torch.equal(gain, names["model"].ln1.weight / 2)
+
+
+def test_layers_of_few_rows_are_not_learned_from():
+    make, inputs = TOYS["before"]
+    made = scaleprop.compile(shuffled(make()), inputs, recipe="int4-int4", backend="reference",
+                             calibration=[inputs], passes=["learn-rotation{steps=2}"])
+    assert any("2 rows" in str(record.refused) for record in made.program.transforms)
+    assert sum(record.refused is None for record in made.program.transforms) > 1
