@@ -239,7 +239,8 @@ def transformed(
             result = _each(result, layout, transform)
         else:
             result = _mixed(result, layout, transform, region)
-    return result.to(tensor.dtype).contiguous()
+    # strides of axes of size 1 count: a convolution takes its memory format from them
+    return result.to(tensor.dtype).clone(memory_format=torch.contiguous_format)
 
 
 def _each(wide: Tensor, layout: Layout, transform: Scale | Shift) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scaleprop import ops
 from scaleprop.passes.rewrite import Rewriter
-from scaleprop.passes.transforms.region import Region
+from scaleprop.passes.transforms.region import Region, writers
 from scaleprop.passes.transforms.transform import (
     Centre,
     GivensRounds,
@@ -62,7 +62,7 @@ class _Emission:
         self.layout = layout
         self.region = region
         self.why = why
-        self.at = value.next
+        self.at = max([value, *writers(value)]).next
         while self.at.op == "placeholder":
             self.at = self.at.next
 

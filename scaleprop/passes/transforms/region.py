@@ -264,6 +264,10 @@ class _Growth:
         if not changed:
             return
         self.members[value] = merged
+        if changes := writers(value):
+            last = max(self._order[node] for node in changes)
+            early = [user for user in _consumers(value) if self._order[user] <= last]
+            self.opaque.update(dict.fromkeys([value, *early], "it is written in place"))
         self._wake(value)
         for user in _consumers(value):
             self._wake(user)
@@ -363,6 +367,23 @@ class _Growth:
         sizes = sizes_of(operand) or _sizes_like(layout)
         merged, _ = self._merge(old.layout if old else None, layout, sizes)
         self.absorbed[key] = Absorbed(user, slot, operand, merged, missing)
+
+
+def writers(value: Node) -> list[Node]:
+    """The calls that change a value in place, or a view of it."""
+    found: list[Node] = []
+    pending = [value]
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            schema = getattr(user.target, "_schema", None)
+            if schema is None or not user.args or user.args[0] is not node:
+                continue
+            if schema.is_mutable:
+                found.append(user)
+            elif schema.arguments[0].alias_info is not None:
+                pending.append(user)
+    return found
 
 
 def _sizes_like(layout: Layout) -> tuple[int, ...]:

@@ -40,7 +40,8 @@ class Layers(nn.Module):
         self.gain = nn.Parameter(torch.ones(8))
         self.first, self.second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
         self.depth, self.merge = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(16, 3, 1)
-        self.norm = nn.BatchNorm2d(8)
+        self.norm, self.flat = nn.BatchNorm2d(8), nn.Linear(128, 2)
+        self.ring = nn.Conv2d(8, 2, 3, padding=1, padding_mode="circular")
         self._forward = forward
 
     def forward(self, x):
@@ -139,8 +140,16 @@ def counted(m, x):
     return m.b(h * (m.c(x) > 0).long())
 
 
+def flat(m, x):
+    return m.flat(m.norm(m.first(x)).flatten(1))
+
+
+def around(m, x):
+    return m.ring(F.relu(m.first(x)))
+
+
 MODELS = {
-    **{f.__name__: (f, PICTURE) for f in (skip, normalised, depthwise)},
+    **{f.__name__: (f, PICTURE) for f in (skip, normalised, depthwise, flat, around)},
     **{f.__name__: (f, ROWS) for f in (
         dense, halves, outer, gram, unbatched, own_mask, scores_from_values, mixed_tokens, vector,
         two_axes, per_channel_rows, same_value_put, one_head_of_keys, viewed, counted)},
