@@ -93,7 +93,7 @@ class Rewriter:
 
     def constant_value(self, node: Any) -> torch.Tensor | None:
         """What ``node`` is, where it is made of parameters and buffers alone; None elsewhere."""
-        if not isinstance(node, torch.fx.Node) or not _is_constant(node):
+        if not isinstance(node, torch.fx.Node) or parameters_behind(node) is None:
             return None
         known: dict[torch.fx.Node, Any] = {}
 
@@ -145,18 +145,19 @@ class Rewriter:
         node.meta[PROVENANCE] = Provenance(by=self.by, why=why, source=origin)
 
 
-def _is_constant(node: torch.fx.Node) -> bool:
-    """Whether no input of the graph, and nothing random, is behind ``node``."""
-    pending, seen = [node], set[torch.fx.Node]()
+def parameters_behind(node: torch.fx.Node) -> list[torch.fx.Node] | None:
+    """The parameters and buffers that ``node`` is made of, the nearest first; None where an input
+    of the graph, or something random, is behind it as well."""
+    pending, seen = [node], {node: None}
     while pending:
-        source = pending.pop()
-        tags = getattr(source.target, "tags", ())
-        is_random = torch.Tag.nondeterministic_seeded in tags
+        source = pending.pop(0)
+        is_random = torch.Tag.nondeterministic_seeded in getattr(source.target, "tags", ())
         if is_random or source.op not in ("get_attr", "call_function"):
-            return False
-        seen.add(source)
-        pending += [earlier for earlier in source.all_input_nodes if earlier not in seen]
-    return True
+            return None
+        new = [earlier for earlier in source.all_input_nodes if earlier not in seen]
+        seen.update(dict.fromkeys(new))
+        pending += new
+    return [source for source in seen if source.op == "get_attr"]
 
 
 def module_paths(node: torch.fx.Node) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch.fx
 from torch import Tensor
 
 from scaleprop.errors import PassError, describe
-from scaleprop.passes.rewrite import Rewriter
+from scaleprop.passes.rewrite import Rewriter, parameters_behind
 from scaleprop.passes.transforms.emit import emit
 from scaleprop.passes.transforms.region import Absorbed, Region
 from scaleprop.passes.transforms.transform import Centre, Permute, Rotate, Scale, Shift, Transform
@@ -86,7 +86,7 @@ class _Work:
     def _absorb(self, items: list[Absorbed]) -> None:
         """All that one operand takes up: of what is read, say, and of what is made."""
         item = items[0]
-        tensor = self.rewriter.tensor(item.operand)
+        tensor = self.rewriter.constant_value(item.operand)
         if item.operand is None:
             given = _given_like(item.user)
             shape = [1] * (item.layout.axes[-1] + 1)
@@ -95,13 +95,13 @@ class _Work:
             tensor = torch.full(shape, item.missing or 0.0, dtype=given.dtype)
             name = f"{item.user.name}_operand{item.slot}"
         else:
-            name = str(item.operand.target)
+            name = str((parameters_behind(item.operand) or [item.operand])[0].target)
         if tensor is None:
             raise PassError(f"{describe(item.user)}: its operand {item.operand} is no tensor")
-        key = (name, *((one.layout.axes, one.layout.codes.tobytes()) for one in items))
+        layouts = [one.layout for one in items]
+        key = (item.operand or name, *((one.axes, one.codes.tobytes()) for one in layouts))
         if key not in self._made:
-            changed = transformed(tensor, [one.layout for one in items], self.transform,
-                                  self.region)  # fmt: skip
+            changed = transformed(tensor, layouts, self.transform, self.region)
             at = item.user if item.operand is None else item.operand
             self._made[key] = self.rewriter.constant(changed, name, at=at, why=self.why)
         _substitute(item.user, item.slot, self._made[key])
@@ -109,7 +109,7 @@ class _Work:
 
     def _drop(self, old: Any, new: Node) -> None:
         """The new tensor takes the name of one that nothing reads any more."""
-        if isinstance(old, Node) and not old.users:
+        if isinstance(old, Node) and old.op == "get_attr" and not old.users:
             self.rewriter.take_name(old, new)
 
     def _counter(self, node: Node, layout: Layout) -> None:

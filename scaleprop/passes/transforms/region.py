@@ -20,7 +20,6 @@ import torch.fx
 
 from scaleprop.errors import PassError, source_line
 from scaleprop.passes.transforms.channel_set import ChannelSet
-from scaleprop.rules import rule_for
 from scaleprop.rules.channels import (
     MIXING,
     Codes,
@@ -219,6 +218,7 @@ class _Growth:
         self._order = {node: place for place, node in enumerate(seed.graph.nodes)}
         self._queue: list[int] = []
         self._nodes = list(seed.graph.nodes)
+        self.constants = _constants(self._nodes)
         self._waiting: set[Node] = set()
         if only_users is not None:
             self.opaque[seed] = "it is transformed for some of its readers only"
@@ -429,9 +429,9 @@ class _Call:
             self._growth.absorb(user, slot, None, layout, missing, side)
         elif not isinstance(value, Node) or not sizes_of(value):
             raise Refused(f"{value!r} cannot carry it")
-        elif value.op == "get_attr":
+        elif self.is_parameter(value):
             if not value.meta["val"].is_floating_point():
-                raise Refused(f"{value.target} holds no floats")
+                raise Refused(f"{value.name} holds no floats")
             self._growth.absorb(user, slot, value, layout, missing, side)
         elif self._growth.sides.setdefault((user, slot), side) != side:
             raise Refused(f"{value.name}, which is computed, would carry what is read and made")
@@ -439,13 +439,7 @@ class _Call:
             self._growth.put(value, layout)
 
     def is_parameter(self, value: Any) -> bool:
-        node = value
-        while isinstance(node, Node) and node.op == "call_function":
-            rule = rule_for(node.target)
-            if rule is None or not rule.moves:
-                return False
-            node = node.args[0]
-        return isinstance(node, Node) and node.op == "get_attr"
+        return value in self._growth.constants
 
     def choose(self, count: int) -> int:
         self._growth.options[self.node] = count
@@ -455,6 +449,17 @@ class _Call:
         if not self.is_parameter(self.node.args[1]):
             raise Refused("its weight is computed from inputs")
         self._growth.counters[self.node] = layout
+
+
+def _constants(nodes: Iterable[Node]) -> set[Node]:
+    """Parameters, buffers, and what is made of them alone."""
+    found: set[Node] = set()
+    for node in nodes:
+        is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        made = node.op == "call_function" and node.all_input_nodes and not is_random
+        if node.op == "get_attr" or (made and all(part in found for part in node.all_input_nodes)):
+            found.add(node)
+    return found
 
 
 def _reader(node: Node) -> Node:

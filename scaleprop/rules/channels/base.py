@@ -74,7 +74,7 @@ class Flow(Protocol):
         ...
 
     def is_parameter(self, value: Any) -> bool:
-        """Whether ``value`` absorbs: a parameter or buffer, or one that was only moved."""
+        """Whether ``value`` absorbs: a parameter or buffer, or what is made of them alone."""
         ...
 
     def choose(self, count: int) -> int:

@@ -153,3 +153,22 @@ def test_layers_of_few_rows_are_not_learned_from():
                              calibration=[inputs], passes=["learn-rotation{steps=2}"])
     assert any("2 rows" in str(record.refused) for record in made.program.transforms)
     assert sum(record.refused is None for record in made.program.transforms) > 1
+
+
+def test_gains_that_are_written_as_one_plus_a_parameter_are_folded():
+    class Plus(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.delta = torch.nn.Parameter(torch.randn(8))
+            self.first, self.last = torch.nn.Linear(5, 8), torch.nn.Linear(8, 4, bias=False)
+
+        def forward(self, x):
+            x = self.first(x)
+            normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+            return self.last(normed * (1 + self.delta))
+
+    passes = ["fold-norms", "rotate{online=false}"]
+    made = scaleprop.compile(Plus().eval(), torch.randn(3, 5), recipe="int8-token",
+                             backend="reference", passes=passes, verify=True)
+    assert [record.refused for record in made.program.transforms] == [None, None]
+    assert all(not record.runtime for record in made.program.transforms)
