@@ -34,7 +34,7 @@ from scaleprop.report.records import TrialRecord
 
 logger = logging.getLogger(__name__)
 
-PORTFOLIO = ("", "smooth", "rotate", "fold-norms+rotate", "smooth+rotate")
+PORTFOLIO = ("", "smooth", "awq", "rotate", "fold-norms+rotate", "smooth+rotate", "smooth-rotate")
 MIXED = "best of each region"
 SOLVED = "solve-weights"
 
