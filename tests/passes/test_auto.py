@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import scaleprop
-from scaleprop.errors import CalibrationError, ConfigError
+from scaleprop.errors import CalibrationError, ConfigError, PassError, PostconditionError
+from scaleprop.passes import auto
 from scaleprop.passes.auto import Auto
 from scaleprop.passes.auto.chains import together
 from scaleprop.passes.auto.emulation import outputs_of, score
@@ -112,3 +113,24 @@ def test_what_makes_no_sense_is_refused():
         Auto(chains=("smoth",))
     with pytest.raises(ConfigError, match="at least one"):
         Auto(batches=0)
+
+
+@pytest.mark.parametrize("kind", [PassError, PostconditionError])
+def test_a_chain_that_fails_is_noted_and_a_broken_promise_is_raised(kind, monkeypatch):
+    run = auto.run_chain
+
+    def failing(program, chain, *args, **kwargs):
+        if chain:
+            raise kind("no room")
+        return run(program, chain, *args, **kwargs)
+
+    monkeypatch.setattr(auto, "run_chain", failing)
+    model, inputs = planted()
+    options = {"recipe": "int4-int4", "backend": "reference", "calibration": [inputs],
+               "passes": ['auto{chains=["","smooth"], solve=false}']}
+    if kind is PostconditionError:
+        with pytest.raises(PostconditionError, match="no room"):
+            scaleprop.compile(model, inputs, **options)
+    else:
+        notes = scaleprop.compile(model, inputs, **options).report.notes
+        assert any("smooth cannot take this program: no room" in note for note in notes)

@@ -13,7 +13,6 @@ The result is whichever program had the least error of the model's outputs.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -22,7 +21,13 @@ from torch.utils import _pytree as pytree
 
 from scaleprop.calibration.feed import Data, refuse_bare
 from scaleprop.calibration.progress import progress_bar
-from scaleprop.errors import CalibrationError, ConfigError, PassError, PreconditionError
+from scaleprop.errors import (
+    CalibrationError,
+    ConfigError,
+    PassError,
+    PostconditionError,
+    PreconditionError,
+)
 from scaleprop.passes.assign import assignment_of
 from scaleprop.passes.auto.chains import class_error, parse_chain, run_chain, together
 from scaleprop.passes.auto.emulation import Batches, Score, outputs_of, score
@@ -31,8 +36,6 @@ from scaleprop.passes.calibrate import Calibrate
 from scaleprop.passes.solve_weights import SolveWeights
 from scaleprop.passes.solving.walk import recorded
 from scaleprop.report.records import TrialRecord
-
-logger = logging.getLogger(__name__)
 
 PORTFOLIO = ("", "smooth", "awq", "rotate", "fold-norms+rotate", "smooth+rotate", "smooth-rotate")
 MIXED = "best of each region"
@@ -95,7 +98,8 @@ class Auto(Pass):
         trials = tuple(chosen if trial is best.trial else trial for trial in search.trials)
         result = best.program.replace(trials=(*program.trials, *trials),
                                       statistics=program.statistics)  # fmt: skip
-        return PassResult(result, True, (*notes, f"chosen: {chosen.chain or 'rounding alone'}"))
+        notes += [*search.failed, f"chosen: {chosen.chain or 'rounding alone'}"]
+        return PassResult(result, True, tuple(notes))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,19 +120,22 @@ class _Search:
         self.operators = [node.name for node in program.module.graph.nodes
                           if assignment_of(node) is not None]  # fmt: skip
         self.tried: dict[str, _Tried] = {}
+        self.failed: list[str] = []  # what could not be tried, and why
 
     @property
     def trials(self) -> list[TrialRecord]:
         return [tried.trial for tried in self.tried.values()]
 
     def try_chain(self, chain: str) -> None:
-        """One chain for all operators. One that cannot take this program is recorded as such."""
+        """One chain for all operators. One that cannot take this program is noted."""
         began = time.perf_counter()
         try:
             program = run_chain(self.program, parse_chain(chain), self._data(),
                                 runtime=self.options.runtime)  # fmt: skip
+        except PostconditionError:
+            raise  # a broken promise is no reason to try something else
         except PassError as error:
-            logger.info("auto: %s: %s", chain, error)
+            self.failed.append(f"{chain} cannot take this program: {error}")
             return
         self._keep(chain, program, began, self.operators)
 
@@ -158,8 +165,10 @@ class _Search:
         best, began = self.best(), time.perf_counter()
         try:
             program = PassManager([self._calibration(), SolveWeights(data=data)]).run(best.program)
+        except PostconditionError:
+            raise
         except PassError as error:
-            logger.info("auto: %s: %s", SOLVED, error)
+            self.failed.append(f"{SOLVED} cannot take this program: {error}")
             return
         self._keep(f"{best.trial.chain} + {SOLVED}".removeprefix(" + "), program, began,
                    self.operators)  # fmt: skip

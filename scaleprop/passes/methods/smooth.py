@@ -18,6 +18,7 @@ from scaleprop.errors import ConfigError
 from scaleprop.passes.transforms.base import Needs, Site, TransformPass, Work
 from scaleprop.passes.transforms.region import Region
 from scaleprop.passes.transforms.transform import Scale
+from scaleprop.passes.transforms.walk import regions
 
 _LEAST = 1e-5  # of a channel that is always 0
 
@@ -41,16 +42,7 @@ class Smooth(TransformPass):
 
     def transform(self, work: Work) -> None:
         """One factor per channel for each value that quantized operators read."""
-        sites = work.sites()
-        done: set[str] = set()
-        for site in sites:
-            if site.value.name in done:
-                continue
-            region = work.region(site, "scale")
-            if region is None:
-                continue
-            covered = work.covered(region, sites)
-            done.update(member.value.name for member in covered)
+        for region, covered in regions(work, "scale"):
             scale = smoothing(work, region, covered, self.alpha)
             work.apply(region, Scale(scale), "smoothed")
 

@@ -150,7 +150,6 @@ class _Work:
 
     def _transform_after(self, value: Node, layout: Layout, plain_users: list[Node]) -> None:
         """Those who were cut off read the value as it was."""
-        keep = {user: _snapshot(user) for user in plain_users}
         readers = [user for user in value.users if user not in _readers(plain_users)]
         new = emit(self.rewriter, value, layout, self.transform, self.region, inverse=False,
                    why=self.why)  # fmt: skip
@@ -159,7 +158,7 @@ class _Work:
         mixed = [user for user in _readers(plain_users) if not _all_items(user, plain_users)]
         for user in mixed:
             self._split_reader(user, value, new, [item for item in user.users
-                                                  if item not in keep])  # fmt: skip
+                                                  if item not in plain_users])  # fmt: skip
 
     def _reroute(self, value: Node, plain: Node, users: list[Node]) -> None:
         for user in _readers(users):
@@ -194,10 +193,6 @@ class _Work:
 
 
 _LAYER_NORM = (None, None, None, None, 1e-5)
-
-
-def _snapshot(user: Node) -> Any:
-    return user.args
 
 
 def _readers(users: list[Node]) -> list[Node]:

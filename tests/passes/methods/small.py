@@ -157,3 +157,18 @@ def error(
             noise += float((found(x).double() - want).square().sum())
             signal += float(want.square().sum())
     return noise / signal
+
+
+def prepared(model: nn.Module, x: Tensor, recipe: str | Recipe) -> Program:
+    """Assigned and calibrated on ``x``."""
+    program = capture(model, (x,), {})
+    for step in (CleanUp(), Canonicalise(), AssignFormats(recipe=named_recipe(recipe)),
+                 Calibrate(data=[x], everything=True, channels=True, sample=256)):
+        program = step.run(program).program
+    return program
+
+
+def parameter(program: Program, ending: str) -> Tensor:
+    """The first whose name ends so."""
+    found = dict(program.module.named_buffers()) | dict(program.module.named_parameters())
+    return next(value for name, value in found.items() if name.endswith(ending)).detach()

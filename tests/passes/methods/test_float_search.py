@@ -13,15 +13,11 @@ from torch.nn import functional as F
 import scaleprop
 from scaleprop.errors import ConfigError
 from scaleprop.formats import fake_quantize, parse
-from scaleprop.passes.assign import AssignFormats, Assignment, assignment_of
+from scaleprop.passes.assign import Assignment, assignment_of
 from scaleprop.passes.base import Program
-from scaleprop.passes.calibrate import Calibrate
-from scaleprop.passes.canonicalise import Canonicalise
-from scaleprop.passes.capture import capture
-from scaleprop.passes.cleanup import CleanUp
 from scaleprop.passes.methods.float_search import FloatSearch
-from scaleprop.recipes import named_recipe
 from scaleprop.recipes.base import Recipe, Role
+from tests.passes.methods.small import parameter, prepared
 
 SIZE = 32
 
@@ -67,19 +63,6 @@ def recipe(weight: str, activation: str | None, scaling: str = "dynamic") -> Rec
 
 
 FP4 = recipe("e2m1[row]*f32", "e2m1[tensor]*f32", "static")
-
-
-def prepared(model: nn.Module, x: Tensor, given: str | Recipe) -> Program:
-    program = capture(model, (x,), {})
-    for step in (CleanUp(), Canonicalise(), AssignFormats(recipe=named_recipe(given)),
-                 Calibrate(data=[x], everything=True, channels=True, sample=256)):
-        program = step.run(program).program
-    return program
-
-
-def parameter(program: Program, ending: str) -> Tensor:
-    found = dict(program.module.named_buffers()) | dict(program.module.named_parameters())
-    return next(value for name, value in found.items() if name.endswith(ending)).detach()
 
 
 def assigned(program: Program) -> list[Assignment]:

@@ -10,18 +10,14 @@ from torch.nn import functional as F
 import scaleprop
 from scaleprop.errors import ConfigError
 from scaleprop.formats import fake_quantize
-from scaleprop.passes.assign import AssignFormats, assignment_of
-from scaleprop.passes.base import Program
+from scaleprop.passes.assign import assignment_of
 from scaleprop.passes.calibrate import Calibrate
-from scaleprop.passes.canonicalise import Canonicalise
-from scaleprop.passes.capture import capture
-from scaleprop.passes.cleanup import CleanUp
 from scaleprop.passes.methods.merge_quant import MergeQuant
 from scaleprop.passes.methods.smooth import Smooth
 from scaleprop.passes.quantize_activations import QuantizeActivations
 from scaleprop.passes.quantize_weights import QuantizeWeights
-from scaleprop.recipes import named_recipe
 from scaleprop.recipes.base import Recipe, Role
+from tests.passes.methods.small import parameter, prepared
 
 SIZE, HOT = 32, [3, 11, 26]
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6)
@@ -67,19 +63,6 @@ def model_of(kind: type[nn.Module]) -> tuple[nn.Module, Tensor]:
             norm.weight.copy_(torch.rand(SIZE) + 0.5)
             norm.weight[HOT] *= torch.tensor([18.0, 9.0, 6.0])
     return model, x
-
-
-def prepared(model: nn.Module, x: Tensor, recipe: str | Recipe) -> Program:
-    program = capture(model, (x,), {})
-    for step in (CleanUp(), Canonicalise(), AssignFormats(recipe=named_recipe(recipe)),
-                 Calibrate(data=[x], everything=True, channels=True, sample=256)):
-        program = step.run(program).program
-    return program
-
-
-def parameter(program: Program, ending: str) -> Tensor:
-    found = dict(program.module.named_buffers()) | dict(program.module.named_parameters())
-    return next(value for name, value in found.items() if name.endswith(ending)).detach()
 
 
 def best_step(column: Tensor) -> float:

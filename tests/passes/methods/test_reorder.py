@@ -12,18 +12,12 @@ from torch.nn import functional as F
 import scaleprop
 from scaleprop.errors import ConfigError, PassError
 from scaleprop.formats import fake_quantize
-from scaleprop.passes.assign import AssignFormats
-from scaleprop.passes.base import Program
-from scaleprop.passes.calibrate import Calibrate
-from scaleprop.passes.canonicalise import Canonicalise
-from scaleprop.passes.capture import capture
-from scaleprop.passes.cleanup import CleanUp
 from scaleprop.passes.methods.reorder import Reorder
 from scaleprop.passes.methods.smooth import Smooth
 from scaleprop.passes.transforms.base import Work
 from scaleprop.passes.transforms.search import OutputError
-from scaleprop.recipes import named_recipe
 from scaleprop.recipes.base import Recipe, Role
+from tests.passes.methods.small import parameter, prepared
 
 SIZE, HEADS = 64, 4
 HOT = [1, 9, 17, 25, 33, 41, 49, 57]  # one in each block of 8
@@ -89,19 +83,6 @@ def decoder() -> tuple[Decoder, Tensor]:
         model.v.weight.mul_(spread.repeat(2)[:, None])
         model.o.weight.div_(spread.repeat(HEADS))
     return model, ids
-
-
-def prepared(model: nn.Module, x: Tensor, recipe: str | Recipe) -> Program:
-    program = capture(model, (x,), {})
-    for step in (CleanUp(), Canonicalise(), AssignFormats(recipe=named_recipe(recipe)),
-                 Calibrate(data=[x], everything=True, channels=True, sample=256)):
-        program = step.run(program).program
-    return program
-
-
-def parameter(program: Program, ending: str) -> Tensor:
-    found = dict(program.module.named_buffers()) | dict(program.module.named_parameters())
-    return next(value for name, value in found.items() if name.endswith(ending)).detach()
 
 
 def test_hidden_channels_come_in_the_best_of_four_orders():
