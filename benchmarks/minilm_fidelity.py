@@ -46,12 +46,15 @@ class Task:
         return self.folder / "fp32.onnx"
 
 
-def load(count: int, folder: Path) -> Task:
-    """MiniLM and ``count`` sentences for evaluation, other ones for calibration."""
+def load(count: int, folder: Path, length: int = LENGTH) -> Task:
+    """MiniLM and ``count`` sentences for evaluation, other ones for calibration.
+
+    length: tokens of each sentence, padded or cut.
+    """
     model, tokenizer = workloads.load_minilm()
     held_out = BATCH * CALIBRATION_BATCHES
     pool = sentences(held_out + count)
-    tokens = [workloads.tokenize(tokenizer, texts, LENGTH) for texts in peers.batches(pool, BATCH)]
+    tokens = [workloads.tokenize(tokenizer, texts, length) for texts in peers.batches(pool, BATCH)]
     calibration = tuple(tokens[:CALIBRATION_BATCHES])
     workload = workloads.Workload(name="minilm", model=model, inputs=calibration[0],
                                   calibration=calibration, linears=36)

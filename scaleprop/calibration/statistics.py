@@ -113,10 +113,8 @@ class TensorStatistics:
         if values.numel() == 0:
             return cls._empty(values, axis)
         low, high = torch.aminmax(values)
-        mantissa_exponent = torch.frexp(values).exponent  # x = m·2^e with 0.5 ≤ |m| < 1
-        is_zero = values == 0
-        bins = (mantissa_exponent - 1).clamp(LOWEST_EXPONENT, HIGHEST_EXPONENT) - LOWEST_EXPONENT
-        histogram = torch.bincount(bins[~is_zero].long(), minlength=_BINS)
+        magnitudes = values.abs()
+        zeros = values.numel() - int(values.count_nonzero())
         others = tuple(i for i in range(values.ndim) if i != values.ndim + axis)
         has_axis = values.ndim >= -axis
         rows = None
@@ -126,10 +124,10 @@ class TensorStatistics:
             min=float(low),
             max=float(high),
             count=values.numel(),
-            sum_of_squares=float(values.double().square().sum()),
-            zeros=int(is_zero.sum()),
-            channel_amax=_amax(values, others) if has_axis else None,
-            exponents=histogram,
+            sum_of_squares=float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2,
+            zeros=zeros,
+            channel_amax=_amax(magnitudes, others) if has_axis else None,
+            exponents=_exponents(magnitudes, zeros),
             axis=axis,
             channels=ChannelStatistics.of(rows) if channels and rows is not None else None,
             reservoir=RowSample.of(rows, sample, generator or torch.Generator().manual_seed(0))
@@ -173,6 +171,17 @@ class TensorStatistics:
         )
 
 
-def _amax(values: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
-    magnitudes = values.abs()
+def _amax(magnitudes: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
     return magnitudes.amax(axes) if axes else magnitudes
+
+
+def _exponents(magnitudes: torch.Tensor, zeros: int) -> torch.Tensor:
+    """[128] int64 as ``TensorStatistics`` has them, read from the bits of float32."""
+    stored = (magnitudes.view(torch.int32) >> 23).flatten()  # exponent + 127; of subnormals 0
+    counts = torch.bincount(stored, minlength=256)
+    counts[0] -= zeros
+    first, last = LOWEST_EXPONENT + 127, HIGHEST_EXPONENT + 127
+    found = counts[first:last + 1].clone()
+    found[0] += counts[:first].sum()
+    found[-1] += counts[last + 1:].sum()
+    return found
