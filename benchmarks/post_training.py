@@ -202,6 +202,10 @@ def table(model: str, cells: Mapping[str, Any]) -> str:
         found = [cells.get(f"{model}|{fmt}|{method}") for fmt in formats]
         if any(found):
             rows.append(f"| {method} | " + " | ".join(map(_text, found)) + " |")
+    times = [cells.get(f"{model}|{fmt}|auto", {}).get("seconds") for fmt in formats]
+    if any(times):
+        rows.append("| *seconds of auto, one thread* | " + " | ".join(
+            "" if time is None else f"{time:.0f}" for time in times) + " |")
     return "\n".join(rows)
 
 

@@ -8,6 +8,7 @@ import torch
 import scaleprop
 from scaleprop.errors import CalibrationError, ConfigError, PassError, PostconditionError
 from scaleprop.passes import auto
+from scaleprop.passes.assign import AssignFormats
 from scaleprop.passes.auto import Auto
 from scaleprop.passes.auto.chains import together
 from scaleprop.passes.auto.emulation import outputs_of, score
@@ -69,6 +70,15 @@ def test_the_name_auto_takes_the_formats_of_its_target():
     made = scaleprop.compile(model, inputs, recipe="auto", target="int8-token",
                              backend="reference", calibration=[inputs])  # fmt: skip
     assert made.recipe.name == "int8-token" and len(made.report.trials) > 3
+
+
+def test_static_scales_are_searched_at_the_end_of_each_chain():
+    model, inputs = planted()
+    program = capture(model, inputs, {}, None)
+    dynamic, static = (auto.portfolio(PassManager([AssignFormats(named_recipe(name))]).run(program))
+                       for name in ("int4-int4", "int4-int4-static"))
+    assert dynamic == auto.PORTFOLIO
+    assert static == ("", "merge-quant", *(f"{chain}+merge-quant" for chain in dynamic[1:]))
 
 
 def test_errors_are_those_of_the_compiled_program():

@@ -4,8 +4,7 @@
    calibration data in the assigned formats.
 2. Operators that some chain's transform ties form a region. Each region takes the chain with the
    least mean error of its operators; the mixture is measured as well.
-3. Of the best of them, weights are rounded with compensation (GPTQ, as ``solve-weights``), and it
-   is kept where the model's error falls.
+3. Of the two best of them, weights are rounded with compensation (GPTQ, as ``solve-weights``).
 
 The result is whichever program had the least error of the model's outputs.
 """
@@ -37,7 +36,9 @@ from scaleprop.passes.solve_weights import SolveWeights
 from scaleprop.passes.solving.walk import recorded
 from scaleprop.report.records import TrialRecord
 
-PORTFOLIO = ("", "smooth", "awq", "rotate", "fold-norms+rotate", "smooth+rotate", "smooth-rotate")
+PORTFOLIO = ("", "smooth", "os-plus", "awq", "fold-norms+rotate", "smooth-rotate")
+STATIC = "merge-quant"  # ends every chain where scales of activations are static
+FINALISTS = 2  # get their weights solved
 MIXED = "best of each region"
 SOLVED = "solve-weights"
 
@@ -46,7 +47,8 @@ SOLVED = "solve-weights"
 class Auto(Pass):
     """Choose transforms by what they give on calibration data (``recipe="auto"``).
 
-    chains: what is tried, methods joined by ``+``; "" is rounding alone.
+    chains: what is tried, methods joined by ``+``; "" is rounding alone. None: ``PORTFOLIO``, each
+        with ``merge-quant`` at its end where activations have static scales.
     batches: how many batches of calibration data choices are measured on; weights are solved on
         all of them. solve: also try weights rounded with compensation.
     runtime: allow transforms that leave operators at run time.
@@ -54,7 +56,7 @@ class Auto(Pass):
     """
 
     data: Data | None = None
-    chains: tuple[str, ...] = PORTFOLIO
+    chains: tuple[str, ...] | None = None
     batches: int = 8
     solve: bool = True
     runtime: bool = True
@@ -64,9 +66,9 @@ class Auto(Pass):
 
     def __post_init__(self) -> None:
         """Raise ``ConfigError`` for an unknown method, or no chain or batch."""
-        if not self.chains or self.batches < 1:
+        if self.chains == () or self.batches < 1:
             raise ConfigError("auto needs at least one chain and one batch to measure")
-        for chain in self.chains:
+        for chain in self.chains or ():
             parse_chain(chain)
 
     def requires(self, program: Program) -> None:
@@ -83,12 +85,13 @@ class Auto(Pass):
         refuse_bare(self.data)
         everything = recorded(self.data, program)
         search = _Search(self, program, everything[: self.batches])
-        with progress_bar(self.progress, len(self.chains) + 2, "choosing") as update:
-            for count, chain in enumerate(self.chains):
+        chains = portfolio(program) if self.chains is None else self.chains
+        with progress_bar(self.progress, len(chains) + 2, "choosing") as update:
+            for count, chain in enumerate(chains):
                 search.try_chain(chain)
                 update(count + 1)
             search.try_mixture()
-            update(len(self.chains) + 1)
+            update(len(chains) + 1)
             if self.solve:
                 search.try_solved(self.data)
         best = search.best()
@@ -100,6 +103,15 @@ class Auto(Pass):
                                       statistics=program.statistics)  # fmt: skip
         notes += [*search.failed, f"chosen: {chosen.chain or 'rounding alone'}"]
         return PassResult(result, True, tuple(notes))
+
+
+def portfolio(program: Program) -> tuple[str, ...]:
+    """The chains to try where none are asked for."""
+    found = map(assignment_of, program.module.graph.nodes)
+    roles = [item.activation for item in found if item is not None]
+    if not any(role is not None and role.scaling == "static" for role in roles):
+        return PORTFOLIO
+    return "", *(f"{chain}+{STATIC}".removeprefix("+") for chain in PORTFOLIO)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -161,21 +173,26 @@ class _Search:
                 tried.trial, operators=tuple(sorted(names))))  # fmt: skip
 
     def try_solved(self, data: Data) -> None:
-        """Weights of the best program, rounded with compensation."""
-        best, began = self.best(), time.perf_counter()
-        try:
-            program = PassManager([self._calibration(), SolveWeights(data=data)]).run(best.program)
-        except PostconditionError:
-            raise
-        except PassError as error:
-            self.failed.append(f"{SOLVED} cannot take this program: {error}")
-            return
-        self._keep(f"{best.trial.chain} + {SOLVED}".removeprefix(" + "), program, began,
-                   self.operators)  # fmt: skip
+        """Weights of the best programs, rounded with compensation."""
+        for best in self._ranked()[:FINALISTS]:
+            began = time.perf_counter()
+            steps = PassManager([self._calibration(), SolveWeights(data=data)])
+            try:
+                program = steps.run(best.program)
+            except PostconditionError:
+                raise
+            except PassError as error:
+                self.failed.append(f"{SOLVED} cannot take this program: {error}")
+                return
+            chain = f"{best.trial.chain} + {SOLVED}".removeprefix(" + ")
+            self._keep(chain, program, began, self.operators)
 
     def best(self) -> _Tried:
         """The least error of the model's outputs."""
-        return min(self.tried.values(), key=lambda tried: tried.score.error)
+        return self._ranked()[0]
+
+    def _ranked(self) -> list[_Tried]:
+        return sorted(self.tried.values(), key=lambda tried: tried.score.error)
 
     def _keep(self, chain: str, program: Program, began: float, operators: list[str]) -> None:
         calibrated = PassManager([self._calibration()]).run(program)
