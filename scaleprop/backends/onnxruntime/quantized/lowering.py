@@ -29,6 +29,7 @@ from scaleprop.errors import LoweringError, describe
 from scaleprop.formats import ScaledTensor, parse
 from scaleprop.formats.scaled import PLAIN, ScaledFormat
 from scaleprop.ops.hadamard import hadamard_matrix
+from scaleprop.rules import contraction_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def lower_fake_quantize(ctx: Context, node: Node, x: Node, format: str, axis: in
     if axis % rank == rank - 1 or fmt.granularity.kind == "tensor":
         operand = _activation(ctx, node, x, fmt, rounding, scales)
         ctx.lowered_as(node, f"float32 arithmetic rounding to {fmt}")
-        return operand.fake
+        channels = _channels_convolved(node)
+        return operand.fake if channels is None else operand.fake_of_channels(channels)
     order = [i for i in range(rank) if i != axis % rank] + [axis % rank]
     e = Emitter(ctx.builder)
     moved = e("Transpose", ctx.value(x, torch.float32), perm=order)
@@ -71,6 +73,15 @@ def lower_fake_quantize(ctx: Context, node: Node, x: Node, format: str, axis: in
     operand = Quantized(e, moved, fmt, rank, size, _static(ctx, node, scales))
     ctx.lowered_as(node, f"float32 arithmetic rounding to {fmt}")
     return e("Transpose", operand.fake, perm=[order.index(i) for i in range(rank)])
+
+
+def _channels_convolved(node: Node) -> int | None:
+    """How many channels convolutions read of ``node``; None: none reads it, or it is not known."""
+    found = [contraction for user in node.users
+             if (contraction := contraction_of(user)) is not None and contraction.kind == "conv"
+             and user.args[0] is node]
+    size = node.meta["val"].shape[1] if found and node.meta["val"].ndim > 2 else None
+    return size if isinstance(size, int) else None
 
 
 @lowers(OPS.dequantize.default)

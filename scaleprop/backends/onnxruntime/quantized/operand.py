@@ -175,13 +175,32 @@ class Quantized:
         if self.format is None:
             return self.x
         e, fmt = self.e, self.format
-        if self.has_codes and fmt.granularity.kind == "tensor" and fmt.element.max > 1.0:
+        if self._is_linear:
             codes = self.codes
             return e("DequantizeLinear", codes.codes, codes.scale, codes.zero)
         x = e("Mul", self._grid, self._spread(self.scales.scale))
         if self.scales.outer is not None:
             x = e("Mul", x, self.scales.outer)
         return x if fmt.block is None else e.join_last(x, self.rank, self.size, fmt.block[1])
+
+    @property
+    def _is_linear(self) -> bool:
+        """Whether DequantizeLinear gives x̂ exactly."""
+        fmt = self.format
+        return fmt is not None and self.has_codes and fmt.granularity.kind == "tensor" \
+            and fmt.element.max > 1.0
+
+    def fake_of_channels(self, channels: int) -> ir.Value:
+        """x̂ [N, channels, …] for a convolution, the one scale given per channel.
+
+        Behind a DequantizeLinear of one scale onnxruntime rounds a convolution's float weights to
+        8 bits of its own accord (its WeightBiasQuantization), whatever they are.
+        """
+        if not self._is_linear:
+            return self.fake
+        e, codes, shape = self.e, self.codes, self.e.ints(channels)
+        scale, zero = (e("Expand", value, shape) for value in (codes.scale, codes.zero))
+        return e("DequantizeLinear", codes.codes, scale, zero, axis=1)
 
     # ---- uint8 codes --------------------------------------------------------------------------
 
