@@ -65,11 +65,12 @@ def ort_quantize_dynamic(source: Path, path: Path, external_data: bool = False) 
 
 
 def ort_quantize_static(
-    source: Path, path: Path, calibration: Iterable[Inputs], constant_weights_only: bool
+    source: Path, path: Path, calibration: Iterable[Inputs], constant_weights_only: bool,
+    smooth: bool = False,
 ) -> Path:
     """``quantize_static`` in QDQ form, MatMul and Gemm only, u8 activations, s8 channel weights.
 
-    constant_weights_only: leave attention's two products in float.
+    constant_weights_only: leave attention's two products in float. smooth: SmoothQuant first.
     """
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -79,9 +80,9 @@ def ort_quantize_static(
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
         names = [entry.name for entry in onnx.load(source, load_external_data=False).graph.input]
         quantize_static(
-            prepared, path, _reader(names, calibration), op_types_to_quantize=["MatMul", "Gemm"],
+            prepared, path, reader(names, calibration), op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": constant_weights_only},
+            extra_options={"MatMulConstBOnly": constant_weights_only, "SmoothQuant": smooth},
         )
     prepared.unlink()
     return path
@@ -101,7 +102,8 @@ def ort_matmul_nbits(
     return path
 
 
-def _reader(names: list[str], calibration: Iterable[Inputs]) -> Any:
+def reader(names: list[str], calibration: Iterable[Inputs]) -> Any:
+    """Calibration inputs as ORT's tools read them."""
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):
