@@ -331,10 +331,9 @@ class _Weights:
 
 
 def _slim(statistics: Mapping[str, TensorStatistics]) -> dict[str, TensorStatistics]:
-    """Without second moments: they are large, and nothing after this pass reads them."""
-    return {
-        name: dataclasses.replace(seen, second_moment=None) for name, seen in statistics.items()
-    }
+    """Without moments, figures per channel and rows: large, and nothing after this reads them."""
+    return {name: dataclasses.replace(seen, second_moment=None, channels=None, reservoir=None)
+            for name, seen in statistics.items()}
 
 
 def _independent_rows(matrix: torch.Tensor, fmt: ScaledFormat) -> Sequence[torch.Tensor]:

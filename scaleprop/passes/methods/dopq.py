@@ -1,9 +1,9 @@
 """DopQ: RepQ with the scale that is nearest to most channels' own, their median.
 
 The mean of the channels' scales follows the few that are large; the scale of least mean absolute
-deviation, argmin Σ_j |S_j − S̃|, does not (L. Yang et al., DopQ-ViT, arXiv:2408.03291, MOSF). Which
-formats that matters to, ``repq`` says. Their quantizer for softmax outputs (TanQ) is a format of
-its own and not here.
+deviation, argmin Σ_j |S_j − S̃|, does not (L. Yang et al., DopQ-ViT, arXiv:2408.03291, MOSF, after
+its abstract). Which formats that matters to, ``repq`` says. Their quantizer for softmax outputs
+(TanQ) is a format of its own and not here.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 A scale per summed channel cannot leave the sum at run time; executed before, on the weights, it
 costs nothing, and what reads x sees one scale. Symmetrization first: z_j = (max x_j + min x_j)/2
 makes channels use both signs alike, so that s_j is half of a range and weights grow less (J. Wang
-et al., OutlierTune, arXiv:2406.18832). The norm before takes 1/s and z, the readers' biases w·z.
-Norms without a bias are scaled only.
+et al., OutlierTune, arXiv:2406.18832, after its abstract). The norm before takes 1/s and z, the
+readers' biases w·z. Norms without a bias are scaled only.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     x·wᵀ + b = ((x − z)/s)·(w·s)ᵀ + (b + w·z),   z_j = (max x_j + min x_j)/2
     s_j = max|x_j − z_j|^α / max|w_j|^(1−α)
 
-(Y.-S. Tai, A.-Y. Wu, MPTQ-ViT, arXiv:2401.14895, SQ-b.) Of asymmetric channels half of a range is
-left, so less has to move to the weights.
+(Y.-S. Tai, A.-Y. Wu, MPTQ-ViT, arXiv:2401.14895, SQ-b, after its abstract.) Of asymmetric channels
+half of a range is left, so less has to move to the weights.
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@
 One bit says which range, so a code has b bits as before; the ratio is a power of two, so sums of
 both are sums and shifts. Values behind a GELU are of that kind (Z. Yuan et al., PTQ4ViT,
 arXiv:2111.12293, twin uniform quantization; Y.-S. Tai, A.-Y. Wu, MPTQ-ViT, arXiv:2401.14895, find m
-from data). Here m is the one of least error of the readers' outputs, weights as they are, and Δ
-spans the largest value that calibration saw. Which values have such ranges is read off the values,
-not off the operator before. What runs are ordinary operators, an emulation on every backend.
+from data; of the latter the abstract is the source). Here m is the one of least error of the
+readers' outputs, weights as they are, and Δ spans the largest value that calibration saw. Which
+values have such ranges is read off the values, not off the operator before. What runs are ordinary
+operators, an emulation on every backend.
 """
 
 from __future__ import annotations
