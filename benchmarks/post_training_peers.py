@@ -233,7 +233,7 @@ def _gptq(task: Task, base: Any) -> nn.Module:
 
     torch.cuda.synchronize = lambda device=None: None
     model = _calibrated(_everywhere(task, GPTQConfig("observe", base)), task)
-    with torch.no_grad():
+    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):  # it counts aloud
         quantize_(model, GPTQConfig("convert", base), _is_linear)
     return model
 
@@ -303,7 +303,9 @@ def _linears(model: nn.Module) -> Iterable[nn.Linear]:
 
 def ort_rows() -> list[Row]:
     """W8A8 of ``quantize_dynamic`` and ``quantize_static``; 4-bit weights of ``MatMulNBits``,
-    whose accuracy level 4 also quantizes activations, to INT8 in blocks."""
+    whose accuracy level 4 also quantizes activations, to INT8 in blocks. RTN is another rounding to
+    nearest; so is GPTQ there (1.31): it takes a column of an upper triangular factor where a row is
+    meant, and no error reaches a later weight."""
     return [
         _ort("W8A8", "quantize_dynamic", lambda task, source, path:
              peers.ort_quantize_dynamic(source, path)),
