@@ -8,6 +8,7 @@ Models: MiniLM with its released weights, mean cosine of the embeddings of 512 s
 in float32; a small Llama trained on the standard library's source (``examples.train_lm``),
 perplexity on text that it never saw. Each also with outliers in 1 % of its channels
 (``benchmarks.outliers``), which change nothing in float32. Calibration data are never evaluated.
+Embeddings stay in float32, as the peers leave them (``benchmarks.post_training_peers``).
 Cells are kept in ``benchmarks/results/post_training.json`` as they come; ``--redo`` measures again.
 """
 
@@ -30,6 +31,7 @@ import scaleprop
 from benchmarks import harness, minilm_fidelity, outliers, workloads
 from examples import train_lm
 from scaleprop.errors import ScalePropError
+from scaleprop.recipes import Recipe, named_recipe
 
 RESULTS = harness.RESULTS / "post_training.json"
 SENTENCES, WINDOWS, CALIBRATION = 512, 16, 16  # of each: batches for windows and calibration
@@ -175,12 +177,19 @@ def fits(method: str, fmt: str) -> bool:
     return method not in BLOCKS_ONLY or fmt not in SHARED
 
 
+def plan(fmt: str) -> Recipe:
+    """The recipe of a format, embeddings left out."""
+    found = named_recipe(FORMATS[fmt])
+    roles = {site: role for site, role in found.roles.items() if site != "embedding"}
+    return dataclasses.replace(found, roles=roles)
+
+
 def cell(task: Task, fmt: str, method: str) -> dict[str, Any]:
     """One method in one format: its figure, and seconds to compile."""
     began = time.perf_counter()
     try:
         compiled = scaleprop.compile(
-            copy.deepcopy(task.model), task.example, recipe=FORMATS[fmt], backend="reference",
+            copy.deepcopy(task.model), task.example, recipe=plan(fmt), backend="reference",
             calibration=task.calibration, passes=METHODS[method])  # fmt: skip
     except ScalePropError as error:
         return {"refused": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
@@ -231,16 +240,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.models.split(","):
         task = MODELS[name](options.quick, options.folder)
         with torch.no_grad():
-            _keep(options.results, f"{name}|float32", {"value": task.measure(task.model)})
+            keep(options.results, f"{name}|float32", {"value": task.measure(task.model)})
         for fmt in options.formats.split(","):
             for method in options.methods.split(","):
                 key = f"{name}|{fmt}|{method}"
-                if not fits(method, fmt) or (not options.redo and key in _read(options.results)):
+                if not fits(method, fmt) or (not options.redo and key in read(options.results)):
                     continue
                 found = cell(task, fmt, method)
                 print(key, found.get("value", found.get("refused")), flush=True)
-                _keep(options.results, key, found)
-    cells = _read(options.results)
+                keep(options.results, key, found)
+    cells = read(options.results)
     known = [model for model in MODELS if f"{model}|float32" in cells]
     text = "\n\n".join(table(model, cells) for model in known)
     options.results.with_suffix(".md").write_text(
@@ -248,13 +257,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(text)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _keep(path: Path, key: str, found: dict[str, Any]) -> None:
+def keep(path: Path, key: str, found: dict[str, Any]) -> None:
     """Read anew and replaced in one step: several processes may measure side by side."""
-    cells = _read(path)
+    cells = read(path)
     cells[key] = found
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(dict(sorted(cells.items())), indent=1) + "\n")

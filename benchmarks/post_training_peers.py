@@ -430,13 +430,13 @@ def _measure(name: str, task: Task, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for row in rows:
             key = f"{name}|{row.fmt}|{row.name}"
-            if options.redo or key not in post_training._read(options.results):
+            if options.redo or key not in post_training.read(options.results):
                 _keep(options.results, key, cell(row, task, Path(folder)))
 
 
 def _llm_compressor(name: str, task: Task, options: argparse.Namespace) -> None:
     """The rows of the other interpreter."""
-    known = post_training._read(options.results)
+    known = post_training.read(options.results)
     keys = {f"{fmt}|{method}": f"{name}|{fmt}|llm-compressor {method}"
             for fmt in FORMATS for method in LLM_COMPRESSOR}
     cells = [each for each, key in keys.items() if options.redo or key not in known]
@@ -449,7 +449,7 @@ def _llm_compressor(name: str, task: Task, options: argparse.Namespace) -> None:
 
 def _keep(path: Path, key: str, found: dict[str, Any]) -> None:
     print(key, found.get("value", found.get("refused")), flush=True)
-    post_training._keep(path, key, found)
+    post_training.keep(path, key, found)
 
 
 @torch.no_grad()
