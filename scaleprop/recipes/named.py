@@ -167,11 +167,11 @@ FP8_WEIGHT = Recipe(
 )
 
 
-def _block(name: str, long_name: str, embedding: Role,
-           clipping: Clipping = "amax") -> tuple[Recipe, Recipe]:
+def _block(name: str, long_name: str, embedding: Role, clipping: Clipping = "amax",
+           rule: str = "") -> tuple[Recipe, Recipe]:
     """A block format for weights and activations, and its weight-only form."""
     weight_only = {
-        "fprop.w": Role(format=name, clipping=clipping),
+        "fprop.w": Role(format=name + rule, clipping=clipping),
         "conv.w": _FP8_ROWS,
         "embedding": embedding,
     }
@@ -179,7 +179,7 @@ def _block(name: str, long_name: str, embedding: Role,
         Recipe(
             name=name,
             description=f"{long_name} weights, and activations at run time",
-            roles={**weight_only, "fprop.x": Role(format=name)},
+            roles={**weight_only, "fprop.x": Role(format=name + rule)},
         ),
         Recipe(
             name=f"{name}-weight",
@@ -191,7 +191,9 @@ def _block(name: str, long_name: str, embedding: Role,
 
 MXFP8, MXFP8_WEIGHT = _block("mxfp8", "MXFP8", Role(format="mxfp8"))
 MXFP6, MXFP6_WEIGHT = _block("mxfp6", "MXFP6 (E2M3)", Role(format="mxfp8"))
-MXFP4, MXFP4_WEIGHT = _block("mxfp4", "MXFP4", Role(format="mxfp8"))
+# The specification's scale, a power of two below amax, saturates what lies above 6/8 of a block's
+# range; "even" rounds amax as the element would be rounded first.
+MXFP4, MXFP4_WEIGHT = _block("mxfp4", "MXFP4", Role(format="mxfp8"), rule=":even")
 NVFP4, NVFP4_WEIGHT = _block("nvfp4", "NVFP4", _FP8_ROWS, clipping="mse")
 
 MXFP8_WEIGHT_COMPENSATED = Recipe(

@@ -185,7 +185,7 @@ def test_compile_reports_as_pure_json(backend: str, capsys: pytest.CaptureFixtur
                  "--verify", "--json"], capsys)
     report = Report.from_dict(done.json["report"])
     assert (report.recipe, report.backend) == ("mxfp4", backend)
-    assert {record.format for record in report.quantized} == {"mxfp4"}
+    assert {record.format for record in report.quantized} == {"mxfp4:even"}
     assert "a model that prints" in done.err
 
 
