@@ -82,7 +82,7 @@ def groups(model: nn.Module, fmt: str) -> dict[str, QuantizationScheme]:
 
 
 def recipe(model: nn.Module, fmt: str, method: str) -> list[Any]:
-    """The modifiers of one cell, in their order."""
+    """The modifiers of one cell, in their order; of "float32" those that quantize nothing."""
     solver = GPTQModifier if "GPTQ" in method else QuantizationModifier
     found: list[Any] = []
     if method == "SmoothQuant":
@@ -96,7 +96,7 @@ def recipe(model: nn.Module, fmt: str, method: str) -> list[Any]:
         pairs += [("re:.*v_proj", ["re:.*o_proj"]), ("re:.*up_proj", ["re:.*down_proj"])]
         found += [AWQModifier(mappings=[AWQMapping(*pair) for pair in pairs]),
                   SmoothQuantModifier(mappings=[_HEAD])]
-    return [*found, solver(config_groups=groups(model, fmt))]
+    return found if fmt == "float32" else [*found, solver(config_groups=groups(model, fmt))]
 
 
 class _Batches(torch.utils.data.Dataset[dict[str, Tensor]]):

@@ -215,6 +215,9 @@ def table(model: str, cells: Mapping[str, Any]) -> str:
     if any(times):
         rows.append("| *seconds of auto, one thread* | " + " | ".join(
             "" if time is None else f"{time:.0f}" for time in times) + " |")
+    for key, found in cells.items():
+        if key.startswith(f"{model}|float32|"):
+            rows += ["", f"{key.split('|')[2]}, nothing quantized: {_text(found)}"]
     return "\n".join(rows)
 
 

@@ -439,6 +439,8 @@ def _llm_compressor(name: str, task: Task, options: argparse.Namespace) -> None:
     known = post_training.read(options.results)
     keys = {f"{fmt}|{method}": f"{name}|{fmt}|llm-compressor {method}"
             for fmt in FORMATS for method in LLM_COMPRESSOR}
+    # it takes the mean off embeddings before RMS norms too, which is another function
+    keys["float32|rotation"] = f"{name}|float32|llm-compressor rotation"
     cells = [each for each, key in keys.items() if options.redo or key not in known]
     if not cells:
         return
