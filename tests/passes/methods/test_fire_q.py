@@ -11,14 +11,9 @@ from torch.nn import functional as F
 
 import scaleprop
 from scaleprop.errors import ConfigError
-from scaleprop.passes.assign import AssignFormats
-from scaleprop.passes.base import Program
-from scaleprop.passes.calibrate import Calibrate
-from scaleprop.passes.canonicalise import Canonicalise
-from scaleprop.passes.capture import capture
-from scaleprop.passes.cleanup import CleanUp
 from scaleprop.passes.methods.fire_q import FireQ
-from scaleprop.recipes import named_recipe
+
+from .small import parameter, prepared
 
 SIZE, HEAD, HALF = 32, 8, 4
 HOT = [2, 13, 24]
@@ -59,23 +54,10 @@ def model_of(turns: bool = True) -> tuple[Attention, Tensor]:
     return model, x
 
 
-def prepared(model: nn.Module, x: Tensor) -> Program:
-    program = capture(model, (x,), {})
-    for step in (CleanUp(), Canonicalise(), AssignFormats(recipe=named_recipe("int4-fp8")),
-                 Calibrate(data=[x], everything=True, channels=True, sample=256)):
-        program = step.run(program).program
-    return program
-
-
-def parameter(program: Program, ending: str) -> Tensor:
-    found = dict(program.module.named_buffers()) | dict(program.module.named_parameters())
-    return next(value for name, value in found.items() if name.endswith(ending)).detach()
-
-
 @pytest.mark.parametrize("turns", [True, False])
 def test_keys_of_a_head_come_to_reach_equally_far(turns):
     model, x = model_of(turns)
-    found = FireQ(steps=0).run(prepared(model, x)).program
+    found = FireQ(steps=0).run(prepared(model, x, "int4-fp8")).program
     keys = model.k(model.norm(x)).detach().abs().reshape(-1, 16).amax(0).tolist()
     expected = []
     for head in (keys[:HEAD], keys[HEAD:]):
@@ -96,7 +78,7 @@ def test_keys_of_a_head_come_to_reach_equally_far(turns):
 
 def test_outliers_after_rotary_embeddings_move_at_run_time():
     model, x = model_of()
-    result = FireQ(steps=0, keys=False, after=2).run(prepared(model, x)).program
+    result = FireQ(steps=0, keys=False, after=2).run(prepared(model, x, "int4-fp8")).program
     [record] = result.transforms
     assert len(record.runtime) == 2 and not record.absorbed
     h = model.norm(x)
@@ -114,7 +96,7 @@ def test_outliers_after_rotary_embeddings_move_at_run_time():
 
 def test_with_both_heads_share_their_factors():
     model, x = model_of()
-    found = FireQ(steps=0, after=2).run(prepared(model, x)).program
+    found = FireQ(steps=0, after=2).run(prepared(model, x, "int4-fp8")).program
     ratio = (parameter(found, "k.weight") / model.k.weight.detach())[:, 0].reshape(4, HALF)
     torch.testing.assert_close(ratio, ratio[:1].expand(4, HALF))  # of pairs and heads alike
 
@@ -155,7 +137,7 @@ def test_keys_that_are_normalised_are_refused():
 
     torch.manual_seed(0)
     model, x = Normed().eval(), torch.randn(2, 6, SIZE)
-    records = FireQ(steps=0).run(prepared(model, x)).program.transforms
+    records = FireQ(steps=0).run(prepared(model, x, "int4-fp8")).program.transforms
     assert [item.refused is not None for item in records] == [True]
 
 
