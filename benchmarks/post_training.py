@@ -5,8 +5,9 @@
     python -m benchmarks.post_training --quick              # few sentences and windows
 
 Models: MiniLM with its released weights, mean cosine of the embeddings of 512 sentences to those
-in float32; a small Llama trained on the standard library's source (``examples.train_lm``),
-perplexity on text that it never saw. Each also with outliers in 1 % of its channels
+in float32; a small Llama trained on the standard library's source (``examples.train_lm``), on text
+that it never saw: perplexity, and how far its predictions moved from float32's (Kullback-Leibler
+divergence), which is the less noisy of the two. Each also with outliers in 1 % of its channels
 (``benchmarks.outliers``), which change nothing in float32. Calibration data are never evaluated.
 Embeddings stay in float32, as the peers leave them (``benchmarks.post_training_peers``).
 Cells are kept in ``benchmarks/results/post_training.json`` as they come; ``--redo`` measures again.
@@ -67,12 +68,16 @@ BLOCKS_ONLY, SHARED = ("reordering",), ("W8A8", "W4A4", "W4A4 static")
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A model with what it is judged by. measure: a run of the model → a number."""
+    """A model with what it is judged by.
+
+    measure: a run of the model → its figure, ``value``; of a language model its ``divergence`` from
+    float32 too, in nats a token.
+    """
 
     model: nn.Module
     example: tuple[Tensor, ...]
     calibration: list[tuple[Tensor, ...]]
-    measure: Callable[[Callable[..., Any]], float]
+    measure: Callable[[Callable[..., Any]], dict[str, float]]
 
 
 # ------------------------------------------------------------------ models
@@ -87,9 +92,9 @@ def minilm(count: int, injected: bool, folder: Path) -> Task:
         if injected:
             outliers.into_bert(next(model.children()))
 
-    def measure(run: Callable[..., Any]) -> float:
+    def measure(run: Callable[..., Any]) -> dict[str, float]:
         actual = minilm_fidelity.embeddings(_plain(run), task.batches)
-        return minilm_fidelity.fidelity(actual, expected)["mean"]
+        return {"value": minilm_fidelity.fidelity(actual, expected)["mean"]}
 
     return Task(model, task.workload.inputs, list(task.workload.calibration[:CALIBRATION]), measure)
 
@@ -126,12 +131,26 @@ def language(windows: int, injected: bool, folder: Path) -> Task:
     calls = train_lm.batches(training, 1, settings)
     calibration = [(next(calls)[:, :-1],) for _ in range(CALIBRATION)]
 
-    def measure(run: Callable[..., Any]) -> float:
-        losses = [nn.functional.cross_entropy(run(ids[:, :-1]).float().flatten(0, 1),
-                                              ids[:, 1:].flatten()) for ids in evaluation]
-        return math.exp(float(torch.stack(losses).mean()))
+    task = _Logits(model).eval()
+    with torch.no_grad():
+        expected = [_predictions(task, ids) for ids in evaluation]
 
-    return Task(_Logits(model).eval(), calibration[0], calibration, measure)
+    def measure(run: Callable[..., Any]) -> dict[str, float]:
+        losses, distances = [], []
+        for ids, exact in zip(evaluation, expected, strict=True):
+            found = _predictions(run, ids)
+            losses.append(nn.functional.nll_loss(found, ids[:, 1:].flatten()))
+            distances.append(nn.functional.kl_div(found, exact, reduction="batchmean",
+                                                  log_target=True))
+        return {"value": math.exp(float(torch.stack(losses).mean())),
+                "divergence": float(torch.stack(distances).mean())}
+
+    return Task(task, calibration[0], calibration, measure)
+
+
+def _predictions(run: Callable[..., Any], ids: Tensor) -> Tensor:
+    """Log-probabilities [tokens, vocabulary] of the next token, all along a window."""
+    return run(ids[:, :-1]).float().flatten(0, 1).log_softmax(-1)
 
 
 def trained(path: Path, text: Tensor, settings: train_lm.Settings) -> nn.Module:
@@ -195,36 +214,49 @@ def cell(task: Task, fmt: str, method: str) -> dict[str, Any]:
         return {"refused": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     seconds = time.perf_counter() - began
     with torch.no_grad():
-        value = task.measure(compiled)
+        figures = task.measure(compiled)
     trials = [dataclasses.asdict(trial) for trial in compiled.program.trials]
-    return {"value": value, "seconds": seconds, **({"trials": trials} if trials else {})}
+    return {**figures, "seconds": seconds, **({"trials": trials} if trials else {})}
 
 
-def table(model: str, cells: Mapping[str, Any]) -> str:
+def tables(model: str, cells: Mapping[str, Any]) -> str:
     """One model's methods by formats, as Markdown."""
-    what = "mean cosine" if model.startswith("minilm") else "perplexity"
+    plain = cells[f"{model}|float32"]["value"]
+    if model.startswith("minilm"):
+        return table(model, cells, f"mean cosine (float32: {plain:.4f})", "value", 1)
+    return "\n\n".join([
+        table(model, cells, f"perplexity (float32: {plain:.4f})", "value", 1),
+        table(model, cells, "divergence from float32, 10⁻³ nats a token", "divergence", 1e3)])
+
+
+def table(
+    model: str, cells: Mapping[str, Any], heading: str, figure: str, factor: float
+) -> str:  # fmt: skip
+    """One figure of every cell of a model, times ``factor``."""
     formats = [fmt for fmt in FORMATS if any(key.split("|")[:2] == [model, fmt] for key in cells)]
-    rows = [f"### {model}: {what} (float32: {cells[f'{model}|float32']['value']:.4f})", "",
+    rows = [f"### {model}: {heading}", "",
             "| method | " + " | ".join(formats) + " |", "| --- " * (len(formats) + 1) + "|"]
     names = dict.fromkeys([*METHODS, *(key.split("|")[2] for key in cells if key.count("|") == 2)])
     for method in names:
         found = [cells.get(f"{model}|{fmt}|{method}") for fmt in formats]
         if any(found):
-            rows.append(f"| {method} | " + " | ".join(map(_text, found)) + " |")
+            shown = [_text(each, figure, factor) for each in found]
+            rows.append(f"| {method} | " + " | ".join(shown) + " |")
     times = [cells.get(f"{model}|{fmt}|auto", {}).get("seconds") for fmt in formats]
-    if any(times):
+    if any(times) and figure == "value":
         rows.append("| *seconds of auto, one thread* | " + " | ".join(
             "" if time is None else f"{time:.0f}" for time in times) + " |")
     for key, found in cells.items():
         if key.startswith(f"{model}|float32|"):
-            rows += ["", f"{key.split('|')[2]}, nothing quantized: {_text(found)}"]
+            name = key.split("|")[2]
+            rows += ["", f"{name}, nothing quantized: {_text(found, figure, factor)}"]
     return "\n".join(rows)
 
 
-def _text(found: Mapping[str, Any] | None) -> str:
+def _text(found: Mapping[str, Any] | None, figure: str, factor: float) -> str:
     if found is None:
         return ""
-    return f"{found['value']:.4f}" if "value" in found else "refused"
+    return "refused" if "refused" in found else f"{found[figure] * factor:.4f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -243,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.models.split(","):
         task = MODELS[name](options.quick, options.folder)
         with torch.no_grad():
-            keep(options.results, f"{name}|float32", {"value": task.measure(task.model)})
+            keep(options.results, f"{name}|float32", task.measure(task.model))
         for fmt in options.formats.split(","):
             for method in options.methods.split(","):
                 key = f"{name}|{fmt}|{method}"
@@ -254,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 keep(options.results, key, found)
     cells = read(options.results)
     known = [model for model in MODELS if f"{model}|float32" in cells]
-    text = "\n\n".join(table(model, cells) for model in known)
+    text = "\n\n".join(tables(model, cells) for model in known)
     options.results.with_suffix(".md").write_text(
         f"# Post-training quantization: what each method keeps\n\n{text}\n")
     print(text)

@@ -406,7 +406,7 @@ def llm_compressor_rows(
             path = Path(found["logits"])
             logits = iter(torch.load(path))
             path.unlink()
-            yield found["cell"], {"value": task.measure(lambda ids, it=logits: next(it))}
+            yield found["cell"], task.measure(lambda ids, it=logits: next(it))
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, process.args)
 
@@ -415,9 +415,9 @@ def llm_compressor_rows(
 
 
 def cell(row: Row, task: Task, folder: Path) -> dict[str, Any]:
-    """A figure, or the error of a tool that failed."""
+    """Figures, or the error of a tool that failed."""
     try:
-        return {"value": task.measure(row.build(task, folder))}
+        return task.measure(row.build(task, folder))
     except Exception as error:  # noqa: BLE001 - any failure of a tool is a finding, shown
         first = (str(error).strip().splitlines() or ["no message"])[0]
         return {"refused": f"{type(error).__name__}: {first}"}

@@ -42,8 +42,8 @@ def task() -> Task:
     inputs = torch.randn(4, 8, 128)
     expected = model(inputs)
 
-    def measure(run: Callable[..., Any]) -> float:
-        return peers.sqnr_db(run(inputs).float(), expected)
+    def measure(run: Callable[..., Any]) -> dict[str, float]:
+        return {"value": peers.sqnr_db(run(inputs).float(), expected)}
 
     return Task(model, batches[0], batches, measure)
 
@@ -122,10 +122,10 @@ def test_logits_of_another_interpreter_are_judged_here(
     monkeypatch.setattr(post_training_peers, "ROWS_SCRIPT", script)
     windows = [torch.arange(6).repeat(2, 1) + start for start in (0, 9)]
 
-    def measure(run: Callable[..., Any]) -> float:
+    def measure(run: Callable[..., Any]) -> dict[str, float]:
         losses = [nn.functional.cross_entropy(run(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
                   for ids in windows]
-        return math.exp(float(torch.stack(losses).mean()))
+        return {"value": math.exp(float(torch.stack(losses).mean()))}
 
     calibration = [(ids[:, :-1],) for ids in windows]
     model = _Next()
@@ -133,6 +133,6 @@ def test_logits_of_another_interpreter_are_judged_here(
     found = post_training_peers.llm_compressor_rows(
         task, ["W4|one", "W4|two"], Path(sys.executable), tmp_path)
     assert next(iter(found)) == ("W4|one", {"refused": "Error: no"})
-    assert next(iter(found)) == ("W4|two", {"value": pytest.approx(measure(model))})
+    assert next(iter(found)) == ("W4|two", pytest.approx(measure(model)))
     with pytest.raises(subprocess.CalledProcessError):  # what came before it broke is kept
         next(iter(found))
