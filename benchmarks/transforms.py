@@ -42,9 +42,10 @@ LIMIT = 1e-10
 FORMATS = "int4-int8-token"
 # methods for static scales and for blocks
 RECIPES: Mapping[str, str] = {"merge-quant": "int4-int4-static", "reorder": "mxfp4"}
-# before methods that expect it: a rotation stops at gains
+# before methods that expect it: a rotation stops at gains, what equalises weights at batch norms
 FIRST: Mapping[str, tuple[str, ...]] = {
-    "rotate": ("fold-norms",), "learn-rotation": ("fold-norms",)}
+    "rotate": ("fold-norms",), "learn-rotation": ("fold-norms",),
+    "equalise": ("fold-batch-norms",)}
 
 
 def prepared(name: str, recipes: Iterable[str]) -> dict[str, Program]:

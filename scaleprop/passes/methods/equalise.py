@@ -56,9 +56,9 @@ class Equalise(TransformPass):
                 refused = sum(record.refused is not None for record in work.records)
             if largest < _SETTLED:
                 break
-        kept = [record for record in work.records if record.refused is None]
+        applied = {record.seed: record for record in work.records if record.refused is None}
         first = [record for record in work.records if record.refused is not None][:refused]
-        work.records[:] = [*kept, *first]  # each round refuses the same
+        work.records[:] = [*applied.values(), *first]  # each round visits the same
 
 
 def _equalise(work: Work, region: Region) -> float:
