@@ -4,8 +4,9 @@
 
 (J. Lin et al., AWQ, arXiv:2306.00978, eqs. 4 and 5.) a in [0, 1] is found on a grid, one for all
 operators that share the scale, by the error of what reads x, in their formats: weights alone, or
-weights and activations. The paper measures the error behind whole blocks (attention, MLP); here it
-is that of the products, so every architecture is measured alike.
+weights and activations. Each power is tried with what the weights reach, too, as the authors' code
+has it: m_j^a / max|w_j|^(1−a). The paper measures the error behind whole blocks (attention, MLP);
+here it is that of the products, so every architecture is measured alike.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _LEAST = 1e-4  # factors below are those of channels that hardly occur
 class Awq(TransformPass):
     """Scale channels by a power of their mean magnitude, found by search (AWQ).
 
-    steps: how many powers are tried, evenly spaced up to 1.
+    steps: how many powers are tried, evenly spaced up to 1; each in both forms.
     What parameters cannot absorb is done at run time where the error falls (``runtime``).
     """
 
@@ -45,8 +46,10 @@ class Awq(TransformPass):
         for region, covered in regions(work, "scale"):
             means = {site: mean_magnitudes(work, site) for site in covered}
             importance = work.pooled(region, means).nan_to_num(0.0)
-            candidates = (1 / importance_scale(importance, (step + 1) / self.steps)
-                          for step in range(self.steps))  # fmt: skip
+            weights = work.pooled(region, {site: work.weight_amax(site) for site in covered})
+            powers = [(step + 1) / self.steps for step in range(self.steps)]
+            candidates = (1 / importance_scale(importance, power, of)
+                          for power in powers for of in (None, weights))  # fmt: skip
             best_scale(work, region, covered, candidates, "scaled by importance")
 
 
@@ -63,7 +66,12 @@ def mean_magnitudes(work: Work, site: Site) -> torch.Tensor:
     return found
 
 
-def importance_scale(importance: torch.Tensor, power: float) -> torch.Tensor:
-    """s [K] of mean magnitudes [K]; its largest and its least value multiply to 1."""
+def importance_scale(
+    importance: torch.Tensor, power: float, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """s [K] of mean magnitudes [K], and of what the weights reach [K] where that counts, too; its
+    largest and its least value multiply to 1."""
     scale = importance.pow(power).clamp_min(_LEAST)
+    if weights is not None:
+        scale = (scale / weights.clamp_min(_LEAST).pow(1 - power)).clamp_min(_LEAST)
     return scale / (scale.max() * scale.min()).sqrt()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -40,9 +42,12 @@ def test_the_power_is_the_best_of_the_grid(recipe):
     with torch.no_grad():
         y, w = model.norm(x), model.a.weight
         importance = [sum(abs(v) for v in y[:, j].tolist()) / 40 for j in range(16)]
+        reach = [max(abs(v) for v in w[:, j].tolist()) for j in range(16)]
         best = None
-        for step in range(6):
-            s = torch.tensor([m ** (step / 5) for m in importance])
+        for step, reached in [(0, False), *itertools.product(range(1, 6), (False, True))]:
+            a = step / 5
+            s = torch.tensor([m**a / (r ** (1 - a) if reached else 1)
+                              for m, r in zip(importance, reach, strict=True)])
             s = s / (s.max() * s.min()).sqrt()
             left = y / s
             if "fprop.x" in recipe.roles:
