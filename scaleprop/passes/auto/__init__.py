@@ -4,7 +4,7 @@
    calibration data in the assigned formats.
 2. Operators that some chain's transform ties form a region. Each region takes the chain with the
    least mean error of its operators; the mixture is measured as well.
-3. Of the two best of them, weights are rounded with compensation (GPTQ, as ``solve-weights``).
+3. Of the four best of them, weights are rounded with compensation (GPTQ, as ``solve-weights``).
 
 The result is whichever program had the least error of the model's outputs.
 """
@@ -38,7 +38,7 @@ from scaleprop.report.records import TrialRecord
 
 PORTFOLIO = ("", "smooth", "os-plus", "awq", "fold-norms+rotate", "smooth-rotate")
 STATIC = "merge-quant"  # ends every chain where scales of activations are static
-FINALISTS = 2  # get their weights solved
+FINALISTS = 4  # get their weights solved: errors before say little of the order after
 MIXED = "best of each region"
 SOLVED = "solve-weights"
 
