@@ -4,9 +4,9 @@
 
 (J. Lin et al., AWQ, arXiv:2306.00978, eqs. 4 and 5.) a in [0, 1] is found on a grid, one for all
 operators that share the scale, by the error of what reads x, in their formats: weights alone, or
-weights and activations. Each power is tried with what the weights reach, too, as the authors' code
-has it: m_j^a / max|w_j|^(1−a). The paper measures the error behind whole blocks (attention, MLP);
-here it is that of the products, so every architecture is measured alike.
+weights and activations. Each power is tried with what the weights reach, too, as SmoothQuant has
+it: m_j^a / max|w_j|^(1−a). The paper measures the error behind whole blocks (attention, MLP); here
+it is that of the products, so every architecture is measured alike.
 """
 
 from __future__ import annotations
