@@ -40,8 +40,9 @@ from scaleprop.recipes import named_recipe
 RESULTS = harness.RESULTS / "transforms.json"
 LIMIT = 1e-10
 FORMATS = "int4-int8-token"
-# methods for static scales and for blocks
-RECIPES: Mapping[str, str] = {"merge-quant": "int4-int4-static", "reorder": "mxfp4"}
+# methods for static scales, for blocks and for floats
+RECIPES: Mapping[str, str] = {
+    "merge-quant": "int4-int4-static", "reorder": "mxfp4", "float-search": "fp8"}
 # before methods that expect it: a rotation stops at gains, what equalises weights at batch norms
 FIRST: Mapping[str, tuple[str, ...]] = {
     "rotate": ("fold-norms",), "learn-rotation": ("fold-norms",),

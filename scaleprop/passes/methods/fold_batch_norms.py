@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 import torch
 import torch.fx
 
+from scaleprop.errors import source_line
 from scaleprop.passes.transforms.base import TransformPass, Work
 from scaleprop.passes.transforms.walk import substitute
+from scaleprop.report.records import TransformRecord
 from scaleprop.rules import contraction_of
 
 aten: Any = torch.ops.aten
@@ -34,16 +36,13 @@ class FoldBatchNorms(TransformPass):
 
     def transform(self, work: Work) -> None:
         """Norm by norm, in graph order."""
-        folded = 0
         for node in list(work.rewriter.graph.nodes):
             if node.target is _NORM:
                 reason = _refusal(work, node)
-                if reason is None:
-                    _fold(work, node)
-                    folded += 1
-                else:
-                    work.notes.append(f"{node.name} was not folded: {reason}")
-        work.notes.append(f"{folded} batch norms folded")
+                absorbed = _fold(work, node) if reason is None else ()
+                work.records.append(TransformRecord(
+                    by=self.name, kind="affine", seed=node.name, members=int(reason is None),
+                    absorbed=absorbed, refused=reason, source=source_line(node)))  # fmt: skip
 
 
 def _refusal(work: Work, norm: Node) -> str | None:
@@ -65,8 +64,8 @@ def _refusal(work: Work, norm: Node) -> str | None:
     return None
 
 
-def _fold(work: Work, norm: Node) -> None:
-    """Parameters are computed in float64 and rounded once."""
+def _fold(work: Work, norm: Node) -> tuple[str, ...]:
+    """The parameters that took it up, computed in float64 and rounded once."""
     source: Any = norm.args[0]
     given = work.rewriter.constant_value
     weight = given(source.args[1])
@@ -84,3 +83,4 @@ def _fold(work: Work, norm: Node) -> None:
     substitute(work, source, 2, bias.to(weight.dtype), f"{norm.name} folded")
     for item in list(norm.users):
         work.rewriter.replace(item, source)
+    return tuple(str(operand.target) for operand in source.args[1:3])

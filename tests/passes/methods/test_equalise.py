@@ -113,6 +113,9 @@ def test_batch_norms_fold_to_the_bit_of_their_formula():
     torch.testing.assert_close(found["first.weight"], want.float().detach())
     bias = next(value for name, value in found.items() if "conv2d_operand2" in name)
     torch.testing.assert_close(bias, (bn.bias - bn.running_mean.double() * gain).float().detach())
+    (record,) = program.transforms
+    assert record.refused is None and record.runtime == ()
+    assert record.absorbed[0] == "first.weight" and found[record.absorbed[1]] is bias
 
 
 def test_a_bias_before_a_batch_norm_is_folded_too():
@@ -138,8 +141,8 @@ def test_batch_norms_that_cannot_be_folded_say_why():
 
     found = FoldBatchNorms().run(assigned(Odd().eval(), pictures(), TENSOR))
     assert not found.modified
-    assert any("reads no convolution" in note for note in found.notes)
-    assert any("others read" in note for note in found.notes)
+    reasons = [record.refused for record in found.program.transforms]
+    assert reasons == ["it reads no convolution", "others read the convolution before it"]
 
 
 def test_errors_fall_with_one_scale_a_tensor():
