@@ -1,0 +1,122 @@
+"""Quantizing in blocks and tiles: amax, scale and codes of each group, in one read.
+
+    x [M, K] float32, bfloat16 or float16, any strides
+    data [M, bytes of K padded to whole groups], scales [⌈M/R⌉, ⌈K/C⌉] of groups of R rows by C
+    columns; along the rows of x, of xᵀ, or of both from the same read
+
+Of two-level formats the tensor's amax is found first, by a kernel of its own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from scaleprop.backends.cuda.kernels.numbers import (
+    as_float,
+    encode,
+    encode_drawn,
+    magnitude,
+    one_level,
+    stored_scale,
+    tensor_factors,
+    two_level,
+)
+from scaleprop.backends.cuda.kernels.random import random_numbers
+from scaleprop.backends.cuda.kernels.storing import store_codes
+
+
+@triton.jit
+def amax_kernel(x, out, M, K, row_stride, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out: int32 [1], the bits of the largest magnitude; begins as 0."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    most = tl.zeros((ROWS, COLUMNS), tl.int32)
+    for start in range(0, K, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS).to(tl.int64)
+        values = tl.load(x + rows[:, None] * row_stride + columns[None, :] * column_stride,
+                         mask=(rows < M)[:, None] & (columns < K)[None, :], other=0.0)
+        most = tl.maximum(most, magnitude(values.to(tl.float32)))
+    tl.atomic_max(out, tl.max(tl.max(most, 1), 0))
+
+
+@triton.jit
+def _coded(values, drawn, encoding, decoding, E: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+           C: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr):
+    """Codes [rows, columns] of values, and scales [rows / R, columns / C]."""
+    rows: tl.constexpr = values.shape[0]
+    columns: tl.constexpr = values.shape[1]
+    grouped = tl.reshape(values, (rows // R, R, columns // C, C))
+    amax = as_float(tl.max(tl.max(magnitude(grouped), 3), 1))
+    if S[1]:
+        scale, factor = two_level(amax, encoding, decoding, S)
+        units = grouped * factor[:, None, :, None]
+    else:
+        scale = one_level(amax, S)
+        if S[0]:  # of powers of two the reciprocal is exact
+            factor = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+            units = grouped * factor[:, None, :, None]
+        else:
+            spread = tl.broadcast_to(scale[:, None, :, None], grouped.shape)
+            units = tl.div_rn(grouped, spread)
+    units = tl.reshape(units, (rows, columns))
+    if MODE == 0:
+        return encode(units, E), scale
+    return encode_drawn(units, drawn, E, BITS, MODE), scale
+
+
+@triton.jit
+def _store_scales(scale, scales, first_row, first_column, row_count, width, S: tl.constexpr):
+    rows: tl.constexpr = scale.shape[0]
+    columns: tl.constexpr = scale.shape[1]
+    row = first_row + tl.arange(0, rows)
+    column = first_column + tl.arange(0, columns)
+    tl.store(scales + row[:, None] * width + column[None, :],
+             stored_scale(scale, S).to(scales.dtype.element_ty),
+             mask=(row < row_count)[:, None] & (column < width)[None, :])
+
+
+@triton.jit
+def quantize_kernel(
+    x, bits, amax, data, scales, data_t, scales_t, whole, seed, stream, step, stream_t,
+    M, K, row_stride, column_stride, bits_row_stride, bits_column_stride,
+    width, scale_rows, scale_columns, width_t, scale_rows_t, scale_columns_t,
+    E: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALONG: tl.constexpr, ACROSS: tl.constexpr,
+    BITS: tl.constexpr, MODE: tl.constexpr, PHILOX: tl.constexpr,
+):  # fmt: skip
+    """One tile of ROWS by COLUMNS, of whole groups ALONG rows, ACROSS them, or both."""
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    first_column = tl.program_id(1).to(tl.int64) * COLUMNS
+    rows = first_row + tl.arange(0, ROWS)
+    columns = first_column + tl.arange(0, COLUMNS)
+    inside = (rows < M)[:, None] & (columns < K)[None, :]
+    values = tl.load(x + rows[:, None] * row_stride + columns[None, :] * column_stride,
+                     mask=inside, other=0.0).to(tl.float32)
+    drawn = 0
+    if MODE > 0 and not PHILOX:
+        drawn = tl.load(bits + rows[:, None] * bits_row_stride
+                        + columns[None, :] * bits_column_stride, mask=inside, other=0)
+        drawn = drawn.to(tl.int32)
+    encoding = 1.0
+    decoding = 1.0
+    if S[1]:
+        outer, encoding, decoding = tensor_factors(as_float(tl.load(amax)), S)
+        tl.store(whole, outer, mask=(first_row == 0) & (first_column == 0))
+    if ALONG:
+        if PHILOX:
+            drawn = random_numbers(first_row, first_column, seed, tl.load(stream), tl.load(step),
+                                   BITS, ROWS, COLUMNS)
+        codes, scale = _coded(values, drawn, encoding, decoding, E, S, R, C, BITS, MODE)
+        store_codes(codes, data, first_row, first_column, M, width, E[1])
+        _store_scales(scale, scales, first_row // R, first_column // C, scale_rows,
+                      scale_columns, S)
+    if ACROSS:
+        if PHILOX:
+            drawn = random_numbers(first_row, first_column, seed, tl.load(stream_t),
+                                   tl.load(step), BITS, ROWS, COLUMNS)
+        if MODE > 0:
+            drawn = tl.trans(drawn)
+        codes, scale = _coded(tl.trans(values), drawn, encoding, decoding, E, S, R, C, BITS, MODE)
+        store_codes(codes, data_t, first_column, first_row, K, width_t, E[1])
+        _store_scales(scale, scales_t, first_column // R, first_row // C, scale_rows_t,
+                      scale_columns_t, S)

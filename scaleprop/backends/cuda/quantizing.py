@@ -1,0 +1,169 @@
+"""Launching the quantize kernels: tiles, outputs, and what no kernel has."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scaleprop.backends.cuda.constants import Element, element_constants, scaling_constants
+from scaleprop.backends.cuda.kernels import groups, random, rows
+from scaleprop.errors import FormatError
+from scaleprop.formats.elements import IntegerElement
+from scaleprop.formats.packing import packed_size
+from scaleprop.formats.rounding import MODES, Rounding
+from scaleprop.formats.scaled import ScaledFormat
+
+NEAREST = Rounding("nearest")
+ROW, TENSOR, GIVEN = 0, 1, 2  # where the scales of rows come from
+ROWS_TILE = 4, 512  # rows and columns that a program holds at a time
+_AMAX_TILE, _RANDOM_TILE = (4, 1024), (16, 256)
+_PACKED = (4, 6, 8)  # bits
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Products and sums are not fused: each is rounded, as the reference rounds it."""
+    kernel[grid](*arguments, **constants, enable_fp_fusion=False)
+
+
+def _programs(size: int, tile: int) -> int:
+    return max(-(-size // tile), 1)
+
+
+def _element(fmt: ScaledFormat) -> Element:
+    found = element_constants(fmt.element)
+    if found.bits not in _PACKED:
+        raise FormatError(f"no kernel packs {found.bits} bits")
+    return found
+
+
+class Draw(NamedTuple):
+    """Where random numbers come from: as ``scaleprop.formats.random.random_bits`` for x's shape.
+
+    seed: 0..2^32-1. step, stream, stream_t (of what is quantized across): int64 of one element.
+    """
+
+    seed: int
+    step: Tensor
+    stream: Tensor
+    stream_t: Tensor
+
+
+def quantize_groups(
+    x: Tensor, fmt: ScaledFormat, axes: Collection[int] = (1,),
+    rounding: Rounding = NEAREST, bits: Tensor | Draw | None = None,
+) -> list[list[Tensor]]:  # fmt: skip
+    """For each of ``axes``, 0 or 1, the stored parts of ``x`` [M, K] quantized along it.
+
+    bits: integers shaped as x, or where to draw them; of a stochastic rounding.
+
+    Raises:
+        FormatError: for granularities, elements and rules that no kernel has.
+    """
+    if fmt.block is None or fmt.zero_point or x.ndim != 2:
+        raise FormatError(f"{fmt.long_name!r}: quantize_groups takes blocks and tiles of matrices, "
+                          "without zero points")
+    element, scaling = _element(fmt), scaling_constants(fmt)
+    r, c = fmt.block
+    m, k = x.shape
+    amax = torch.zeros(1, dtype=torch.int32, device=x.device)
+    whole = torch.empty((), dtype=torch.float32, device=x.device)
+    sides = {axis: _layout(x, *((m, k) if axis else (k, m)), fmt) for axis in axes}
+    (data, scales), (data_t, scales_t) = (sides.get(axis, next(iter(sides.values())))
+                                          for axis in (1, 0))
+    if fmt.two_level:
+        _launch(groups.amax_kernel, (_programs(m, _AMAX_TILE[0]),), x, amax, m, k, *x.stride(),
+                ROWS=_AMAX_TILE[0], COLUMNS=_AMAX_TILE[1])
+    given = bits if isinstance(bits, Tensor) else x
+    draw = bits if isinstance(bits, Draw) else Draw(0, amax, amax, amax)
+    height, width = tile_of(fmt, axes)
+    _launch(
+        groups.quantize_kernel, (_programs(m, height), _programs(k, width)),
+        x, given, amax, data, scales, data_t, scales_t, whole, draw.seed, draw.stream, draw.step,
+        draw.stream_t, m, k, *x.stride(), *given.stride(), data.shape[1], *scales.shape,
+        data_t.shape[1], *scales_t.shape, E=element, S=scaling, R=r, C=c, ROWS=height,
+        COLUMNS=width, ALONG=1 in axes, ACROSS=0 in axes, BITS=rounding.bits,
+        MODE=MODES.index(rounding.mode), PHILOX=isinstance(bits, Draw),
+        num_warps=warps_of(height, width))
+    return [[*_typed(*sides[axis], fmt), *([whole] if fmt.two_level else [])] for axis in axes]
+
+
+def tile_of(fmt: ScaledFormat, axes: Collection[int]) -> tuple[int, int]:
+    """Rows and columns of a program: whole groups along every axis asked for."""
+    assert fmt.block is not None
+    r, c = fmt.block
+    return max(r, c if 0 in axes else 1, 16), max(c, r, 128)
+
+
+def warps_of(rows: int, columns: int) -> int:
+    """For 16 elements a thread of small tiles, 32 of large ones."""
+    return min(max(rows * columns // 512, 4), 16)
+
+
+def _layout(x: Tensor, m: int, k: int, fmt: ScaledFormat) -> tuple[Tensor, Tensor]:
+    """Bytes and scales of a matrix of m rows and k columns."""
+    assert fmt.block is not None
+    r, c = fmt.block
+    groups = -(-k // c)
+    data = torch.empty(m, packed_size(groups * c, fmt.bits), dtype=torch.uint8, device=x.device)
+    dtype = torch.float32 if fmt.scale.name == "f32" else torch.uint8
+    return data, torch.empty(-(-m // r), groups, dtype=dtype, device=x.device)
+
+
+def _typed(data: Tensor, scales: Tensor, fmt: ScaledFormat) -> list[Tensor]:
+    """The same bytes, in the format's dtypes."""
+    if fmt.element.storage != torch.uint8:
+        data = data.view(fmt.element.storage)
+    if fmt.scale.native is not None and scales.dtype == torch.uint8:
+        scales = scales.view(fmt.scale.native)
+    return [data, scales]
+
+
+def quantize_rows(
+    x: Tensor, fmt: ScaledFormat, scales: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """The stored parts of ``x`` [M, K] with one scale a row or a tensor; ``scales`` as given to
+    ``scaleprop.quantize``: [scale], or [scale, zero_point].
+
+    Raises:
+        FormatError: for granularities, elements and rules that no kernel has.
+    """
+    if fmt.granularity.kind not in ("row", "tensor") or x.ndim != 2 or fmt.scale.name != "f32":
+        raise FormatError(f"{fmt.long_name!r}: quantize_rows takes float32 scales of rows, or one "
+                          "of a matrix")
+    element = _element(fmt)
+    m, k = x.shape
+    by_row = fmt.granularity.kind == "row"
+    data = torch.empty(m, packed_size(k, fmt.bits), dtype=torch.uint8, device=x.device)
+    shape = (m, 1) if by_row else ()
+    found = scales or [torch.empty(shape, dtype=torch.float32, device=x.device),
+                       torch.empty(shape, dtype=torch.uint8, device=x.device)]
+    mode = GIVEN if scales else ROW if by_row else TENSOR
+    ranges = torch.zeros(3, dtype=torch.int32, device=x.device)
+    grid = (_programs(m, ROWS_TILE[0]),)
+    tile = {"ROWS": ROWS_TILE[0], "COLUMNS": ROWS_TILE[1]}
+    if mode == TENSOR:
+        _launch(rows.ranges_kernel, grid, x, ranges, m, k, *x.stride(), **tile)
+    _launch(rows.rows_kernel, grid, x, ranges, data, found[0], found[-1], m, k, *x.stride(),
+            data.shape[1], int(by_row), E=element, S=scaling_constants(fmt), LEVELS=levels_of(fmt),
+            MODE=mode, **tile)
+    if not fmt.zero_point and fmt.element.storage != torch.uint8:
+        data = data.view(fmt.element.storage)
+    return [data, *found[: fmt.parts_count - 1]]
+
+
+def levels_of(fmt: ScaledFormat) -> int:
+    """The largest code of a format with zero points; 0 of others."""
+    return fmt.element.levels if fmt.zero_point and isinstance(fmt.element, IntegerElement) else 0
+
+
+def random_bits(out: Tensor, seed: int, stream: Tensor, step: Tensor, bits: int) -> Tensor:
+    """``out`` int32 [rows, columns], filled with what ``scaleprop.formats.random.random_bits``
+    gives for its shape. stream, step: int64 of one element, on the device."""
+    height, width = out.shape
+    _launch(random.random_kernel, (_programs(height, _RANDOM_TILE[0]),
+                                   _programs(width, _RANDOM_TILE[1])), out, height, width, seed,
+            stream, step, BITS=bits, ROWS=_RANDOM_TILE[0], COLUMNS=_RANDOM_TILE[1])
+    return out

@@ -1,0 +1,5 @@
+"""Kernels run on the device, or where there is none under Triton's interpreter."""
+
+import pytest
+
+pytest.importorskip("triton")
