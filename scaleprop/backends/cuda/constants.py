@@ -11,6 +11,8 @@ from scaleprop.formats.elements import ElementFormat, FloatElement, IntegerEleme
 from scaleprop.formats.scaled import POWER_RULES, ScaledFormat
 from scaleprop.formats.scales import target
 
+PACKED = (4, 6, 8)  # bits of elements that kernels pack and unpack
+
 
 def bits_of(value: float) -> int:
     """The bits of a float32, as an integer."""
@@ -96,3 +98,38 @@ def scaling_constants(fmt: ScaledFormat) -> Scaling:
         threshold=thresholds.get(fmt.rule, 0.0), inclusive=int(fmt.rule == "even"),
         target=target(fmt), reciprocal=1.0 / item.max,
         item=element_constants(fmt.scale) if stored == 2 else None, stored=stored)
+
+
+class Stored(NamedTuple):
+    """What a format stores, in constants.
+
+    scale: 0, floats; 1, E8M0; 2, codes of ``item``; 3, bits of bfloat16. zero: with zero points.
+    two: below a scale of the whole tensor. rows, columns: of a group; columns 0: a whole row, of
+    ``rows`` 1, or the whole tensor, of ``rows`` 0.
+    """
+
+    element: Element
+    scale: int
+    item: Element | None
+    zero: int
+    rows: int
+    columns: int
+    two: int
+
+
+def stored_constants(fmt: ScaledFormat) -> Stored:
+    """The constants of a format whose parts kernels read: elements of 4, 6 or 8 bits, in any
+    groups but channels.
+
+    Raises:
+        FormatError: for others.
+    """
+    element = element_constants(fmt.element)
+    if element.bits not in PACKED or fmt.granularity.kind == "channel":
+        raise FormatError(f"no kernel reads {fmt.long_name!r}")
+    whole = {"row": (1, 0), "tensor": (0, 0)}
+    rows, columns = fmt.block or whole[fmt.granularity.kind]
+    floats = {"f32": 0, "f16": 0, "bf16": 3}
+    scale = floats.get(fmt.scale.name, 2 if fmt.scale.has_zero else 1)
+    item = element_constants(fmt.scale) if scale == 2 else None
+    return Stored(element, scale, item, int(fmt.zero_point), rows, columns, int(fmt.two_level))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from scaleprop.backends.cuda.constants import Element, element_constants, scaling_constants
+from scaleprop.backends.cuda.constants import PACKED, Element, element_constants, scaling_constants
 from scaleprop.backends.cuda.kernels import groups, random, rows
+from scaleprop.backends.cuda.launching import launch, programs
 from scaleprop.errors import FormatError
 from scaleprop.formats.elements import IntegerElement
 from scaleprop.formats.packing import packed_size
@@ -20,21 +21,11 @@ NEAREST = Rounding("nearest")
 ROW, TENSOR, GIVEN = 0, 1, 2  # where the scales of rows come from
 ROWS_TILE = 4, 512  # rows and columns that a program holds at a time
 _AMAX_TILE, _RANDOM_TILE = (4, 1024), (16, 256)
-_PACKED = (4, 6, 8)  # bits
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Products and sums are not fused: each is rounded, as the reference rounds it."""
-    kernel[grid](*arguments, **constants, enable_fp_fusion=False)
-
-
-def _programs(size: int, tile: int) -> int:
-    return max(-(-size // tile), 1)
 
 
 def _element(fmt: ScaledFormat) -> Element:
     found = element_constants(fmt.element)
-    if found.bits not in _PACKED:
+    if found.bits not in PACKED:
         raise FormatError(f"no kernel packs {found.bits} bits")
     return found
 
@@ -74,13 +65,13 @@ def quantize_groups(
     (data, scales), (data_t, scales_t) = (sides.get(axis, next(iter(sides.values())))
                                           for axis in (1, 0))
     if fmt.two_level:
-        _launch(groups.amax_kernel, (_programs(m, _AMAX_TILE[0]),), x, amax, m, k, *x.stride(),
+        launch(groups.amax_kernel, (programs(m, _AMAX_TILE[0]),), x, amax, m, k, *x.stride(),
                 ROWS=_AMAX_TILE[0], COLUMNS=_AMAX_TILE[1])
     given = bits if isinstance(bits, Tensor) else x
     draw = bits if isinstance(bits, Draw) else Draw(0, amax, amax, amax)
     height, width = tile_of(fmt, axes)
-    _launch(
-        groups.quantize_kernel, (_programs(m, height), _programs(k, width)),
+    launch(
+        groups.quantize_kernel, (programs(m, height), programs(k, width)),
         x, given, amax, data, scales, data_t, scales_t, whole, draw.seed, draw.stream, draw.step,
         draw.stream_t, m, k, *x.stride(), *given.stride(), data.shape[1], *scales.shape,
         data_t.shape[1], *scales_t.shape, E=element, S=scaling, R=r, C=c, ROWS=height,
@@ -142,11 +133,11 @@ def quantize_rows(
                        torch.empty(shape, dtype=torch.uint8, device=x.device)]
     mode = GIVEN if scales else ROW if by_row else TENSOR
     ranges = torch.zeros(3, dtype=torch.int32, device=x.device)
-    grid = (_programs(m, ROWS_TILE[0]),)
+    grid = (programs(m, ROWS_TILE[0]),)
     tile = {"ROWS": ROWS_TILE[0], "COLUMNS": ROWS_TILE[1]}
     if mode == TENSOR:
-        _launch(rows.ranges_kernel, grid, x, ranges, m, k, *x.stride(), **tile)
-    _launch(rows.rows_kernel, grid, x, ranges, data, found[0], found[-1], m, k, *x.stride(),
+        launch(rows.ranges_kernel, grid, x, ranges, m, k, *x.stride(), **tile)
+    launch(rows.rows_kernel, grid, x, ranges, data, found[0], found[-1], m, k, *x.stride(),
             data.shape[1], int(by_row), E=element, S=scaling_constants(fmt), LEVELS=levels_of(fmt),
             MODE=mode, **tile)
     if not fmt.zero_point and fmt.element.storage != torch.uint8:
@@ -163,7 +154,7 @@ def random_bits(out: Tensor, seed: int, stream: Tensor, step: Tensor, bits: int)
     """``out`` int32 [rows, columns], filled with what ``scaleprop.formats.random.random_bits``
     gives for its shape. stream, step: int64 of one element, on the device."""
     height, width = out.shape
-    _launch(random.random_kernel, (_programs(height, _RANDOM_TILE[0]),
-                                   _programs(width, _RANDOM_TILE[1])), out, height, width, seed,
+    launch(random.random_kernel, (programs(height, _RANDOM_TILE[0]),
+                                   programs(width, _RANDOM_TILE[1])), out, height, width, seed,
             stream, step, BITS=bits, ROWS=_RANDOM_TILE[0], COLUMNS=_RANDOM_TILE[1])
     return out

@@ -190,3 +190,20 @@ def stored_scale(scale, S: tl.constexpr):
         return scale
     else:
         return as_bits(scale) >> 23 if S[12] == 1 else encode(scale, S[11])
+
+
+@triton.jit
+def bfloat16_bits(x):
+    """int16: float32 rounded to bfloat16, ties to even."""
+    bits = as_bits(x)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(magnitude(x) > INF, (bits >> 16) | 0x40, rounded).to(tl.int16)
+
+
+@triton.jit
+def store_float(place, values, mask):
+    """float32 values where floats are kept, or in int16 the bits of bfloat16."""
+    if place.dtype.element_ty == tl.int16:
+        tl.store(place, bfloat16_bits(values), mask=mask)
+    else:
+        tl.store(place, values.to(place.dtype.element_ty), mask=mask)
