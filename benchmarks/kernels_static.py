@@ -91,7 +91,9 @@ def compiled(build: Build, target: int) -> Any:
     from triton.compiler import ASTSource, compile
 
     names = build.kernel.arg_names
-    constants = {**build.constants, "column_stride": 1}
+    constants = dict(build.constants)
+    if "column_stride" in names:
+        constants["column_stride"] = 1
     signature = {name: "constexpr" if name in constants else build.pointers.get(
         name, "*u8" if name in _POINTERS else "i32") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names

@@ -140,7 +140,7 @@ def tiles_for(bucket: int) -> Iterator[triton.Config]:
         for columns, depth, warps in ((64, 128, 4), (32, 256, 4), (128, 128, 4), (128, 64, 4)):
             yield _config(rows, columns, depth, warps, 4)
     else:
-        for rows, columns, depth, warps in ((128, 128, 64, 8), (64, 128, 64, 4), (128, 64, 64, 4),
+        for rows, columns, depth, warps in ((64, 128, 64, 4), (128, 128, 64, 8), (128, 64, 64, 4),
                                             (128, 256, 64, 8), (128, 128, 128, 8)):
             yield _config(rows, columns, depth, warps, 3)
 

@@ -27,7 +27,6 @@ from scaleprop.backends.cuda.kernels.reading import (
 
 PLAIN, AFTER, FOLDED, PART = (tl.constexpr(place) for place in range(4))
 _MIDDLE = tl.constexpr(128)  # taken off bytes with zero points, to make them signed
-_PROMOTED = tl.constexpr(128)  # products of float8 that units may add before float32 does
 
 
 @triton.jit
@@ -40,19 +39,22 @@ def _values(data, scales, zeros, row, inside, first, K, stride, scale_width, F: 
         found = tl.load(data + line[:, None] + column[None, :],
                         mask=inside[:, None] & (column < K)[None, :], other=0.0)
         return found.to(tl.float32).to(DOT)
-    codes = load_codes(data, line, inside, first, stride, DEPTH, F[0][1])
-    if DOT == tl.int8:
-        return (codes - _MIDDLE if F[3] else signed(codes, F[0][1])).to(tl.int8)
-    if DOT == tl.float8e4nv:
-        return codes.to(tl.uint8).to(tl.float8e5 if F[0][3] == 2 else tl.float8e4nv, bitcast=True)
-    values = values_of(codes, F)
-    if F[3]:
-        zero = load_groups(zeros, row, inside, first, scale_width, F, DEPTH).to(tl.float32)
-        column = first + tl.arange(0, DEPTH)
-        values = tl.where((column < K)[None, :], values - zero, 0.0)
-    if WHERE == FOLDED:
-        values *= scale_of(load_groups(scales, row, inside, first, scale_width, F, DEPTH), F)
-    return values.to(DOT)
+    else:
+        codes = load_codes(data, line, inside, first, stride, DEPTH, F[0][1])
+        if DOT == tl.int8:
+            return (codes - _MIDDLE if F[3] else signed(codes, F[0][1])).to(tl.int8)
+        elif DOT == tl.float8e4nv:
+            return codes.to(tl.uint8).to(tl.float8e5 if F[0][3] == 2 else DOT, bitcast=True)
+        else:
+            values = values_of(codes, F)
+            if F[3]:
+                zero = load_groups(zeros, row, inside, first, scale_width, F, DEPTH)
+                column = first + tl.arange(0, DEPTH)
+                values = tl.where((column < K)[None, :], values - zero.to(tl.float32), 0.0)
+            if WHERE == FOLDED:
+                values *= scale_of(load_groups(scales, row, inside, first, scale_width, F, DEPTH),
+                                   F)
+            return values.to(DOT)
 
 
 @triton.jit
@@ -127,7 +129,7 @@ def product_kernel(
             total += part if WHOLE else 0
         elif WHOLE:
             total = tl.dot(a, tl.trans(b), total, input_precision="ieee",
-                           max_num_imprecise_acc=_PROMOTED, out_dtype=SUM)
+                           max_num_imprecise_acc=DEPTH, out_dtype=SUM)
         else:
             part = tl.dot(a, tl.trans(b), input_precision="ieee", out_dtype=SUM)
         if not WHOLE:
