@@ -47,13 +47,8 @@ def test_asking_for_one_backend_imports_no_other():
 
 
 def test_cuda_without_a_device(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("scaleprop.backends.cuda.backend.interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendUnavailable, match="backend='inductor'"):
-        registry.backend_named("cuda").lower(None)  # type: ignore[arg-type]
-
-
-def test_cuda_with_a_device(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
-    with pytest.raises(LoweringError, match="a device"):
         registry.backend_named("cuda").lower(None)  # type: ignore[arg-type]

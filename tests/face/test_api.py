@@ -186,7 +186,9 @@ def test_nan_in_calibration_names_node_and_batch():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_a_missing_device_is_named(model: torch.nn.Module):
+def test_a_missing_device_is_named(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("scaleprop.backends.cuda.backend.interpreted", lambda: False)
     with pytest.raises(BackendUnavailable, match="CUDA"):
         scaleprop.compile(model, inputs(), backend="cuda")
 

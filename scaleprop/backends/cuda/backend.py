@@ -1,4 +1,4 @@
-"""The CUDA backend: refuses, and says why, until its kernels exist."""
+"""The CUDA backend: what lowers a program onto the device, or says what is missing."""
 
 from __future__ import annotations
 
@@ -7,33 +7,42 @@ from typing import ClassVar
 
 import torch
 
-from scaleprop.backends.base import Backend, Executable
-from scaleprop.errors import BackendUnavailable, LoweringError
+from scaleprop.backends.base import Backend
+from scaleprop.backends.cuda.dialect import dialect_for
+from scaleprop.backends.cuda.products import interpreted
+from scaleprop.backends.inductor import InductorExecutable
+from scaleprop.errors import BackendUnavailable
 from scaleprop.passes.base import Program
 
 
 @dataclasses.dataclass(frozen=True)
 class CudaBackend(Backend):
-    """Looks for a device and reports what is missing."""
+    """Triton kernels for quantized operators; TorchInductor for what is around them.
+
+    Weights move to the current CUDA device; inputs are copied there where they are elsewhere, and
+    results stay there. Where TRITON_INTERPRET=1, kernels are interpreted on the CPU: slow, and for
+    checking alone.
+    """
 
     name: ClassVar[str] = "cuda"
 
-    def lower(self, program: Program) -> Executable:
-        """Never returns.
+    def lower(self, program: Program) -> InductorExecutable:
+        """Compile ``program``; takes seconds.
 
         Raises:
-            BackendUnavailable: where torch sees no CUDA device.
-            LoweringError: where it does.
+            BackendUnavailable: where torch sees no CUDA device, and nothing is interpreted.
+            LoweringError: naming the node that has no lowering.
         """
-        del program
-        if not torch.cuda.is_available():
-            why = ("this torch is built without CUDA" if torch.version.cuda is None
-                   else "torch finds no CUDA device")
-            raise BackendUnavailable(
-                f"backend 'cuda': {why} (torch {torch.__version__}). Install a CUDA build of torch "
-                "on a machine with a device, or use backend='inductor' or 'onnxruntime'."
-            )
-        raise LoweringError(
-            f"backend 'cuda': found {torch.cuda.get_device_name()}, but this version of scaleprop "
-            "has no CUDA kernels. Use backend='inductor' or 'onnxruntime'."
-        )
+        return InductorExecutable(program, dialect_for(_device()))
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if interpreted():
+        return torch.device("cpu")
+    why = ("this torch is built without CUDA" if torch.version.cuda is None
+           else "torch finds no CUDA device")
+    raise BackendUnavailable(
+        f"backend 'cuda': {why} (torch {torch.__version__}). Install a CUDA build of torch "
+        "on a machine with a device, or use backend='inductor' or 'onnxruntime'.")

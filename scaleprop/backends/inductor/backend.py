@@ -14,7 +14,7 @@ from torch import Tensor
 from scaleprop import _torch_compat
 from scaleprop.backends.base import Backend, Executable
 from scaleprop.backends.inductor import compat
-from scaleprop.backends.inductor.trace import Traced, trace
+from scaleprop.backends.inductor.trace import Dialect, Traced, onednn, trace
 from scaleprop.errors import ConfigError, LoweringError
 from scaleprop.passes.base import Program
 
@@ -42,9 +42,10 @@ class InductorExecutable(Executable):
     size > 1) that a later call breaks, code for that call's sizes is compiled then, once.
     """
 
-    def __init__(self, program: Program, compute: torch.dtype) -> None:
+    def __init__(self, program: Program, dialect: Dialect,
+                 compute: torch.dtype = torch.float32) -> None:
         self._program = program.fork()
-        self._compute = compute
+        self._dialect, self._compute = dialect, compute
         self._lock = threading.Lock()
         self._general = self._compile(None)
         self._by_sizes: dict[tuple[int, ...], _Compiled] = {}
@@ -62,7 +63,7 @@ class InductorExecutable(Executable):
         mode = (_torch_compat.fake_mode_of(self._program.module.graph) if sizes is None
                 else compat.static_fake_mode())
         before = compat.guard_count(mode)
-        traced = trace(self._program, self._compute, mode, sizes)
+        traced = trace(self._program, self._dialect, self._compute, mode, sizes)
         try:
             run = compat.compile_inference(traced.module, traced.fakes)
         except Exception as error:
@@ -75,7 +76,7 @@ class InductorExecutable(Executable):
     def __call__(self, leaves: Sequence[Any]) -> list[Any]:
         compiled = self._choose(leaves)
         traced = compiled.traced
-        arguments = [_prepared(leaves[index], fake, index)
+        arguments = [_prepared(leaves[index], fake, index, self._dialect.device)
                      for index, fake in zip(traced.inputs, traced.fakes, strict=True)]
         with torch.no_grad():
             results = compiled.run(arguments)
@@ -103,8 +104,8 @@ def _size(leaf: Any, axis: int) -> int:
     return int(leaf.shape[axis] if isinstance(leaf, Tensor) else leaf)
 
 
-def _prepared(leaf: Any, fake: Any, index: int) -> Any:
-    """The input as the code expects it: dense, of the captured dtype and rank."""
+def _prepared(leaf: Any, fake: Any, index: int, device: torch.device) -> Any:
+    """The input as the code expects it: dense, of the captured dtype and rank, on the device."""
     if not isinstance(fake, Tensor):
         return leaf
     if not isinstance(leaf, Tensor) or leaf.dtype != fake.dtype or leaf.ndim != fake.ndim:
@@ -116,7 +117,7 @@ def _prepared(leaf: Any, fake: Any, index: int) -> Any:
         if not isinstance(expected, torch.SymInt) and size != expected:
             raise ConfigError(f"input {index} has size {size} on axis {axis}, which was captured "
                               f"as fixed at {expected}: pass dynamic_shapes= to make it dynamic")
-    return leaf.detach().contiguous()
+    return leaf.detach().to(device).contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,4 +141,5 @@ class InductorBackend(Backend):
         """
         if self.compute not in _DTYPES:
             raise ConfigError(f"compute is {self.compute!r}; known: {', '.join(_DTYPES)}")
-        return InductorExecutable(program, _DTYPES[self.compute])
+        compute = _DTYPES[self.compute]
+        return InductorExecutable(program, onednn(compute), compute)

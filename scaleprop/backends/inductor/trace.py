@@ -1,15 +1,16 @@
-"""From a scaled program to plain ATen and oneDNN operators with symbolic sizes.
+"""From a scaled program to plain ATen, and what multiplies, with symbolic sizes.
 
 An interpreter runs the program's graph on fake tensors; ``make_fx`` records what it does, with
 Inductor's own decompositions. Constants enter as extra inputs and become attributes afterwards.
+What becomes of ``scaleprop::*`` is told by a ``Dialect``: this package's is ATen and oneDNN.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.fx
@@ -20,18 +21,19 @@ from scaleprop import ops
 from scaleprop.backends.inductor import casts, compat
 from scaleprop.backends.inductor.constants import constants_of
 from scaleprop.backends.inductor.emit import Inputs, emit
-from scaleprop.backends.inductor.linears import Linear, Weight, given_scales, plan
+from scaleprop.backends.inductor.linears import (
+    Constants,
+    Epilogue,
+    Operand,
+    Weight,
+    given_scales,
+    plan,
+)
 from scaleprop.errors import LoweringError, describe
 from scaleprop.ops import implementations
 from scaleprop.passes.base import Program
 
 _ATEN = torch.ops.aten
-_REPLACED: Mapping[Any, Any] = {
-    ops.quantize: casts.quantize,
-    ops.dequantize: implementations.dequantize,
-    ops.fake_quantize: implementations.fake_quantize,
-    ops.hadamard: implementations.hadamard,
-}
 # Float operators worth running in bfloat16, with how many leading arguments are data.
 _MATRIX: Mapping[Any, int] = {
     _ATEN.scaled_dot_product_attention.default: 3,
@@ -44,6 +46,47 @@ _MOVEMENT = {
     _ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.chunk.default, _ATEN.unbind.int,
     _ATEN.select.int, _ATEN.squeeze.dim, _ATEN.alias.default, operator.getitem,
 }  # fmt: skip
+
+
+class Planned(Protocol):
+    """What becomes of one or more ``scaled_mm``; ``Linear`` says what the fields are."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def operand(self) -> Operand: ...
+    @property
+    def members(self) -> Sequence[tuple[torch.fx.Node, int, int]]: ...
+    @property
+    def constants(self) -> Mapping[str, Weight]: ...
+    @property
+    def epilogue(self) -> Epilogue: ...
+    @property
+    def description(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """What becomes of ``scaleprop::*``.
+
+    plan: every ``scaled_mm`` of a graph whose constants are known. emit: one of these, in a dtype.
+    replaced: operator → what runs for it. named: what a node of these is called in the report.
+    """
+
+    plan: Callable[[torch.fx.Graph, Constants], Sequence[Any]]
+    emit: Callable[[Any, Inputs, Mapping[str, Tensor], torch.dtype], Tensor]
+    replaced: Mapping[Any, Callable[..., Any]]
+    named: Callable[[torch.fx.Node], str]
+    device: torch.device = torch.device("cpu")
+
+
+def onednn(compute: torch.dtype) -> Dialect:
+    """For the CPU. compute: float32, or bfloat16 for unquantized matrix products."""
+    return Dialect(
+        lambda graph, known: plan(graph, known, compute), emit,
+        {ops.quantize: casts.quantize, ops.dequantize: implementations.dequantize,
+         ops.fake_quantize: implementations.fake_quantize,
+         ops.hadamard: implementations.hadamard}, lambda node: "fused C++")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +106,9 @@ class Traced:
     lowerings: Mapping[str, str]
 
 
-def trace(program: Program, compute: torch.dtype, mode: Any,
+def trace(program: Program, dialect: Dialect, compute: torch.dtype, mode: Any,
           sizes: Mapping[Any, int] | None = None) -> Traced:
-    """Plan the linears of ``program`` and record it as ATen.
+    """Plan the linears of ``program`` and record it as ATen, on the dialect's device.
 
     compute: float32, or bfloat16 for attention and other unquantized matrix products.
     mode: the fake mode to trace in. sizes: numbers to put in place of symbolic sizes; then
@@ -76,16 +119,18 @@ def trace(program: Program, compute: torch.dtype, mode: Any,
     """
     graph = program.module.graph
     known = constants_of(program.module)
-    linears = plan(graph, known, compute)
-    fixed = _Fixed(mode, known, linears)
+    linears = dialect.plan(graph, known)
+    fixed = _Fixed(mode, known, linears, dialect.device)
     placeholders = program.placeholders
     taken = tuple(i for i, node in enumerate(placeholders)
                   if isinstance(node.meta.get("val"), (Tensor, torch.SymInt)))
-    fakes = [_contiguous(placeholders[i].meta["val"], mode, sizes or {}) for i in taken]
+    fakes = [_contiguous(placeholders[i].meta["val"], mode, sizes or {}, dialect.device)
+             for i in taken]
     outputs: list[tuple[bool, Any]] = []
 
     def run(*values: Any) -> list[Any]:
-        lowering = _Lowering(program.module, fixed, values[:fixed.count], linears, compute)
+        lowering = _Lowering(program.module, fixed, values[:fixed.count], linears, dialect,
+                             compute)
         leaves: list[Any] = [node.meta.get("val") for node in placeholders]
         for index, value in zip(taken, values[fixed.count:], strict=True):
             leaves[index] = value
@@ -100,10 +145,10 @@ def trace(program: Program, compute: torch.dtype, mode: Any,
     module = compat.trace(run, [*fixed.fakes, *fakes], mode)
     fixed.become_attributes(module)
     return Traced(module, taken, tuple(fakes), tuple(outputs), _symbols(taken, fakes),
-                  _descriptions(graph, linears, known))
+                  _descriptions(graph, linears, known, dialect))
 
 
-def _contiguous(value: Any, mode: Any, sizes: Mapping[Any, int]) -> Any:
+def _contiguous(value: Any, mode: Any, sizes: Mapping[Any, int], device: torch.device) -> Any:
     """A fake of the same sizes with a dense layout: callers' other layouts are copied."""
     def known(size: Any) -> Any:
         if not sizes or not isinstance(size, torch.SymInt):
@@ -113,7 +158,7 @@ def _contiguous(value: Any, mode: Any, sizes: Mapping[Any, int]) -> Any:
     if not isinstance(value, Tensor):
         return known(value)
     with mode:
-        return torch.empty([known(size) for size in value.shape], dtype=value.dtype)
+        return torch.empty([known(size) for size in value.shape], dtype=value.dtype, device=device)
 
 
 def _symbols(taken: Sequence[int], fakes: Sequence[Any]) -> dict[Any, tuple[int, int]]:
@@ -130,7 +175,7 @@ class _Fixed:
     """Every constant, as an input of the trace: nodes' values first, then linears' weights."""
 
     def __init__(self, mode: Any, known: Mapping[torch.fx.Node, Tensor],
-                 linears: Sequence[Linear]) -> None:
+                 linears: Sequence[Planned], device: torch.device) -> None:
         owned = {part for linear in linears if linear.kind != "open"
                  for part in linear.operand.node.all_input_nodes}
         entries: list[tuple[Any, Weight]] = [
@@ -140,9 +185,10 @@ class _Fixed:
         for index, linear in enumerate(linears):
             entries += [((index, name), weight) for name, weight in linear.constants.items()]
         self.keys = [key for key, _ in entries]
-        self.tensors = [weight.tensor for _, weight in entries]
+        self.tensors = [weight.tensor.to(device) for _, weight in entries]
         with mode:
-            self.fakes = [torch.empty(weight.shape, dtype=weight.dtype) for _, weight in entries]
+            self.fakes = [torch.empty(weight.shape, dtype=weight.dtype, device=device)
+                          for _, weight in entries]
 
     @property
     def count(self) -> int:
@@ -184,7 +230,7 @@ class _Lowering(torch.fx.Interpreter):
     """Runs a program's graph with every ``scaleprop`` operator replaced."""
 
     def __init__(self, module: torch.fx.GraphModule, fixed: _Fixed, values: Sequence[Any],
-                 linears: Sequence[Linear], compute: torch.dtype) -> None:
+                 linears: Sequence[Planned], dialect: Dialect, compute: torch.dtype) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.fixed: dict[Any, Any] = dict(zip(fixed.keys, values, strict=True))
         self.linear_of = {node: (index, linear) for index, linear in enumerate(linears)
@@ -192,7 +238,7 @@ class _Lowering(torch.fx.Interpreter):
         self.skipped = {node: linear.members[0][0] for linear in linears
                         for node in linear.epilogue.nodes}
         self.results: dict[int, Tensor] = {}
-        self.compute = compute
+        self.dialect, self.compute = dialect, compute
         self.inputs = Inputs(self.env)
 
     def run_node(self, n: torch.fx.Node) -> Any:
@@ -224,7 +270,10 @@ class _Lowering(torch.fx.Interpreter):
         return [self.env[scale] for scale in given_scales(n) or ()]
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(_REPLACED.get(target, target), args, kwargs)
+        function = self.dialect.replaced.get(target, target)
+        if "device" in kwargs:  # of what makes tensors, where the program was captured
+            kwargs = {**kwargs, "device": self.dialect.device}
+        return super().call_function(function, args, kwargs)
 
     def _linear(self, n: torch.fx.Node) -> Any:
         self.inputs.values = self.env
@@ -237,12 +286,12 @@ class _Lowering(torch.fx.Interpreter):
             ends = [node if last is None else last for node, _, _ in linear.members]
             narrow = all(_read_narrow(end, self.compute) for end in ends)
             dtype = self.compute if narrow else torch.float32
-            self.results[index] = emit(linear, self.inputs, parts, dtype)
+            self.results[index] = self.dialect.emit(linear, self.inputs, parts, dtype)
         result = self.results[index]
         start, stop = next((a, b) for node, a, b in linear.members if node is n)
         return result if len(linear.members) == 1 else result[..., start:stop]
 
-    def _open(self, linear: Linear) -> Tensor:
+    def _open(self, linear: Planned) -> Tensor:
         """Weights that inputs change: dequantized at run time."""
         operand = linear.operand
         weight = [self.env[part] for part in operand.weight]
@@ -274,13 +323,13 @@ def _read_narrow(node: torch.fx.Node, compute: torch.dtype) -> bool:
         or (user.target in _MOVEMENT and _read_narrow(user, compute)) for user in node.users)
 
 
-def _descriptions(graph: torch.fx.Graph, linears: Sequence[Linear],
-                  known: Mapping[torch.fx.Node, Tensor]) -> dict[str, str]:
+def _descriptions(graph: torch.fx.Graph, linears: Sequence[Planned],
+                  known: Mapping[torch.fx.Node, Tensor], dialect: Dialect) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in graph.nodes:
-        if node.target in _REPLACED:
+        if node.target in dialect.replaced:
             folded = node in known
-            found[node.name] = "folded when compiled" if folded else "fused C++"
+            found[node.name] = "folded when compiled" if folded else dialect.named(node)
     for linear in linears:
         for node, _, _ in linear.members:
             found[node.name] = linear.description

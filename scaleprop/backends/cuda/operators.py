@@ -1,0 +1,114 @@
+"""``scaleprop_cuda::*``: kernels as operators that graphs call and compilers leave alone.
+
+They compute what ``scaleprop::*`` computes, on devices, and under Triton's interpreter anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scaleprop.backends.cuda import dequantizing, products, quantizing
+from scaleprop.backends.cuda.constants import scaling_constants, stored_constants
+from scaleprop.errors import FormatError
+from scaleprop.formats.rounding import parse_rounding
+from scaleprop.formats.scaled import PLAIN, ScaledFormat, parse
+from scaleprop.ops import registration
+
+NAMESPACE = "scaleprop_cuda"
+SCHEMAS: Mapping[str, str] = {
+    "quantize": "(Tensor x, str format, int axis=-1, str rounding='nearest', Tensor? bits=None, "
+                "Tensor[]? scales=None) -> Tensor[]",
+    "dequantize": "(Tensor[] parts, str format, SymInt[] shape, ScalarType dtype) -> Tensor",
+    "multiply": "(Tensor[] x, Tensor[] w, Tensor? bias, Tensor? sums, str x_format, str w_format, "
+                "int k, ScalarType dtype) -> Tensor",
+}  # fmt: skip
+
+
+def quantize(x: Tensor, format: str, axis: int = -1, rounding: str = "nearest",
+             bits: Tensor | None = None, scales: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """``scaleprop::quantize``; ``quantizes`` says of what."""
+    fmt, mode = parse(format), parse_rounding(rounding)
+    moved = x.movedim(axis, -1)
+    if fmt.block is None:
+        found = quantizing.quantize_rows(_matrix(moved), fmt, scales)
+    else:
+        drawn = None if bits is None else _matrix(bits.movedim(axis, -1))
+        (found,) = quantizing.quantize_groups(_matrix(moved), fmt, (1,), mode, drawn)
+    lead = moved.shape[:-1]
+    return [part.reshape(*lead, part.shape[-1]) if part.ndim and fmt.granularity.rows == 1
+            else part for part in found]
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def quantizes(fmt: ScaledFormat, ndim: int, stochastic: bool, given: bool) -> bool:
+    """Whether ``quantize`` takes tensors of so many axes. given: scales are."""
+    try:
+        stored_constants(fmt)
+        scaling_constants(fmt)
+    except FormatError:
+        return False
+    if fmt.block is None:
+        return not stochastic and fmt.scale.name == "f32"
+    columns = fmt.granularity.columns
+    return (not given and not fmt.zero_point and columns & (columns - 1) == 0 and columns <= 256
+            and fmt.scale.name not in ("bf16", "f16") and (fmt.granularity.rows == 1 or ndim == 2))
+
+
+def dequantize(parts: Sequence[Tensor], format: str, shape: Sequence[Any],
+               dtype: torch.dtype = torch.float32) -> Tensor:
+    """``scaleprop::dequantize`` along the last axis."""
+    return dequantizing.dequantize(parts, parse(format), shape[-1], dtype)
+
+
+def multiply(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, sums: Tensor | None,
+             x_format: str, w_format: str, k: int, dtype: torch.dtype) -> Tensor:
+    """``scaleprop::scaled_mm`` in ``dtype``; a plain x is multiplied in its own."""
+    left = None if x_format in PLAIN else parse(x_format)
+    return products.multiply(x, w, bias, left, parse(w_format), k, dtype, sums)
+
+
+def multiplies(x: ScaledFormat | torch.dtype, w: ScaledFormat, k: int) -> bool:
+    """Whether ``multiply`` takes these."""
+    try:
+        products.way_of(x, w, k)
+    except FormatError:
+        return False
+    return True
+
+
+def _dequantize_fake(parts: Sequence[Tensor], format: str, shape: Sequence[Any],
+                     dtype: torch.dtype) -> Tensor:
+    return registration.dequantize_fake(parts, format, shape, -1, dtype)
+
+
+def _multiply_fake(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None,
+                   sums: Tensor | None, x_format: str, w_format: str, k: int,
+                   dtype: torch.dtype) -> Tensor:
+    found = registration.scaled_mm_fake(x, w, bias, x_format, w_format, k)
+    return found.to(dtype)
+
+
+_KERNELS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "quantize": (quantize, registration.quantize_fake),
+    "dequantize": (dequantize, _dequantize_fake),
+    "multiply": (multiply, _multiply_fake),
+}
+
+
+def _register() -> None:
+    for name, schema in SCHEMAS.items():
+        qualified = f"{NAMESPACE}::{name}"
+        kernel, fake = _KERNELS[name]
+        torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(qualified, "CompositeExplicitAutograd")(kernel)
+        torch.library.register_fake(qualified)(fake)
+
+
+_register()

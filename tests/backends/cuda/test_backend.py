@@ -1,0 +1,86 @@
+"""The CUDA backend gives what the reference gives, to a bound, whatever the format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import scaleprop
+from scaleprop.recipes import Recipe, Role
+from tests.backends.cuda.test_quantize_kernels import DEVICE
+
+# of the largest result: two products of 96 and 64 float32 terms, and codes that lie on a boundary
+BOUND = 2.0**-18
+
+
+class Block(nn.Module):
+    """Norm, two linears, an activation, and a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Block().eval()
+
+
+def example(count: int = 2) -> Tensor:
+    return torch.randn(count, 5, 64, generator=torch.Generator().manual_seed(count))
+
+
+def compiled(model: nn.Module, backend: str, recipe: str | Recipe, **options: Any) -> Any:
+    return scaleprop.compile(model, (example(),), recipe=recipe, backend=backend,
+                             calibration=[(example(),)], **options)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4-int8-token", "mxfp8", "nvfp4", "fp8", "int4"])
+def test_recipes(model, recipe):
+    ours, reference = (compiled(model, backend, recipe) for backend in ("cuda", "reference"))
+    got, want = ours(example().to(DEVICE)), reference(example())
+    assert got.device.type == DEVICE
+    assert (got.cpu() - want).abs().max() <= BOUND * want.abs().max()
+    runs = {row.lowering for row in ours.report.records if row.role == "fprop.w"}
+    assert runs and all(str(run).startswith("Triton product") for run in runs)
+
+
+@pytest.mark.parametrize(("weight", "activation"), [
+    ("nf4", "mxfp8"), ("int3", None), ("mxfp4", "nf4")])  # fmt: skip
+def test_what_no_kernel_has_is_left_to_torch_and_listed(model, weight, activation):
+    roles = {"fprop.w": Role(format=weight)} | (
+        {} if activation is None else {"fprop.x": Role(format=activation)})
+    recipe = Recipe(name="other", description="", roles=roles)
+    ours, reference = (compiled(model, backend, recipe) for backend in ("cuda", "reference"))
+    want = reference(example())
+    assert (ours(example()).cpu() - want).abs().max() <= BOUND * want.abs().max()
+    runs = {row.lowering for row in ours.report.records if row.role == "fprop.w"}
+    assert all(str(run).startswith("library product") for run in runs)
+
+
+def test_results_take_the_dtype_that_is_read(model):
+    narrow = Block().eval().to(torch.bfloat16)
+    narrow.load_state_dict(model.state_dict())
+    x = example().to(torch.bfloat16)
+    ours, reference = (scaleprop.compile(narrow, (x,), recipe="mxfp8", backend=backend)
+                       for backend in ("cuda", "reference"))
+    got, want = ours(x).cpu(), reference(x)
+    assert got.dtype == torch.bfloat16
+    # a code of MXFP8 that lies on a boundary: an element of 96 moves by 2^-3 of itself
+    assert (got - want).abs().max() <= 2.0**-6 * want.abs().max()
+
+
+def test_any_batch(model):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    ours, reference = (compiled(model, backend, "mxfp4", dynamic_shapes=({0: batch},))
+                       for backend in ("cuda", "reference"))
+    for count in (1, 3, 7):
+        want = reference(example(count))
+        assert (ours(example(count)).cpu() - want).abs().max() <= BOUND * want.abs().max()
