@@ -479,7 +479,11 @@ def _print_doctor(found: dict[str, Any]) -> None:
         "processor": f"{cpu['model'] or 'unknown'}, {found['cores']} cores",
         "features": features,
         "onnxruntime": ", ".join(providers) if providers else "not installed",
+        "CUDA": ", ".join(device["name"] for device in found["cuda_devices"]) or "no device",
     })
+    for device in found["cuda_devices"]:
+        print_table((f"{device['name']}, {device['capability']}", "how", "detail"),
+                    [tuple(row.values()) for row in device["support"]])
     print_table(
         ("package", "version"),
         [(row["name"], row["version"] or f"missing: {row['install']}")

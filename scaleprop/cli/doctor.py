@@ -47,6 +47,7 @@ def examine() -> dict[str, Any]:
         "cpu": cpu(),
         "packages": packages(),
         "onnxruntime_providers": onnxruntime_providers(),
+        "cuda_devices": cuda_devices(),
         "self_test": [dataclasses.asdict(self_test(backend)) for backend in BACKENDS],
     }
 
@@ -87,6 +88,23 @@ def onnxruntime_providers() -> list[str] | None:
     except ImportError:
         return None
     return list(onnxruntime.get_available_providers())
+
+
+def cuda_devices() -> list[dict[str, Any]]:
+    """Every CUDA device: name, compute capability, and what becomes of each operation there."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    from scaleprop.backends.cuda.devices import support
+
+    found: list[dict[str, Any]] = []
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        found.append({"name": torch.cuda.get_device_name(index),
+                      "capability": ".".join(map(str, capability)),
+                      "support": [dataclasses.asdict(each) for each in support(capability)]})
+    return found
 
 
 def self_test(backend: str) -> SelfTest:

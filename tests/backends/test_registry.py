@@ -8,7 +8,7 @@ import torch
 
 from scaleprop.backends import registry
 from scaleprop.backends.reference import ReferenceBackend
-from scaleprop.errors import BackendUnavailable, ConfigError, LoweringError
+from scaleprop.errors import BackendUnavailable, ConfigError
 
 
 def test_known_name():

@@ -1,7 +1,8 @@
 """What becomes of each ``scaleprop::*`` on a device: a kernel, or torch operators.
 
-- ``scaled_mm`` of stored weights: one product kernel, which decodes operands in registers.
-- ``scaled_mm`` of formats that no kernel reads (codebooks, three bits, …): x̂ times ŵ, dequantized
+- ``scaled_mm`` of operands that the device multiplies as they are: the library's product.
+- Of other stored weights: one product kernel, which decodes operands in registers.
+- Of formats that no kernel reads (codebooks, three bits, …): x̂ times ŵ, dequantized
   once when compiled, in a library product of float32.
 - ``quantize`` in blocks, tiles, rows and tensors: one kernel. In other granularities or rules:
   torch operators, which Inductor fuses with what is around them.
@@ -18,7 +19,8 @@ import torch.fx
 from torch import Tensor
 
 from scaleprop import ops
-from scaleprop.backends.cuda import operators, products
+from scaleprop.backends.cuda import library, operators, products
+from scaleprop.backends.cuda.devices import FLOAT8, Capability, capability_of
 from scaleprop.backends.inductor.emit import Inputs
 from scaleprop.backends.inductor.linears import Constants, Epilogue, Operand, Weight, read
 from scaleprop.backends.inductor.trace import Dialect
@@ -32,16 +34,20 @@ kernels: Any = torch.ops.scaleprop_cuda
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """One ``scaled_mm``. kind: ``stored``, ``float``, or ``open``: weights computed at run time.
+    """One ``scaled_mm``. kind: ``library``, ``stored``, ``float``, or ``open``: weights computed at
+    run time.
 
-    constants: parts of the weight by place, and its column sums; or ŵ.
+    constants: parts of the weight by place, and its column sums; or ŵ. library: which product.
+    fp8: the kernel multiplies float8 as it is.
     """
 
     kind: str
     operand: Operand
     constants: Mapping[str, Weight]
     dtype: torch.dtype
-    epilogue: Epilogue = Epilogue()
+    library: library.Kind | None = None
+    fp8: bool = False
+    epilogue: Epilogue = dataclasses.field(default_factory=Epilogue)
 
     @property
     def members(self) -> tuple[tuple[torch.fx.Node, int, int], ...]:
@@ -52,14 +58,20 @@ class Product:
     def description(self) -> str:
         """For the report."""
         x = "x" if self.operand.x_format is None else str(self.operand.x_format)
-        where = {"stored": "Triton product", "float": "library product",
-                 "open": "torch operators"}[self.kind]
+        where = {"library": "library product", "stored": "Triton product",
+                 "float": "float32 product", "open": "torch operators"}[self.kind]
         return f"{where} {x} × {self.operand.w_format}"
 
 
 def dialect_for(device: torch.device) -> Dialect:
     """Kernels where there are; products in the dtype that readers take."""
-    return Dialect(_plan, _emit, {
+    capability = capability_of(device)
+
+    def plan(graph: torch.fx.Graph, constants: Constants) -> list[Product]:
+        return [_product(read(node), constants, capability)
+                for node in graph.nodes if node.target is ops.scaled_mm]  # fmt: skip
+
+    return Dialect(plan, _emit, {
         ops.quantize: _quantize, ops.dequantize: implementations.dequantize,
         ops.fake_quantize: implementations.fake_quantize, ops.hadamard: implementations.hadamard,
     }, _named, device)
@@ -73,12 +85,7 @@ def _named(node: torch.fx.Node) -> str:
     return "fused torch operators"
 
 
-def _plan(graph: torch.fx.Graph, constants: Constants) -> list[Product]:
-    return [_product(read(node), constants)
-            for node in graph.nodes if node.target is ops.scaled_mm]  # fmt: skip
-
-
-def _product(operand: Operand, constants: Constants) -> Product:
+def _product(operand: Operand, constants: Constants, capability: Capability) -> Product:
     fixed = (*operand.weight, *(() if operand.bias is None else (operand.bias,)))
     dtype = _read_as(operand.node)
     if not all(part in constants for part in fixed):
@@ -90,10 +97,13 @@ def _product(operand: Operand, constants: Constants) -> Product:
         return Product("float", operand, {"weight": _constant(_dense(operand, parts))} | bias,
                        dtype)  # fmt: skip
     held = {f"part{place}": _constant(part) for place, part in enumerate(parts)}
+    kind = library.kind_of(operand.x_format, w, parts[0].shape[0], operand.k, capability)
+    if kind is not None:
+        return Product("library", operand, held | bias, dtype, kind)
     way = products.way_of(x, w, operand.k)
     if way.x is not None and way.x.zero and way.dot == torch.int8:
         held["sums"] = _constant(products.column_sums(parts, w, operand.k))
-    return Product("stored", operand, held | bias, dtype)
+    return Product("stored", operand, held | bias, dtype, fp8=capability >= FLOAT8)
 
 
 def _read_as(node: torch.fx.Node) -> torch.dtype:
@@ -127,9 +137,11 @@ def _emit(product: Product, inputs: Inputs, constants: Mapping[str, Tensor],
     value = inputs.values[operand.x]
     x_format = "f32" if operand.x_format is None else str(operand.x_format)
     parts = [constants[f"part{place}"] for place in range(len(operand.weight))]
+    if product.library is not None:
+        return library.multiply(product.library, value, parts, bias, product.dtype)
     return kernels.multiply([value] if operand.x_format is None else value, parts, bias,
                             constants.get("sums"), x_format, str(operand.w_format), operand.k,
-                            product.dtype)
+                            product.dtype, product.fp8)
 
 
 def _quantize(x: Tensor, format: str, *args: Any, **kwargs: Any) -> list[Tensor]:

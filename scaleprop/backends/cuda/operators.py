@@ -24,7 +24,7 @@ SCHEMAS: Mapping[str, str] = {
                 "Tensor[]? scales=None) -> Tensor[]",
     "dequantize": "(Tensor[] parts, str format, SymInt[] shape, ScalarType dtype) -> Tensor",
     "multiply": "(Tensor[] x, Tensor[] w, Tensor? bias, Tensor? sums, str x_format, str w_format, "
-                "int k, ScalarType dtype) -> Tensor",
+                "int k, ScalarType dtype, bool fp8=False) -> Tensor",
 }  # fmt: skip
 
 
@@ -68,10 +68,10 @@ def dequantize(parts: Sequence[Tensor], format: str, shape: Sequence[Any],
 
 
 def multiply(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, sums: Tensor | None,
-             x_format: str, w_format: str, k: int, dtype: torch.dtype) -> Tensor:
+             x_format: str, w_format: str, k: int, dtype: torch.dtype, fp8: bool = False) -> Tensor:
     """``scaleprop::scaled_mm`` in ``dtype``; a plain x is multiplied in its own."""
     left = None if x_format in PLAIN else parse(x_format)
-    return products.multiply(x, w, bias, left, parse(w_format), k, dtype, sums)
+    return products.multiply(x, w, bias, left, parse(w_format), k, dtype, sums, fp8=fp8)
 
 
 def multiplies(x: ScaledFormat | torch.dtype, w: ScaledFormat, k: int) -> bool:
@@ -90,9 +90,9 @@ def _dequantize_fake(parts: Sequence[Tensor], format: str, shape: Sequence[Any],
 
 def _multiply_fake(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None,
                    sums: Tensor | None, x_format: str, w_format: str, k: int,
-                   dtype: torch.dtype) -> Tensor:
-    found = registration.scaled_mm_fake(x, w, bias, x_format, w_format, k)
-    return found.to(dtype)
+                   dtype: torch.dtype, fp8: bool = False) -> Tensor:
+    del sums, fp8
+    return registration.scaled_mm_fake(x, w, bias, x_format, w_format, k).to(dtype)
 
 
 _KERNELS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

@@ -77,7 +77,7 @@ class Dialect:
     emit: Callable[[Any, Inputs, Mapping[str, Tensor], torch.dtype], Tensor]
     replaced: Mapping[Any, Callable[..., Any]]
     named: Callable[[torch.fx.Node], str]
-    device: torch.device = torch.device("cpu")
+    device: torch.device
 
 
 def onednn(compute: torch.dtype) -> Dialect:
@@ -86,7 +86,8 @@ def onednn(compute: torch.dtype) -> Dialect:
         lambda graph, known: plan(graph, known, compute), emit,
         {ops.quantize: casts.quantize, ops.dequantize: implementations.dequantize,
          ops.fake_quantize: implementations.fake_quantize,
-         ops.hadamard: implementations.hadamard}, lambda node: "fused C++")
+         ops.hadamard: implementations.hadamard},
+        lambda node: "fused C++", torch.device("cpu"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,102 @@
+"""Library products, the layouts they want, and which devices they are on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import ScalingType, SwizzleType
+
+from scaleprop.backends.cuda import devices, library
+from scaleprop.backends.cuda.layouts import swizzled, unswizzled
+from scaleprop.formats import parse
+from scaleprop.formats.quantize import quantize_parts
+from scaleprop.formats.tensor import dequantize_parts
+from tests.backends.cuda.test_product_kernels import assert_near, operands
+
+
+@pytest.mark.parametrize("shape", [(128, 4), (1, 1), (130, 5), (300, 12)])
+def test_swizzled_scales_lie_where_the_library_reads_them(shape):
+    rows, columns = shape
+    scales = torch.randint(1, 255, shape, dtype=torch.uint8)
+    flat = swizzled(scales)
+    wide = -(-columns // 4)
+    expected = torch.zeros(-(-rows // 128) * wide * 512, dtype=torch.uint8)
+    for i in range(rows):
+        for j in range(columns):
+            tile = i // 128 * wide + j // 4
+            expected[tile * 512 + i % 32 * 16 + i % 128 // 32 * 4 + j % 4] = scales[i, j]
+    assert torch.equal(flat, expected)
+    assert torch.equal(unswizzled(flat, rows, columns), scales)
+
+
+def exact(parts: list[Tensor], name: str, shape: torch.Size) -> Tensor:
+    return dequantize_parts(parts, parse(name), shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("x_name", "w_name"), [
+    ("fp8", "fp8"), ("e4m3[row]*f32", "e4m3[row]*f32"), ("fp8_e5m2", "e4m3[row]*f32")])  # fmt: skip
+def test_float8(x_name, w_name, dtype):
+    x, w, bias = operands(6, 32, 64)
+    left, right = quantize_parts(x, parse(x_name)), quantize_parts(w, parse(w_name))
+    assert library.kind_of(parse(x_name), parse(w_name), 32, 64, (8, 9)) == "float8"
+    got = library.multiply("float8", left, right, bias if dtype == torch.float32 else None, dtype)
+    assert_near(got, exact(left, x_name, x.shape), exact(right, w_name, w.shape),
+                bias if dtype == torch.float32 else None)
+
+
+def as_documented(a: Tensor, b: Tensor, scale_a: Any, recipe_a: Any, scale_b: Any, recipe_b: Any,
+                  swizzle_a: Any, swizzle_b: Any, output_dtype: torch.dtype) -> Tensor:
+    """What the library says that it computes of scales in tiles."""
+    assert recipe_a == recipe_b and swizzle_a == swizzle_b
+    two = isinstance(scale_a, list)
+    if two:
+        assert recipe_a == [ScalingType.BlockWise1x16, ScalingType.TensorWise]
+        assert swizzle_a == [SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE]
+    else:
+        assert (recipe_a, swizzle_a) == (ScalingType.BlockWise1x32, SwizzleType.SWIZZLE_32_4_4)
+    name = "e2m1" if a.dtype == torch.float4_e2m1fn_x2 else "e4m3"
+    fmt = parse("nvfp4" if two else f"{name}[1x32]*e8m0")
+
+    def values(data: Tensor, scale: Any) -> Tensor:
+        inner, outer = scale if two else (scale, None)
+        k = data.shape[1] * (2 if name == "e2m1" else 1)
+        blocks = unswizzled(inner, len(data), k // fmt.granularity.columns)
+        raw = data.view(torch.uint8) if name == "e2m1" else data
+        parts = [raw, blocks, *([] if outer is None else [outer])]
+        return dequantize_parts(parts, fmt, (len(data), k), dtype=torch.float64)
+
+    return (values(a, scale_a) @ values(b.t(), scale_b).t()).to(output_dtype)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "nvfp4"])
+def test_block_scales_are_given_as_documented(name, monkeypatch):
+    monkeypatch.setattr(library, "scaled_mm", as_documented)
+    x, w, bias = operands(6, 32, 128)
+    left, right = quantize_parts(x, parse(name)), quantize_parts(w, parse(name))
+    kind = library.kind_of(parse(name), parse(name), 32, 128, (10, 0))
+    assert kind is not None
+    got = library.multiply(kind, left, right, bias, torch.float32)
+    assert_near(got, exact(left, name, x.shape), exact(right, name, w.shape), bias)
+
+
+@pytest.mark.parametrize(("x_name", "w_name", "n", "k", "capability"), [
+    ("fp8", "fp8", 32, 64, (8, 0)), ("fp8", "fp8", 24, 64, (9, 0)), ("fp8", "fp8", 32, 72, (9, 0)),
+    ("fp8_e5m2", "fp8_e5m2", 32, 64, (9, 0)), ("mxfp8", "mxfp8", 32, 64, (9, 0)),
+    ("mxfp8", "mxfp4", 32, 64, (10, 0)), ("mxfp6", "mxfp6", 32, 64, (10, 0)),
+    ("mxfp4", "mxfp4", 32, 80, (10, 0)), ("int8", "int8", 32, 64, (9, 0))])  # fmt: skip
+def test_what_the_library_does_not_take(x_name, w_name, n, k, capability):
+    assert library.kind_of(parse(x_name), parse(w_name), n, k, capability) is None
+
+
+def test_support_follows_the_units():
+    by_device = {capability: {each.operation: each.how for each in devices.support(capability)}
+                 for capability in devices.KNOWN}  # fmt: skip
+    assert by_device[8, 0]["FP8 × FP8"] == "exact" and by_device[9, 0]["FP8 × FP8"] == "native"
+    assert by_device[9, 0]["NVFP4 × NVFP4"] == "exact"
+    assert by_device[10, 0]["NVFP4 × NVFP4"] == by_device[12, 0]["NVFP4 × NVFP4"] == "native"
+    old = devices.support((7, 5))
+    assert {each.how for each in old} == {"refused"} and "8.0" in old[0].detail
