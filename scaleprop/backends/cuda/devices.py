@@ -20,7 +20,7 @@ KNOWN: Mapping[Capability, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Support:
-    """What becomes of an operation on a device. exact: the same numbers, in units for wider ones."""
+    """What becomes of an operation on a device. exact: the same numbers, in wider units."""
 
     operation: str
     how: How
@@ -36,14 +36,15 @@ def _from(least: Capability, native: str, other: str) -> Callable[[Capability], 
 
 
 _BFLOAT16 = "decoded in registers, multiplied as bfloat16, summed in float32"
+_IN_HARDWARE = "library, block scales in hardware"
 _OPERATIONS: Mapping[str, Callable[[Capability], tuple[How, str]]] = {
     "quantize, dequantize": _always("integer arithmetic on float32, any format"),
     "stochastic rounding": _always("Philox, the reference's stream"),
     "INT8 × INT8": _always("sums in int32"),
     "INT8 × INT4": _always("INT4 widened in registers, sums in int32"),
     "FP8 × FP8": _from(FLOAT8, "library, or a kernel in float8", _BFLOAT16),
-    "MXFP8 × MXFP8, MXFP4 × MXFP4": _from(BLOCK_SCALES, "library, block scales in hardware", _BFLOAT16),
-    "NVFP4 × NVFP4": _from(BLOCK_SCALES, "library, block scales in hardware", _BFLOAT16),
+    "MXFP8 × MXFP8, MXFP4 × MXFP4": _from(BLOCK_SCALES, _IN_HARDWARE, _BFLOAT16),
+    "NVFP4 × NVFP4": _from(BLOCK_SCALES, _IN_HARDWARE, _BFLOAT16),
     "MXFP6, mixed formats": lambda capability: ("exact", _BFLOAT16),
     "weights alone: INT4, MXFP4, NVFP4, FP8": lambda capability: ("exact", _BFLOAT16),
     "INT4 × FP8": lambda capability: ("exact", _BFLOAT16),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ NEAREST = Rounding("nearest")
 ROW, TENSOR, GIVEN = 0, 1, 2  # where the scales of rows come from
 ROWS_TILE = 4, 512  # rows and columns that a program holds at a time
 _AMAX_TILE, _RANDOM_TILE = (4, 1024), (16, 256)
+_MOST_ROTATED = 128  # of a tile's columns
 
 
 def _element(fmt: ScaledFormat) -> Element:
@@ -42,13 +44,24 @@ class Draw(NamedTuple):
     stream_t: Tensor
 
 
+class Rotation(NamedTuple):
+    """x·diag(signs)·H/√block on blocks of what is quantized: ``scaleprop.ops.hadamard``.
+
+    block: 2^m, at most 128. signs: ±1, [block] or [size of the axis]; None: all 1.
+    """
+
+    block: int
+    signs: Tensor | None = None
+
+
 def quantize_groups(
-    x: Tensor, fmt: ScaledFormat, axes: Collection[int] = (1,),
-    rounding: Rounding = NEAREST, bits: Tensor | Draw | None = None,
+    x: Tensor, fmt: ScaledFormat, axes: Collection[int] = (1,), rounding: Rounding = NEAREST,
+    bits: Tensor | Draw | None = None, rotation: Rotation | None = None,
 ) -> list[list[Tensor]]:  # fmt: skip
     """For each of ``axes``, 0 or 1, the stored parts of ``x`` [M, K] quantized along it.
 
-    bits: integers shaped as x, or where to draw them; of a stochastic rounding.
+    bits: integers shaped as x, or where to draw them; of a stochastic rounding. rotation: of the
+    axis, before, in float32; its block divides the axis.
 
     Raises:
         FormatError: for granularities, elements and rules that no kernel has.
@@ -59,33 +72,63 @@ def quantize_groups(
     element, scaling = _element(fmt), scaling_constants(fmt)
     r, c = fmt.block
     m, k = x.shape
-    amax = torch.zeros(1, dtype=torch.int32, device=x.device)
-    whole = torch.empty((), dtype=torch.float32, device=x.device)
+    amax = torch.zeros(2, dtype=torch.int32, device=x.device)
+    whole = torch.empty(2, dtype=torch.float32, device=x.device)
     sides = {axis: _layout(x, *((m, k) if axis else (k, m)), fmt) for axis in axes}
     (data, scales), (data_t, scales_t) = (sides.get(axis, next(iter(sides.values())))
                                           for axis in (1, 0))
+    signs, turn = _turn(x, rotation, axes)
     if fmt.two_level:
-        launch(groups.amax_kernel, (programs(m, _AMAX_TILE[0]),), x, amax, m, k, *x.stride(),
-                ROWS=_AMAX_TILE[0], COLUMNS=_AMAX_TILE[1])
+        _find_amax(x, amax, axes, signs, turn)
     given = bits if isinstance(bits, Tensor) else x
     draw = bits if isinstance(bits, Draw) else Draw(0, amax, amax, amax)
-    height, width = tile_of(fmt, axes)
+    height, width = tile_of(fmt, axes, turn["H"])
     launch(
         groups.quantize_kernel, (programs(m, height), programs(k, width)),
-        x, given, amax, data, scales, data_t, scales_t, whole, draw.seed, draw.stream, draw.step,
-        draw.stream_t, m, k, *x.stride(), *given.stride(), data.shape[1], *scales.shape,
-        data_t.shape[1], *scales_t.shape, E=element, S=scaling, R=r, C=c, ROWS=height,
-        COLUMNS=width, ALONG=1 in axes, ACROSS=0 in axes, BITS=rounding.bits,
-        MODE=MODES.index(rounding.mode), PHILOX=isinstance(bits, Draw),
+        x, given, signs, len(signs), amax, data, scales, data_t, scales_t, whole, draw.seed,
+        draw.stream, draw.step, draw.stream_t, m, k, *x.stride(), *given.stride(), data.shape[1],
+        *scales.shape, data_t.shape[1], *scales_t.shape, E=element, S=scaling, R=r, C=c,
+        ROWS=height, COLUMNS=width, ALONG=1 in axes, ACROSS=0 in axes, BITS=rounding.bits,
+        MODE=MODES.index(rounding.mode), PHILOX=isinstance(bits, Draw), **turn,
         num_warps=warps_of(height, width))
-    return [[*_typed(*sides[axis], fmt), *([whole] if fmt.two_level else [])] for axis in axes]
+    outer = {axis: [whole[1 - axis]] if fmt.two_level else [] for axis in axes}
+    return [[*_typed(*sides[axis], fmt), *outer[axis]] for axis in axes]
 
 
-def tile_of(fmt: ScaledFormat, axes: Collection[int]) -> tuple[int, int]:
-    """Rows and columns of a program: whole groups along every axis asked for."""
+def _turn(x: Tensor, rotation: Rotation | None,
+          axes: Collection[int]) -> tuple[Tensor, dict[str, Any]]:
+    """Signs and constants of a rotation; stood in for where there is none."""
+    if rotation is None:
+        return torch.ones(1, device=x.device), {"H": 0, "FACTOR": 1.0}
+    block, signs = rotation
+    sizes = [x.shape[axis] for axis in axes]
+    if block & (block - 1) or not 2 <= block <= _MOST_ROTATED or any(n % block for n in sizes):
+        raise FormatError(f"no kernel rotates blocks of {block} of {sizes}: 2^m up to "
+                          f"{_MOST_ROTATED}, dividing the axis")
+    found = torch.ones(block, device=x.device) if signs is None else signs
+    if any(len(found) not in (block, n) for n in sizes):
+        raise FormatError(f"{len(found)} signs for blocks of {block} of {sizes}")
+    return found, {"H": block, "FACTOR": 1.0 / math.sqrt(block)}
+
+
+def _find_amax(x: Tensor, amax: Tensor, axes: Collection[int], signs: Tensor,
+               turn: dict[str, Any]) -> None:
+    """amax [2]: of x along and across, which are one where nothing is rotated."""
+    for axis in axes if turn["H"] else (1,):
+        lines = x if axis else x.t()
+        launch(groups.amax_kernel, (programs(len(lines), _AMAX_TILE[0]),), lines, signs,
+               len(signs), amax[1 - axis:], *lines.shape, *lines.stride(), **turn,
+               ROWS=_AMAX_TILE[0], COLUMNS=_AMAX_TILE[1])
+    if not turn["H"]:
+        amax[1] = amax[0]
+
+
+def tile_of(fmt: ScaledFormat, axes: Collection[int], rotated: int = 0) -> tuple[int, int]:
+    """Rows and columns of a program: whole groups, and rotated blocks, along every axis asked
+    for."""
     assert fmt.block is not None
     r, c = fmt.block
-    return max(r, c if 0 in axes else 1, 16), max(c, r, 128)
+    return max(r, *((c, rotated) if 0 in axes else (1,)), 16), max(c, r, 128)
 
 
 def warps_of(rows: int, columns: int) -> int:

@@ -16,6 +16,8 @@ from scaleprop.formats import parse, random
 from scaleprop.formats.elements import ELEMENTS, FloatElement
 from scaleprop.formats.quantize import quantize_parts
 from scaleprop.formats.rounding import MODES, Rounding, encode, nearest
+from scaleprop.formats.tensor import dequantize_parts
+from scaleprop.ops.hadamard import hadamard
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCKS = (
@@ -112,6 +114,33 @@ def test_rows_and_tensors(name, kind):
     assert_same(quantizing.quantize_rows(x, fmt), want)
     held = [torch.full_like(part, 0.02 if part.dtype == torch.float32 else 3) for part in want[1:]]
     assert_same(quantizing.quantize_rows(x, fmt, held), quantize_parts(x, fmt, scales=held))
+
+
+@pytest.mark.parametrize("block", [2, 16, 32, 64, 128])
+@pytest.mark.parametrize("name", ["mxfp8", "mxfp4", "nvfp4", "e4m3[1x128]*f32"])
+def test_rotated_whole_numbers_are_those_of_the_reference(name, block):
+    generator = torch.Generator().manual_seed(0)  # sums of whole numbers are exact in any order
+    x = torch.randint(-9, 10, (128, 256), generator=generator).float().to(DEVICE)
+    signs = (torch.randint(0, 2, (block,), generator=generator) * 2.0 - 1).to(DEVICE)
+    fmt = parse(name)
+    found = quantizing.quantize_groups(x, fmt, (1, 0), rotation=quantizing.Rotation(block, signs))
+    for axis, got in zip((1, 0), found, strict=True):
+        assert_same(got, quantize_parts(hadamard(x, block, signs, axis), fmt, axis))
+
+
+def test_rotated_numbers_are_near_the_reference():
+    x, fmt = torch.randn(32, 128, device=DEVICE), parse("mxfp8:rceil")
+    ((data, scale),) = quantizing.quantize_groups(x, fmt, rotation=quantizing.Rotation(64))
+    found = dequantize_parts([data, scale], fmt, x.shape)
+    want = hadamard(x, 64)
+    assert ((found - want).abs() <= want.abs() * 2.0**-4 + want.abs().amax() * 2.0**-10).all()
+
+
+def test_rotations_that_no_kernel_has():
+    for block, signs in ((12, None), (256, None), (64, torch.ones(3))):
+        with pytest.raises(FormatError, match=r"rotates|signs"):
+            quantizing.quantize_groups(torch.zeros(4, 768), parse("mxfp8"),
+                                       rotation=quantizing.Rotation(block, signs))
 
 
 @pytest.mark.parametrize("width", [1, 8, 11, 16, 23, 31])

@@ -4,7 +4,8 @@
     data [M, bytes of K padded to whole groups], scales [⌈M/R⌉, ⌈K/C⌉] of groups of R rows by C
     columns; along the rows of x, of xᵀ, or of both from the same read
 
-Of two-level formats the tensor's amax is found first, by a kernel of its own.
+Of two-level formats the tensor's amax is found first, by a kernel of its own. Rows (of x, of xᵀ)
+may be rotated first, x·diag(signs)·H/√block in blocks that lie in a tile: in registers, in float32.
 """
 
 from __future__ import annotations
@@ -23,19 +24,24 @@ from scaleprop.backends.cuda.kernels.numbers import (
     two_level,
 )
 from scaleprop.backends.cuda.kernels.random import random_numbers
+from scaleprop.backends.cuda.kernels.rotating import rotated
 from scaleprop.backends.cuda.kernels.storing import store_codes
 
 
 @triton.jit
-def amax_kernel(x, out, M, K, row_stride, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out: int32 [1], the bits of the largest magnitude; begins as 0."""
+def amax_kernel(x, signs, sign_count, out, M, K, row_stride, column_stride, H: tl.constexpr,
+                FACTOR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out: int32 [1], the bits of the largest magnitude, of rows rotated where H; begins as 0."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     most = tl.zeros((ROWS, COLUMNS), tl.int32)
     for start in range(0, K, COLUMNS):
         columns = start + tl.arange(0, COLUMNS).to(tl.int64)
         values = tl.load(x + rows[:, None] * row_stride + columns[None, :] * column_stride,
                          mask=(rows < M)[:, None] & (columns < K)[None, :], other=0.0)
-        most = tl.maximum(most, magnitude(values.to(tl.float32)))
+        values = values.to(tl.float32)
+        if H > 0:
+            values = rotated(values, columns, signs, sign_count, H, FACTOR)
+        most = tl.maximum(most, magnitude(values))
     tl.atomic_max(out, tl.max(tl.max(most, 1), 0))
 
 
@@ -77,14 +83,18 @@ def _store_scales(scale, scales, first_row, first_column, row_count, width, S: t
 
 @triton.jit
 def quantize_kernel(
-    x, bits, amax, data, scales, data_t, scales_t, whole, seed, stream, step, stream_t,
-    M, K, row_stride, column_stride, bits_row_stride, bits_column_stride,
+    x, bits, signs, sign_count, amax, data, scales, data_t, scales_t, whole, seed, stream, step,
+    stream_t, M, K, row_stride, column_stride, bits_row_stride, bits_column_stride,
     width, scale_rows, scale_columns, width_t, scale_rows_t, scale_columns_t,
     E: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALONG: tl.constexpr, ACROSS: tl.constexpr,
     BITS: tl.constexpr, MODE: tl.constexpr, PHILOX: tl.constexpr,
+    H: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS by COLUMNS, of whole groups ALONG rows, ACROSS them, or both."""
+    """One tile of ROWS by COLUMNS, of whole groups ALONG rows, ACROSS them, or both.
+
+    amax, whole: [2], along and across, which differ where H.
+    """
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     first_column = tl.program_id(1).to(tl.int64) * COLUMNS
     rows = first_row + tl.arange(0, ROWS)
@@ -99,24 +109,32 @@ def quantize_kernel(
         drawn = drawn.to(tl.int32)
     encoding = 1.0
     decoding = 1.0
-    if S[1]:
-        outer, encoding, decoding = tensor_factors(as_float(tl.load(amax)), S)
-        tl.store(whole, outer, mask=(first_row == 0) & (first_column == 0))
+    first_tile = (first_row == 0) & (first_column == 0)
     if ALONG:
+        if S[1]:
+            outer, encoding, decoding = tensor_factors(as_float(tl.load(amax)), S)
+            tl.store(whole, outer, mask=first_tile)
         if PHILOX:
             drawn = random_numbers(first_row, first_column, seed, tl.load(stream), tl.load(step),
                                    BITS, ROWS, COLUMNS)
-        codes, scale = _coded(values, drawn, encoding, decoding, E, S, R, C, BITS, MODE)
+        turned = rotated(values, columns, signs, sign_count, H, FACTOR) if H > 0 else values
+        codes, scale = _coded(turned, drawn, encoding, decoding, E, S, R, C, BITS, MODE)
         store_codes(codes, data, first_row, first_column, M, width, E[1])
         _store_scales(scale, scales, first_row // R, first_column // C, scale_rows,
                       scale_columns, S)
     if ACROSS:
+        if S[1]:
+            outer, encoding, decoding = tensor_factors(as_float(tl.load(amax + 1)), S)
+            tl.store(whole + 1, outer, mask=first_tile)
         if PHILOX:
             drawn = random_numbers(first_row, first_column, seed, tl.load(stream_t),
                                    tl.load(step), BITS, ROWS, COLUMNS)
         if MODE > 0:
             drawn = tl.trans(drawn)
-        codes, scale = _coded(tl.trans(values), drawn, encoding, decoding, E, S, R, C, BITS, MODE)
+        turned = tl.trans(values)
+        if H > 0:
+            turned = rotated(turned, rows, signs, sign_count, H, FACTOR)
+        codes, scale = _coded(turned, drawn, encoding, decoding, E, S, R, C, BITS, MODE)
         store_codes(codes, data_t, first_column, first_row, K, width_t, E[1])
         _store_scales(scale, scales_t, first_column // R, first_row // C, scale_rows_t,
                       scale_columns_t, S)
