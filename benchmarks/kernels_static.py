@@ -31,6 +31,7 @@ TARGETS = (80, 89, 90, 100, 120)
 BLOCKS = ("mxfp8", "mxfp6", "mxfp4", "nvfp4", "e2m1[1x16]*ue5m3*f32", "e4m3[1x128]*f32",
           "e4m3[128x128]*f32")  # fmt: skip
 ROWS = ("e4m3[row]*f32", "int8[row]*f32", "int8[tensor]*f32+zp")
+CACHES = ("e4m3[row]*f32", "int4[1x128]*f32+zp", "int4[1x32]*f16", "mxfp8", "mxfp4", None)
 _USED = re.compile(r"Used (\d+) registers")
 _SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -47,7 +48,13 @@ class Build:
 
 
 def builds() -> Iterator[Build]:
-    """Quantize kernels, of bfloat16 in rows, along both axes where they can."""
+    """All kernels, of bfloat16 in rows."""
+    yield from _quantizing()
+    yield from _attention()
+
+
+def _quantizing() -> Iterator[Build]:
+    """Along both axes where they can."""
     from scaleprop.backends.cuda import quantizing
     from scaleprop.backends.cuda.kernels import groups, rows
 
@@ -81,8 +88,35 @@ def builds() -> Iterator[Build]:
             {"x": "*bf16", "ranges": "*i32", "scales": "*fp32"})
 
 
+def _attention() -> Iterator[Build]:
+    """Eight heads of 128 that share a head of the cache: one new query of each, and sixteen."""
+    from scaleprop.backends.cuda import attention
+    from scaleprop.backends.cuda.constants import stored_constants
+    from scaleprop.backends.cuda.kernels import attention as kernels
+
+    floats = {"most": "*fp32", "total": "*fp32", "partial": "*fp32"}
+    for name in CACHES:
+        fmt = None if name is None else parse(name)
+        stored = None if fmt is None else stored_constants(fmt)
+        scales = "*u8" if fmt is None else {"f32": "*fp32", "f16": "*fp16"}.get(fmt.scale.name,
+                                                                               "*u8")
+        pointers = {"q": "*bf16", "lengths": "*i32", **floats, **dict.fromkeys(
+            ("key_scales", "value_scales", "key_outer", "value_outer"), scales)}
+        if stored is None:
+            pointers |= {"keys": "*bf16", "values": "*bf16"}
+        for count in (1, 16):
+            rows, columns = attention.tile_of(8 * count, 128)
+            yield Build(f"attention, {count} over {name or 'bf16'}", kernels.attention_kernel, {
+                "K": stored, "V": stored, "HEADS": 8, "QUERIES": 8 * count, "T": count,
+                "SCALE": 128**-0.5, "CAP": 0.0, "WINDOW": 0, "SPLITS": 16, "ROWS": rows,
+                "COLUMNS": columns, "DEPTH": 128, "EXACT": False}, pointers)
+    yield Build("attention, shares together", kernels.combine_kernel,
+                {"SPLITS": 32, "PADDED": 32, "DEPTH": 128}, floats | {"out": "*i16"})
+
+
 _POINTERS = ("x", "bits", "amax", "data", "scales", "data_t", "scales_t", "whole", "stream", "step",
-             "stream_t", "ranges", "zeros")  # fmt: skip
+             "stream_t", "ranges", "zeros", "keys", "key_zeros", "values",
+             "value_zeros")  # fmt: skip
 
 
 def compiled(build: Build, target: int) -> Any:
