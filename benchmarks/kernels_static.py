@@ -31,6 +31,7 @@ TARGETS = (80, 89, 90, 100, 120)
 BLOCKS = ("mxfp8", "mxfp6", "mxfp4", "nvfp4", "e2m1[1x16]*ue5m3*f32", "e4m3[1x128]*f32",
           "e4m3[128x128]*f32")  # fmt: skip
 ROWS = ("e4m3[row]*f32", "int8[row]*f32", "int8[tensor]*f32+zp")
+FUSED = ("mxfp8", "mxfp4", "nvfp4", "e4m3[1x128]*f32", "e4m3[row]*f32", "int8[row]*f32+zp")
 CACHES = ("e4m3[row]*f32", "int4[1x128]*f32+zp", "int4[1x32]*f16", "mxfp8", "mxfp4", None)
 _USED = re.compile(r"Used (\d+) registers")
 _SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -51,6 +52,7 @@ def builds() -> Iterator[Build]:
     """All kernels, of bfloat16 in rows."""
     yield from _quantizing()
     yield from _attention()
+    yield from _fused()
 
 
 def _quantizing() -> Iterator[Build]:
@@ -114,6 +116,30 @@ def _attention() -> Iterator[Build]:
                 {"SPLITS": 32, "PADDED": 32, "DEPTH": 128}, floats | {"out": "*i16"})
 
 
+def _fused() -> Iterator[Build]:
+    """A norm with gain, and SwiGLU, of rows of 8192, all rounded to bfloat16 between."""
+    from scaleprop.backends.cuda import fusing, quantizing
+    from scaleprop.backends.cuda.kernels.fused import fused_kernel
+
+    for name in FUSED:
+        fmt = parse(name)
+        rows, columns = fusing.tile_of(fmt, 8192)
+        scales = "*fp32" if fmt.scale.name == "f32" else "*u8"
+        pointers = {**dict.fromkeys(("x", "up", "gain", "bias", "result"), "*bf16"),
+                    "ranges": "*i32", "whole": "*fp32", "scales": scales}
+        for kind, norm, function in (("rms norm", 1, ""), ("layer norm", 2, ""),
+                                     ("SwiGLU", 0, "silu")):
+            for step in (fusing.RANGES,) * fmt.two_level + (
+                    fusing.GROUPS if fmt.block else fusing.ROW,):
+                yield Build(f"{kind} to {name}" + ", range" * (step == fusing.RANGES),
+                            fused_kernel, {
+                    "E": element_constants(fmt.element), "S": scaling_constants(fmt),
+                    "C": fmt.block[1] if fmt.block else 1, "LEVELS": quantizing.levels_of(fmt),
+                    "MODE": step, "NORM": norm, "FUNCTION": function, "GATED": not norm,
+                    "GAIN": norm > 0, "BIAS": norm == 2, "EPS": 1e-5, "BETWEEN": 2, "WITHIN": 2,
+                    "KEEP": False, "ROWS": rows, "COLUMNS": columns}, pointers)  # fmt: skip
+
+
 _POINTERS = ("x", "bits", "amax", "data", "scales", "data_t", "scales_t", "whole", "stream", "step",
              "stream_t", "ranges", "zeros", "keys", "key_zeros", "values",
              "value_zeros")  # fmt: skip
@@ -126,8 +152,7 @@ def compiled(build: Build, target: int) -> Any:
 
     names = build.kernel.arg_names
     constants = dict(build.constants)
-    if "column_stride" in names:
-        constants["column_stride"] = 1
+    constants |= {name: 1 for name in ("column_stride", "up_column_stride") if name in names}
     signature = {name: "constexpr" if name in constants else build.pointers.get(
         name, "*u8" if name in _POINTERS else "i32") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names

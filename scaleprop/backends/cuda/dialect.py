@@ -4,7 +4,8 @@
 - Of other stored weights: one product kernel, which decodes operands in registers.
 - Of formats that no kernel reads (codebooks, three bits, …): x̂ times ŵ, dequantized
   once when compiled, in a library product of float32.
-- ``quantize`` in blocks, tiles, rows and tensors: one kernel. In other granularities or rules:
+- ``quantize`` in blocks, tiles, rows and tensors: one kernel, which computes what is before it, too,
+  where ``fusions`` says so. In other granularities or rules:
   torch operators, which Inductor fuses with what is around them.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from scaleprop import ops
 from scaleprop.backends.cuda import library, operators, products
 from scaleprop.backends.cuda.devices import FLOAT8, Capability, capability_of
+from scaleprop.backends.cuda.fusions import fusions
 from scaleprop.backends.inductor.emit import Inputs
 from scaleprop.backends.inductor.linears import Constants, Epilogue, Operand, Weight, read
 from scaleprop.backends.inductor.trace import Dialect
@@ -74,7 +76,7 @@ def dialect_for(device: torch.device) -> Dialect:
     return Dialect(plan, _emit, {
         ops.quantize: _quantize, ops.dequantize: implementations.dequantize,
         ops.fake_quantize: implementations.fake_quantize, ops.hadamard: implementations.hadamard,
-    }, _named, device)
+    }, _named, device, fusions)
 
 
 def _named(node: torch.fx.Node) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaleprop.backends.cuda import dequantizing, products, quantizing
+from scaleprop.backends.cuda import dequantizing, fusing, products, quantizing
 from scaleprop.backends.cuda.constants import scaling_constants, stored_constants
 from scaleprop.errors import FormatError
 from scaleprop.formats.rounding import parse_rounding
@@ -22,6 +22,12 @@ NAMESPACE = "scaleprop_cuda"
 SCHEMAS: Mapping[str, str] = {
     "quantize": "(Tensor x, str format, int axis=-1, str rounding='nearest', Tensor? bits=None, "
                 "Tensor[]? scales=None) -> Tensor[]",
+    "quantize_norm": "(Tensor x, Tensor? gain, Tensor? bias, str format, str kind, float eps, "
+                     "ScalarType between) -> Tensor[]",
+    "quantize_gated": "(Tensor gate, Tensor up, str format, str activation, ScalarType between) "
+                      "-> Tensor[]",
+    "quantize_activated": "(Tensor x, str format, str activation, ScalarType between) -> Tensor[]",
+    "quantize_rotated": "(Tensor x, Tensor? signs, str format, int block) -> Tensor[]",
     "dequantize": "(Tensor[] parts, str format, SymInt[] shape, ScalarType dtype) -> Tensor",
     "multiply": "(Tensor[] x, Tensor[] w, Tensor? bias, Tensor? sums, str x_format, str w_format, "
                 "int k, ScalarType dtype, bool fp8=False) -> Tensor",
@@ -38,9 +44,13 @@ def quantize(x: Tensor, format: str, axis: int = -1, rounding: str = "nearest",
     else:
         drawn = None if bits is None else _matrix(bits.movedim(axis, -1))
         (found,) = quantizing.quantize_groups(_matrix(moved), fmt, (1,), mode, drawn)
-    lead = moved.shape[:-1]
-    return [part.reshape(*lead, part.shape[-1]) if part.ndim and fmt.granularity.rows == 1
-            else part for part in found]
+    return _shaped(found, moved, fmt)
+
+
+def _shaped(parts: Sequence[Tensor], x: Tensor, fmt: ScaledFormat) -> list[Tensor]:
+    """Parts of a matrix as those of x [..., K]."""
+    return [part.reshape(*x.shape[:-1], part.shape[-1]) if part.ndim and fmt.granularity.rows == 1
+            else part for part in parts]
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -59,6 +69,46 @@ def quantizes(fmt: ScaledFormat, ndim: int, stochastic: bool, given: bool) -> bo
     columns = fmt.granularity.columns
     return (not given and not fmt.zero_point and columns & (columns - 1) == 0 and columns <= 256
             and fmt.scale.name not in ("bf16", "f16") and (fmt.granularity.rows == 1 or ndim == 2))
+
+
+def quantize_norm(x: Tensor, gain: Tensor | None, bias: Tensor | None, format: str,
+                  kind: Any, eps: float, between: torch.dtype) -> list[Tensor]:
+    """``scaleprop::quantize`` of a norm over the last axis, which is rounded to ``between``."""
+    fmt = parse(format)
+    return _shaped(fusing.norm_quantize(_matrix(x), fmt, kind, gain, bias, eps, between), x, fmt)
+
+
+def quantize_gated(gate: Tensor, up: Tensor, format: str, activation: str,
+                   between: torch.dtype) -> list[Tensor]:
+    """``scaleprop::quantize`` of f(gate)·up, each rounded to ``between``."""
+    fmt = parse(format)
+    found = fusing.gated_quantize(_matrix(gate), _matrix(up), fmt, activation, between)
+    return _shaped(found, gate, fmt)
+
+
+def quantize_activated(x: Tensor, format: str, activation: str,
+                       between: torch.dtype) -> list[Tensor]:
+    """``scaleprop::quantize`` of f(x), rounded to ``between``."""
+    fmt = parse(format)
+    return _shaped(fusing.activation_quantize(_matrix(x), fmt, activation, between), x, fmt)
+
+
+def quantize_rotated(x: Tensor, signs: Tensor | None, format: str, block: int) -> list[Tensor]:
+    """``scaleprop::quantize`` of ``scaleprop::hadamard`` of float32, along the last axis."""
+    fmt, rotation = parse(format), quantizing.Rotation(block, signs)
+    (found,) = quantizing.quantize_groups(_matrix(x), fmt, rotation=rotation)
+    return _shaped(found, x, fmt)
+
+
+def fuses(fmt: ScaledFormat) -> bool:
+    """Whether norms and activations are quantized in this format where they are computed."""
+    return quantizes(fmt, 1, False, False) and fusing.takes(fmt)
+
+
+def rotates(fmt: ScaledFormat, block: int) -> bool:
+    """Whether ``quantize_rotated`` takes these."""
+    return (fmt.block is not None and fmt.block[0] == 1 and quantizes(fmt, 1, False, False)
+            and block & (block - 1) == 0 and 2 <= block <= quantizing.MOST_ROTATED)
 
 
 def dequantize(parts: Sequence[Tensor], format: str, shape: Sequence[Any],
@@ -83,6 +133,12 @@ def multiplies(x: ScaledFormat | torch.dtype, w: ScaledFormat, k: int) -> bool:
     return True
 
 
+def _quantized_fake(x: Tensor, *args: Any) -> list[Tensor]:
+    """Of the fused forms: the format is the first name among the arguments."""
+    name = next(argument for argument in args if isinstance(argument, str))
+    return registration.quantize_fake(x, name)
+
+
 def _dequantize_fake(parts: Sequence[Tensor], format: str, shape: Sequence[Any],
                      dtype: torch.dtype) -> Tensor:
     return registration.dequantize_fake(parts, format, shape, -1, dtype)
@@ -97,6 +153,8 @@ def _multiply_fake(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None
 
 _KERNELS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize": (quantize, registration.quantize_fake),
+    **{kernel.__name__: (kernel, _quantized_fake) for kernel in (
+        quantize_norm, quantize_gated, quantize_activated, quantize_rotated)},
     "dequantize": (dequantize, _dequantize_fake),
     "multiply": (multiply, _multiply_fake),
 }

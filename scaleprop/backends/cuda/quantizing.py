@@ -22,7 +22,7 @@ NEAREST = Rounding("nearest")
 ROW, TENSOR, GIVEN = 0, 1, 2  # where the scales of rows come from
 ROWS_TILE = 4, 512  # rows and columns that a program holds at a time
 _AMAX_TILE, _RANDOM_TILE = (4, 1024), (16, 256)
-_MOST_ROTATED = 128  # of a tile's columns
+MOST_ROTATED = 128  # of a tile's columns
 
 
 def _element(fmt: ScaledFormat) -> Element:
@@ -102,9 +102,9 @@ def _turn(x: Tensor, rotation: Rotation | None,
         return torch.ones(1, device=x.device), {"H": 0, "FACTOR": 1.0}
     block, signs = rotation
     sizes = [x.shape[axis] for axis in axes]
-    if block & (block - 1) or not 2 <= block <= _MOST_ROTATED or any(n % block for n in sizes):
+    if block & (block - 1) or not 2 <= block <= MOST_ROTATED or any(n % block for n in sizes):
         raise FormatError(f"no kernel rotates blocks of {block} of {sizes}: 2^m up to "
-                          f"{_MOST_ROTATED}, dividing the axis")
+                          f"{MOST_ROTATED}, dividing the axis")
     found = torch.ones(block, device=x.device) if signs is None else signs
     if any(len(found) not in (block, n) for n in sizes):
         raise FormatError(f"{len(found)} signs for blocks of {block} of {sizes}")

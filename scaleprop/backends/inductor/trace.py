@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 import torch.fx
 from torch import Tensor
+from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from scaleprop import ops
@@ -66,11 +67,21 @@ class Planned(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Call:
+    """What computes a node's value from others': arguments may hold nodes. named: in the report."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    named: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Dialect:
     """What becomes of ``scaleprop::*``.
 
     plan: every ``scaled_mm`` of a graph whose constants are known. emit: one of these, in a dtype.
     replaced: operator → what runs for it. named: what a node of these is called in the report.
+    fuse: nodes that are computed together with what they read.
     """
 
     plan: Callable[[torch.fx.Graph, Constants], Sequence[Any]]
@@ -78,6 +89,7 @@ class Dialect:
     replaced: Mapping[Any, Callable[..., Any]]
     named: Callable[[torch.fx.Node], str]
     device: torch.device
+    fuse: Callable[[torch.fx.Graph], Mapping[torch.fx.Node, Call]] = lambda graph: {}
 
 
 def onednn(compute: torch.dtype) -> Dialect:
@@ -240,6 +252,7 @@ class _Lowering(torch.fx.Interpreter):
                         for node in linear.epilogue.nodes}
         self.results: dict[int, Tensor] = {}
         self.dialect, self.compute = dialect, compute
+        self.fused = dialect.fuse(module.graph)
         self.inputs = Inputs(self.env)
 
     def run_node(self, n: torch.fx.Node) -> Any:
@@ -262,6 +275,9 @@ class _Lowering(torch.fx.Interpreter):
             return [value, *self._given(n)] if is_codes else value
         if n in self.linear_of:
             return self._linear(n)
+        if n in self.fused:
+            call = self.fused[n]
+            return call.function(*map_arg(call.args, lambda node: self.env[node]))
         self.inputs.values = self.env
         if self.compute != torch.float32 and n.target in _MATRIX:
             return self._narrow(n)
@@ -331,6 +347,7 @@ def _descriptions(graph: torch.fx.Graph, linears: Sequence[Planned],
         if node.target in dialect.replaced:
             folded = node in known
             found[node.name] = "folded when compiled" if folded else dialect.named(node)
+    found.update({node.name: call.named for node, call in dialect.fuse(graph).items()})
     for linear in linears:
         for node, _, _ in linear.members:
             found[node.name] = linear.description

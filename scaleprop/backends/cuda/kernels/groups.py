@@ -46,7 +46,7 @@ def amax_kernel(x, signs, sign_count, out, M, K, row_stride, column_stride, H: t
 
 
 @triton.jit
-def _coded(values, drawn, encoding, decoding, E: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
+def coded(values, drawn, encoding, decoding, E: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
            C: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr):
     """Codes [rows, columns] of values, and scales [rows / R, columns / C]."""
     rows: tl.constexpr = values.shape[0]
@@ -67,11 +67,12 @@ def _coded(values, drawn, encoding, decoding, E: tl.constexpr, S: tl.constexpr, 
     units = tl.reshape(units, (rows, columns))
     if MODE == 0:
         return encode(units, E), scale
-    return encode_drawn(units, drawn, E, BITS, MODE), scale
+    else:
+        return encode_drawn(units, drawn, E, BITS, MODE), scale
 
 
 @triton.jit
-def _store_scales(scale, scales, first_row, first_column, row_count, width, S: tl.constexpr):
+def store_scales(scale, scales, first_row, first_column, row_count, width, S: tl.constexpr):
     rows: tl.constexpr = scale.shape[0]
     columns: tl.constexpr = scale.shape[1]
     row = first_row + tl.arange(0, rows)
@@ -118,9 +119,9 @@ def quantize_kernel(
             drawn = random_numbers(first_row, first_column, seed, tl.load(stream), tl.load(step),
                                    BITS, ROWS, COLUMNS)
         turned = rotated(values, columns, signs, sign_count, H, FACTOR) if H > 0 else values
-        codes, scale = _coded(turned, drawn, encoding, decoding, E, S, R, C, BITS, MODE)
+        codes, scale = coded(turned, drawn, encoding, decoding, E, S, R, C, BITS, MODE)
         store_codes(codes, data, first_row, first_column, M, width, E[1])
-        _store_scales(scale, scales, first_row // R, first_column // C, scale_rows,
+        store_scales(scale, scales, first_row // R, first_column // C, scale_rows,
                       scale_columns, S)
     if ACROSS:
         if S[1]:
@@ -134,7 +135,7 @@ def quantize_kernel(
         turned = tl.trans(values)
         if H > 0:
             turned = rotated(turned, rows, signs, sign_count, H, FACTOR)
-        codes, scale = _coded(turned, drawn, encoding, decoding, E, S, R, C, BITS, MODE)
+        codes, scale = coded(turned, drawn, encoding, decoding, E, S, R, C, BITS, MODE)
         store_codes(codes, data_t, first_column, first_row, K, width_t, E[1])
-        _store_scales(scale, scales_t, first_column // R, first_row // C, scale_rows_t,
+        store_scales(scale, scales_t, first_column // R, first_row // C, scale_rows_t,
                       scale_columns_t, S)

@@ -34,8 +34,9 @@ def ordered(x):
 
 
 @triton.jit
-def _tile(x, first_row, first_column, M, K, row_stride, column_stride, ROWS: tl.constexpr,
-          COLUMNS: tl.constexpr):
+def load_tile(x, first_row, first_column, M, K, row_stride, column_stride, ROWS: tl.constexpr,
+              COLUMNS: tl.constexpr):
+    """float32 [ROWS, COLUMNS]; 0 outside."""
     rows = first_row + tl.arange(0, ROWS)
     columns = first_column + tl.arange(0, COLUMNS).to(tl.int64)
     return tl.load(x + rows[:, None] * row_stride + columns[None, :] * column_stride,
@@ -50,7 +51,7 @@ def _row_ranges(x, first_row, M, K, row_stride, column_stride, ROWS: tl.constexp
     low = tl.zeros((ROWS, COLUMNS), tl.int32)
     high = tl.zeros((ROWS, COLUMNS), tl.int32)
     for start in range(0, K, COLUMNS):
-        values = _tile(x, first_row, start, M, K, row_stride, column_stride, ROWS, COLUMNS)
+        values = load_tile(x, first_row, start, M, K, row_stride, column_stride, ROWS, COLUMNS)
         most = tl.maximum(most, magnitude(values))
         place = ordered(values)
         low = tl.minimum(low, place)
@@ -84,7 +85,8 @@ def affine(most, low, high, LEVELS: tl.constexpr, BOUND: tl.constexpr):
 
 
 @triton.jit
-def _codes(values, scale, zero, E: tl.constexpr, LEVELS: tl.constexpr):
+def row_codes(values, scale, zero, E: tl.constexpr, LEVELS: tl.constexpr):
+    """Codes of values, by scales and, where LEVELS is not 0, zero points of rows."""
     units = tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape))
     if LEVELS == 0:
         return encode(units, E)
@@ -127,8 +129,8 @@ def rows_kernel(
         if LEVELS > 0:
             tl.store(zeros + rows * scale_stride, zero.to(tl.uint8), mask=kept)
     for start in range(0, K, COLUMNS):
-        values = _tile(x, first_row, start, M, K, row_stride, column_stride, ROWS, COLUMNS)
-        codes = _codes(values, scale, zero, E, LEVELS)
+        values = load_tile(x, first_row, start, M, K, row_stride, column_stride, ROWS, COLUMNS)
+        codes = row_codes(values, scale, zero, E, LEVELS)
         if LEVELS > 0:  # 0 is not the code of what fills the last byte
             codes = tl.where((start + tl.arange(0, COLUMNS) < K)[None, :], codes, 0)
         store_codes(codes, data, first_row, start, M, width, E[1])
