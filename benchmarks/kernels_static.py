@@ -10,139 +10,24 @@ not in the table that was there. Needs ``triton``, and TRITON_INTERPRET unset.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
 
 from benchmarks import harness
-from scaleprop.backends.cuda.constants import element_constants, scaling_constants
-from scaleprop.formats import parse
+from benchmarks.kernel_builds import POINTERS, Build, builds
 
 RESULTS = harness.RESULTS / "kernels_static.json"
 TARGETS = (80, 89, 90, 100, 120)
-BLOCKS = ("mxfp8", "mxfp6", "mxfp4", "nvfp4", "e2m1[1x16]*ue5m3*f32", "e4m3[1x128]*f32",
-          "e4m3[128x128]*f32")  # fmt: skip
-ROWS = ("e4m3[row]*f32", "int8[row]*f32", "int8[tensor]*f32+zp")
-FUSED = ("mxfp8", "mxfp4", "nvfp4", "e4m3[1x128]*f32", "e4m3[row]*f32", "int8[row]*f32+zp")
-CACHES = ("e4m3[row]*f32", "int4[1x128]*f32+zp", "int4[1x32]*f16", "mxfp8", "mxfp4", None)
 _USED = re.compile(r"Used (\d+) registers")
 _SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-
-
-@dataclasses.dataclass(frozen=True)
-class Build:
-    """One kernel with its constants. pointers: type of each pointer that is not one of bytes."""
-
-    name: str
-    kernel: Any
-    constants: Mapping[str, Any]
-    pointers: Mapping[str, str]
-    warps: int = 4
-
-
-def builds() -> Iterator[Build]:
-    """All kernels, of bfloat16 in rows."""
-    yield from _quantizing()
-    yield from _attention()
-    yield from _fused()
-
-
-def _quantizing() -> Iterator[Build]:
-    """Along both axes where they can."""
-    from scaleprop.backends.cuda import quantizing
-    from scaleprop.backends.cuda.kernels import groups, rows
-
-    for name in BLOCKS:
-        fmt = parse(name)
-        assert fmt.block is not None
-        r, c = fmt.block
-        pointers = {"x": "*bf16", "bits": "*bf16", "amax": "*i32", "whole": "*fp32",
-                    **dict.fromkeys(("stream", "step", "stream_t"), "*i64")}
-        if fmt.scale.name == "f32":
-            pointers |= {"scales": "*fp32", "scales_t": "*fp32"}
-        for mode in ("nearest", "stochastic"):
-            tile = quantizing.tile_of(fmt, (1, 0))
-            yield Build(f"{name} both ways, {mode}", groups.quantize_kernel, {
-                "E": element_constants(fmt.element), "S": scaling_constants(fmt),
-                "R": r, "C": c, "ROWS": tile[0], "COLUMNS": tile[1], "ALONG": True,
-                "ACROSS": True, "BITS": 8, "MODE": int(mode == "stochastic"),
-                "PHILOX": mode == "stochastic"}, pointers, quantizing.warps_of(*tile))
-        tile = quantizing.tile_of(fmt, (1,))
-        yield Build(f"{name} along rows", groups.quantize_kernel, {
-            "E": element_constants(fmt.element), "S": scaling_constants(fmt),
-            "R": r, "C": c, "ROWS": tile[0], "COLUMNS": tile[1], "ALONG": True, "ACROSS": False,
-            "BITS": 8, "MODE": 0, "PHILOX": False}, pointers, quantizing.warps_of(*tile))
-    for name in ROWS:
-        fmt = parse(name)
-        yield Build(name, rows.rows_kernel, {
-            "E": element_constants(fmt.element), "S": scaling_constants(fmt),
-            "LEVELS": quantizing.levels_of(fmt),
-            "MODE": quantizing.TENSOR if fmt.granularity.kind == "tensor" else quantizing.ROW,
-            "ROWS": quantizing.ROWS_TILE[0], "COLUMNS": quantizing.ROWS_TILE[1]},
-            {"x": "*bf16", "ranges": "*i32", "scales": "*fp32"})
-
-
-def _attention() -> Iterator[Build]:
-    """Eight heads of 128 that share a head of the cache: one new query of each, and sixteen."""
-    from scaleprop.backends.cuda import attention
-    from scaleprop.backends.cuda.constants import stored_constants
-    from scaleprop.backends.cuda.kernels import attention as kernels
-
-    floats = {"most": "*fp32", "total": "*fp32", "partial": "*fp32"}
-    for name in CACHES:
-        fmt = None if name is None else parse(name)
-        stored = None if fmt is None else stored_constants(fmt)
-        scales = "*u8" if fmt is None else {"f32": "*fp32", "f16": "*fp16"}.get(fmt.scale.name,
-                                                                               "*u8")
-        pointers = {"q": "*bf16", "lengths": "*i32", **floats, **dict.fromkeys(
-            ("key_scales", "value_scales", "key_outer", "value_outer"), scales)}
-        if stored is None:
-            pointers |= {"keys": "*bf16", "values": "*bf16"}
-        for count in (1, 16):
-            rows, columns = attention.tile_of(8 * count, 128)
-            yield Build(f"attention, {count} over {name or 'bf16'}", kernels.attention_kernel, {
-                "K": stored, "V": stored, "HEADS": 8, "QUERIES": 8 * count, "T": count,
-                "SCALE": 128**-0.5, "CAP": 0.0, "WINDOW": 0, "SPLITS": 16, "ROWS": rows,
-                "COLUMNS": columns, "DEPTH": 128, "EXACT": False}, pointers)
-    yield Build("attention, shares together", kernels.combine_kernel,
-                {"SPLITS": 32, "PADDED": 32, "DEPTH": 128}, floats | {"out": "*i16"})
-
-
-def _fused() -> Iterator[Build]:
-    """A norm with gain, and SwiGLU, of rows of 8192, all rounded to bfloat16 between."""
-    from scaleprop.backends.cuda import fusing, quantizing
-    from scaleprop.backends.cuda.kernels.fused import fused_kernel
-
-    for name in FUSED:
-        fmt = parse(name)
-        rows, columns = fusing.tile_of(fmt, 8192)
-        scales = "*fp32" if fmt.scale.name == "f32" else "*u8"
-        pointers = {**dict.fromkeys(("x", "up", "gain", "bias", "result"), "*bf16"),
-                    "ranges": "*i32", "whole": "*fp32", "scales": scales}
-        for kind, norm, function in (("rms norm", 1, ""), ("layer norm", 2, ""),
-                                     ("SwiGLU", 0, "silu")):
-            for step in (fusing.RANGES,) * fmt.two_level + (
-                    fusing.GROUPS if fmt.block else fusing.ROW,):
-                yield Build(f"{kind} to {name}" + ", range" * (step == fusing.RANGES),
-                            fused_kernel, {
-                    "E": element_constants(fmt.element), "S": scaling_constants(fmt),
-                    "C": fmt.block[1] if fmt.block else 1, "LEVELS": quantizing.levels_of(fmt),
-                    "MODE": step, "NORM": norm, "FUNCTION": function, "GATED": not norm,
-                    "GAIN": norm > 0, "BIAS": norm == 2, "EPS": 1e-5, "BETWEEN": 2, "WITHIN": 2,
-                    "KEEP": False, "ROWS": rows, "COLUMNS": columns}, pointers)  # fmt: skip
-
-
-_POINTERS = ("x", "bits", "amax", "data", "scales", "data_t", "scales_t", "whole", "stream", "step",
-             "stream_t", "ranges", "zeros", "keys", "key_zeros", "values",
-             "value_zeros")  # fmt: skip
 
 
 def compiled(build: Build, target: int) -> Any:
@@ -154,14 +39,15 @@ def compiled(build: Build, target: int) -> Any:
     constants = dict(build.constants)
     constants |= {name: 1 for name in ("column_stride", "up_column_stride") if name in names}
     signature = {name: "constexpr" if name in constants else build.pointers.get(
-        name, "*u8" if name in _POINTERS else "i32") for name in names}
+        name, "*u8" if name in POINTERS else "i32") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names
                if name not in constants and name != "seed"}
     source = ASTSource(
         fn=build.kernel, signature=signature, attrs=aligned,
         constexprs={(names.index(name),): value for name, value in constants.items()})
     return compile(source, target=GPUTarget("cuda", target, 32),
-                   options={"num_warps": build.warps, "enable_fp_fusion": False})
+                   options={"num_warps": build.warps, "num_stages": build.stages,
+                            "enable_fp_fusion": False})
 
 
 def measured(build: Build, target: int) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 - ``scaled_mm`` of operands that the device multiplies as they are: the library's product.
 - Of other stored weights: one product kernel, which decodes operands in registers.
-- Of formats that no kernel reads (codebooks, three bits, …): x̂ times ŵ, dequantized
-  once when compiled, in a library product of float32.
-- ``quantize`` in blocks, tiles, rows and tensors: one kernel, which computes what is before it, too,
-  where ``fusions`` says so. In other granularities or rules:
-  torch operators, which Inductor fuses with what is around them.
+- Of formats that no kernel reads (codebooks, three bits, …): x̂ times ŵ, dequantized once when
+  compiled, in a library product of float32.
+- ``quantize`` in blocks, tiles, rows and tensors: one kernel, which computes what is before it,
+  too, where ``fusions`` says so. In other granularities or rules: torch operators, which Inductor
+  fuses with what is around them.
 """
 
 from __future__ import annotations

@@ -69,6 +69,8 @@ def quantize_groups(
     if fmt.block is None or fmt.zero_point or x.ndim != 2:
         raise FormatError(f"{fmt.long_name!r}: quantize_groups takes blocks and tiles of matrices, "
                           "without zero points")
+    if len(axes) > 1 and not at_once(fmt, axes, rounding.stochastic):
+        return [quantize_groups(x, fmt, (axis,), rounding, bits, rotation)[0] for axis in axes]
     element, scaling = _element(fmt), scaling_constants(fmt)
     r, c = fmt.block
     m, k = x.shape
@@ -121,6 +123,13 @@ def _find_amax(x: Tensor, amax: Tensor, axes: Collection[int], signs: Tensor,
                ROWS=_AMAX_TILE[0], COLUMNS=_AMAX_TILE[1])
     if not turn["H"]:
         amax[1] = amax[0]
+
+
+def at_once(fmt: ScaledFormat, axes: Collection[int], stochastic: bool) -> bool:
+    """Whether both axes are one launch: tiles of 128 by 128 and random numbers fill the registers
+    of a multiprocessor, and more."""
+    rows, columns = tile_of(fmt, axes)
+    return not stochastic or rows * columns < 128 * 128
 
 
 def tile_of(fmt: ScaledFormat, axes: Collection[int], rotated: int = 0) -> tuple[int, int]:

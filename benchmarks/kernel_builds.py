@@ -1,0 +1,196 @@
+"""The kernels that ``benchmarks.kernels_static`` compiles, in the formats and tiles they run in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from scaleprop.backends.cuda.constants import (
+    element_constants,
+    scaling_constants,
+    stored_constants,
+)
+from scaleprop.formats import parse
+from scaleprop.formats.scaled import ScaledFormat
+
+BLOCKS = ("mxfp8", "mxfp6", "mxfp4", "nvfp4", "e2m1[1x16]*ue5m3*f32", "e4m3[1x128]*f32",
+          "e4m3[128x128]*f32")  # fmt: skip
+ROWS = ("e4m3[row]*f32", "int8[row]*f32", "int8[tensor]*f32+zp")
+FUSED = ("mxfp8", "mxfp4", "nvfp4", "e4m3[1x128]*f32", "e4m3[row]*f32", "int8[row]*f32+zp")
+CACHES = ("e4m3[row]*f32", "int4[1x128]*f32+zp", "int4[1x32]*f16", "mxfp8", "mxfp4", None)
+ROTATED = (("mxfp4", 32), ("nvfp4", 16), ("nvfp4", 128))
+READ = ("mxfp8", "mxfp6", "nvfp4", "int4[1x128]*f32+zp")
+WEIGHTS = ("int4", "int4[1x128]*f32+zp", "mxfp4", "nvfp4", "e4m3[row]*f32", "mxfp6")
+PAIRS = (
+    ("int8[row]*f32", "int8[row]*f32"), ("int8[row]*f32+zp", "int8[row]*f32"),
+    ("int8[row]*f32", "int4[1x128]*f32"), ("e4m3[row]*f32", "e4m3[row]*f32"),
+    ("e4m3[1x128]*f32", "e4m3[128x128]*f32"), ("mxfp8", "mxfp8"), ("mxfp8", "mxfp4"),
+    ("nvfp4", "nvfp4"), ("mxfp6", "mxfp6"), ("e4m3[row]*f32", "int4[1x128]*f32"),
+)  # fmt: skip
+ROWS_OF_X = (1, 16, 64, 1024)
+POINTERS = (
+    "x", "bits", "signs", "amax", "data", "scales", "data_t", "scales_t", "whole", "stream", "step",
+    "stream_t", "ranges", "zeros", "outer", "out", "keys", "key_zeros", "values", "value_zeros",
+    "x_scales", "x_zeros", "x_outer", "w", "w_scales", "w_zeros", "w_outer", "sums", "bias",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """One kernel with its constants. pointers: type of each pointer that is not one of bytes."""
+
+    name: str
+    kernel: Any
+    constants: Mapping[str, Any]
+    pointers: Mapping[str, str]
+    warps: int = 4
+    stages: int = 3
+
+
+def builds() -> Iterator[Build]:
+    """All kernels, of bfloat16 in rows."""
+    yield from _quantizing()
+    yield from _attention()
+    yield from _fused()
+    yield from _reading()
+    yield from _products()
+
+
+def _quantizing() -> Iterator[Build]:
+    """Along both axes where they can."""
+    from scaleprop.backends.cuda import quantizing
+    from scaleprop.backends.cuda.kernels import rows
+
+    for name in BLOCKS:
+        fmt = parse(name)
+        for mode in ("nearest", "stochastic"):
+            if mode == "nearest" or quantizing.at_once(fmt, (1, 0), True):
+                yield _groups(f"{name} both ways, {mode}", fmt, (1, 0), mode)
+            else:
+                yield _groups(f"{name} across, {mode}", fmt, (0,), mode)
+                yield _groups(f"{name} along rows, {mode}", fmt, (1,), mode)
+        yield _groups(f"{name} along rows", fmt, (1,))
+    for name, block in ROTATED:
+        yield _groups(f"{name} along rows, rotated by {block}", parse(name), (1,), block=block)
+        yield _groups(f"{name} both ways, rotated by {block}", parse(name), (1, 0), block=block)
+    for name in ROWS:
+        fmt = parse(name)
+        yield Build(name, rows.rows_kernel, {
+            "E": element_constants(fmt.element), "S": scaling_constants(fmt),
+            "LEVELS": quantizing.levels_of(fmt),
+            "MODE": quantizing.TENSOR if fmt.granularity.kind == "tensor" else quantizing.ROW,
+            "ROWS": quantizing.ROWS_TILE[0], "COLUMNS": quantizing.ROWS_TILE[1]},
+            {"x": "*bf16", "ranges": "*i32", "scales": "*fp32"})
+
+
+def _groups(name: str, fmt: ScaledFormat, axes: tuple[int, ...], mode: str = "nearest",
+            block: int = 0) -> Build:
+    from scaleprop.backends.cuda import quantizing
+    from scaleprop.backends.cuda.kernels import groups
+
+    assert fmt.block is not None
+    tile = quantizing.tile_of(fmt, axes, block)
+    scales = "*fp32" if fmt.scale.name == "f32" else "*u8"
+    return Build(name, groups.quantize_kernel, {
+        "E": element_constants(fmt.element), "S": scaling_constants(fmt), "R": fmt.block[0],
+        "C": fmt.block[1], "ROWS": tile[0], "COLUMNS": tile[1], "ALONG": 1 in axes,
+        "ACROSS": 0 in axes, "BITS": 8, "MODE": int(mode == "stochastic"),
+        "PHILOX": mode == "stochastic", "H": block, "FACTOR": max(block, 1) ** -0.5,
+    }, {"x": "*bf16", "bits": "*bf16", "signs": "*fp32", "amax": "*i32", "whole": "*fp32",
+        **dict.fromkeys(("stream", "step", "stream_t"), "*i64"),
+        **dict.fromkeys(("scales", "scales_t"), scales)}, quantizing.warps_of(*tile))
+
+
+def _attention() -> Iterator[Build]:
+    """Eight heads of 128 that share a head of the cache: one new query of each, and sixteen."""
+    from scaleprop.backends.cuda import attention
+    from scaleprop.backends.cuda.kernels import attention as kernels
+
+    floats = {"most": "*fp32", "total": "*fp32", "partial": "*fp32"}
+    for name in CACHES:
+        fmt = None if name is None else parse(name)
+        stored = None if fmt is None else stored_constants(fmt)
+        scales = "*u8" if fmt is None else _scales(fmt)
+        pointers = {"q": "*bf16", "lengths": "*i32", **floats, **dict.fromkeys(
+            ("key_scales", "value_scales", "key_outer", "value_outer"), scales)}
+        if stored is None:
+            pointers |= {"keys": "*bf16", "values": "*bf16"}
+        for count in (1, 16):
+            rows, columns = attention.tile_of(8 * count, 128)
+            yield Build(f"attention, {count} over {name or 'bf16'}", kernels.attention_kernel, {
+                "K": stored, "V": stored, "HEADS": 8, "QUERIES": 8 * count, "T": count,
+                "SCALE": 128**-0.5, "CAP": 0.0, "WINDOW": 0, "SPLITS": 16, "ROWS": rows,
+                "COLUMNS": columns, "DEPTH": 128, "EXACT": False}, pointers)
+    yield Build("attention, shares together", kernels.combine_kernel,
+                {"SPLITS": 32, "PADDED": 32, "DEPTH": 128}, floats | {"out": "*i16"})
+
+
+def _fused() -> Iterator[Build]:
+    """A norm with gain, and SwiGLU, of rows of 8192, all rounded to bfloat16 between."""
+    from scaleprop.backends.cuda import fusing, quantizing
+    from scaleprop.backends.cuda.kernels.fused import fused_kernel
+
+    for name in FUSED:
+        fmt = parse(name)
+        rows, columns = fusing.tile_of(fmt, 8192)
+        scales = "*fp32" if fmt.scale.name == "f32" else "*u8"
+        pointers = {**dict.fromkeys(("x", "up", "gain", "bias", "result"), "*bf16"),
+                    "ranges": "*i32", "whole": "*fp32", "scales": scales}
+        for kind, norm, function in (("rms norm", 1, ""), ("layer norm", 2, ""),
+                                     ("SwiGLU", 0, "silu")):
+            for step in (fusing.RANGES,) * fmt.two_level + (
+                    fusing.GROUPS if fmt.block else fusing.ROW,):
+                yield Build(f"{kind} to {name}" + ", range" * (step == fusing.RANGES),
+                            fused_kernel, {
+                    "E": element_constants(fmt.element), "S": scaling_constants(fmt),
+                    "C": fmt.block[1] if fmt.block else 1, "LEVELS": quantizing.levels_of(fmt),
+                    "MODE": step, "NORM": norm, "FUNCTION": function, "GATED": not norm,
+                    "GAIN": norm > 0, "BIAS": norm == 2, "EPS": 1e-5, "BETWEEN": 2, "WITHIN": 2,
+                    "KEEP": False, "ROWS": rows, "COLUMNS": columns}, pointers)  # fmt: skip
+
+
+def _reading() -> Iterator[Build]:
+    """Dequantizing to bfloat16."""
+    from scaleprop.backends.cuda.dequantizing import COLUMNS as WIDTH
+    from scaleprop.backends.cuda.dequantizing import ROWS as HEIGHT
+    from scaleprop.backends.cuda.kernels.dequantizing import dequantize_kernel
+
+    for name in READ:
+        fmt = parse(name)
+        stored = stored_constants(fmt)
+        yield Build(f"dequantize {name}", dequantize_kernel,
+                    {"F": stored, "ROWS": HEIGHT, "COLUMNS": max(WIDTH, stored.columns)},
+                    {"scales": _scales(fmt), "outer": "*fp32", "out": "*i16"})
+
+
+def _products() -> Iterator[Build]:
+    """The first tile of each way and number of rows; x and results are of bfloat16."""
+    cases: list[tuple[ScaledFormat | torch.dtype, str]] = [
+        *((torch.bfloat16, name) for name in WEIGHTS), *((parse(x), w) for x, w in PAIRS)]
+    for x, name in cases:
+        for bucket in ROWS_OF_X:
+            yield _product(x, parse(name), bucket)
+
+
+def _product(x: ScaledFormat | torch.dtype, w: ScaledFormat, bucket: int) -> Build:
+    from scaleprop.backends.cuda import products
+    from scaleprop.backends.cuda.kernels.products import product_kernel
+
+    pointers = {"x": "*bf16", "out": "*i16", "bias": "*bf16", "sums": "*i32",
+                "w_scales": _scales(w), "w_outer": "*fp32", "x_outer": "*fp32"}
+    if isinstance(x, ScaledFormat):
+        pointers |= {"x": "*u8", "x_scales": _scales(x)}
+    way = products.way_of(x, w, 4096, fp8=True)
+    config = products.fitted(bucket, way)[0]
+    tile = "×".join(str(config.kwargs[side]) for side in ("ROWS", "COLUMNS", "DEPTH"))
+    title = "bf16" if isinstance(x, torch.dtype) else str(x)
+    return Build(f"{title} × {w}, {bucket} rows, tile {tile}", product_kernel,
+                 {**way.constants, "BIAS": True, "SPLITS": 1, **config.kwargs}, pointers,
+                 config.num_warps, config.num_stages)
+
+
+def _scales(fmt: ScaledFormat) -> str:
+    return {"f32": "*fp32", "f16": "*fp16", "bf16": "*i16"}.get(fmt.scale.name, "*u8")
