@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from scaleprop.backends.base import Backend
+from scaleprop.backends.cuda.devices import LEAST, capability_of, support
 from scaleprop.backends.cuda.dialect import dialect_for
 from scaleprop.backends.cuda.products import interpreted
 from scaleprop.backends.inductor import InductorExecutable
@@ -30,7 +31,8 @@ class CudaBackend(Backend):
         """Compile ``program``; takes seconds.
 
         Raises:
-            BackendUnavailable: where torch sees no CUDA device, and nothing is interpreted.
+            BackendUnavailable: where torch sees no CUDA device, and nothing is interpreted; where
+                the device is older than Triton's kernels.
             LoweringError: naming the node that has no lowering.
         """
         return InductorExecutable(program, dialect_for(_device()))
@@ -38,7 +40,12 @@ class CudaBackend(Backend):
 
 def _device() -> torch.device:
     if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", torch.cuda.current_device())
+        if capability_of(device) < LEAST:
+            raise BackendUnavailable(
+                f"backend 'cuda': {support(capability_of(device))[0].detail}. Use another device, "
+                "or backend='inductor' or 'onnxruntime'.")
+        return device
     if interpreted():
         return torch.device("cpu")
     why = ("this torch is built without CUDA" if torch.version.cuda is None

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType
 
-from scaleprop.backends.cuda import devices, library
+from scaleprop.backends.cuda import CudaBackend, devices, library
 from scaleprop.backends.cuda.layouts import swizzled, unswizzled
+from scaleprop.errors import BackendUnavailable
 from scaleprop.formats import parse
 from scaleprop.formats.quantize import quantize_parts
 from scaleprop.formats.tensor import dequantize_parts
@@ -100,3 +101,11 @@ def test_support_follows_the_units():
     assert by_device[10, 0]["NVFP4 × NVFP4"] == by_device[12, 0]["NVFP4 × NVFP4"] == "native"
     old = devices.support((7, 5))
     assert {each.how for each in old} == {"refused"} and "8.0" in old[0].detail
+
+
+def test_a_device_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(BackendUnavailable, match=r"7\.5.*backend='inductor'"):
+        CudaBackend().lower(None)  # type: ignore[arg-type]
