@@ -25,6 +25,7 @@ PLAIN, AFTER, FOLDED, PART = range(4)
 BYTES_DEPTH = 1 << 16  # of sums of bytes that int32 holds, zero points included
 E4M3 = element_constants(named_element("e4m3"))
 _SUM_TILE = 16, 128
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DOTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
          torch.int8: tl.int8, torch.float8_e4m3fn: tl.float8e4nv}  # fmt: skip
 
@@ -67,6 +68,8 @@ def way_of(x: ScaledFormat | torch.dtype, w: ScaledFormat, k: int, fp8: bool = F
     """
     stored = stored_constants(w)
     if isinstance(x, torch.dtype):
+        if x not in _FLOATS:
+            raise FormatError(f"no kernel multiplies {x}")
         return _placed(None, stored, x, PLAIN, _place(w, stored, x))
     operand = stored_constants(x)
     if _bytes(operand, stored, k):

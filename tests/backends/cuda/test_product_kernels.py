@@ -134,6 +134,11 @@ def test_what_no_kernel_multiplies(name):
                           fmt, 96)
 
 
+def test_float64_is_left_to_torch():
+    with pytest.raises(FormatError, match="float64"):
+        products.way_of(torch.float64, parse("int4"), 128)
+
+
 @pytest.mark.parametrize("bucket", [1, 16, 64, 1024])
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_tile_fits_its_way(name, bucket):
