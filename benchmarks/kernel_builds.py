@@ -118,12 +118,14 @@ def _attention() -> Iterator[Build]:
             ("key_scales", "value_scales", "key_outer", "value_outer"), scales)}
         if stored is None:
             pointers |= {"keys": "*bf16", "values": "*bf16"}
-        for count in (1, 16):
-            rows, columns = attention.tile_of(8 * count, 128)
-            yield Build(f"attention, {count} over {name or 'bf16'}", kernels.attention_kernel, {
+        for count, of in ((1, "bf16"), (16, "bf16"), (1, "fp32")):
+            rows, columns, warps = attention.tile_of(8 * count, 128, of == "bf16")
+            yield Build(f"attention, {count} of {of} over {name or 'bf16'}",
+                        kernels.attention_kernel, {
                 "K": stored, "V": stored, "HEADS": 8, "QUERIES": 8 * count, "T": count,
                 "SCALE": 128**-0.5, "CAP": 0.0, "WINDOW": 0, "SPLITS": 16, "ROWS": rows,
-                "COLUMNS": columns, "DEPTH": 128, "EXACT": False}, pointers)
+                "COLUMNS": columns, "DEPTH": 128, "EXACT": of == "fp32"},
+                pointers | {"q": f"*{of}"}, warps)  # fmt: skip
     yield Build("attention, shares together", kernels.combine_kernel,
                 {"SPLITS": 32, "PADDED": 32, "DEPTH": 128}, floats | {"out": "*i16"})
 

@@ -33,6 +33,8 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HEAVY = ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "rich", "click", "matplotlib",
          "transformers", "accelerate", "pytorch_lightning", "triton", "torchao", "ml_dtypes",
          "joblib", "tensorboard")
+# torch._dynamo imports triton wherever that is installed
+OPTIONAL = (*(name for name in HEAVY if name != "triton"), "scaleprop.backends.cuda")
 
 
 def module_name(path: Path) -> str:
@@ -117,7 +119,7 @@ def run(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
 def test_import_is_light() -> None:
     done = run(
         "import sys, scaleprop, scaleprop.report, scaleprop.cli, scaleprop.api\n"
-        f"print(*(name for name in {HEAVY!r} if name in sys.modules))"
+        f"print(*(name for name in {OPTIONAL!r} if name in sys.modules))"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []

@@ -16,7 +16,7 @@ from scaleprop.formats.scaled import ScaledFormat
 from scaleprop.formats.tensor import storage_layout
 
 MAX_SPLITS = 32
-MAX_DEPTH = 512
+MAX_DEPTH = 256
 _PROGRAMS = 512  # a few a multiprocessor; by no device's own number, on which sums would depend
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,7 +64,7 @@ def attend(
               for parts, fmt in zip((keys, values), formats, strict=True)]
     groups, capacity = shape[1], shape[2]
     queries = heads // groups * count
-    rows, columns = tile_of(queries, padded)
+    rows, columns, warps = tile_of(queries, padded, not q.is_cuda or q.dtype != torch.float32)
     whole = batch * groups, programs(queries, rows)
     splits = splits or splits_of(whole[0] * whole[1], capacity, columns)
     if not 1 <= splits <= MAX_SPLITS:
@@ -82,17 +82,23 @@ def attend(
         V=stored[1], HEADS=groups, QUERIES=queries, T=count,
         SCALE=depth**-0.5 if masking.scale is None else masking.scale, CAP=masking.cap,
         WINDOW=masking.window, SPLITS=splits, ROWS=rows, COLUMNS=columns, DEPTH=padded,
-        EXACT=q.dtype == torch.float32 or not q.is_cuda)  # the interpreter has no bfloat16
+        EXACT=q.dtype == torch.float32 or not q.is_cuda,  # the interpreter has no bfloat16
+        num_warps=warps)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch(attention.combine_kernel, (whole[0], queries), most, total, partial, as_bytes(out),
            queries, depth, SPLITS=splits, PADDED=1 << (splits - 1).bit_length(), DEPTH=padded)
     return out
 
 
-def tile_of(queries: int, depth: int) -> tuple[int, int]:
-    """Queries and positions of a program, whose sums are held in registers."""
+def tile_of(queries: int, depth: int, cores: bool = True) -> tuple[int, int, int]:
+    """Queries and positions of a program, whose sums are held in registers, and warps.
+
+    cores: products of bfloat16; those of float32 hold their factors in registers, too.
+    """
+    if not cores:
+        return 16, 16, 8
     rows = min(max(1 << (queries - 1).bit_length(), 16), 64)
-    return rows, 64 if rows * depth <= 4096 else 32
+    return rows, 64 if rows * depth <= 4096 else 32, 4
 
 
 def splits_of(others: int, capacity: int, columns: int) -> int:

@@ -200,7 +200,7 @@ def test_a_full_cache_says_so():
 @pytest.mark.parametrize(("change", "said"), [
     ({"q": torch.zeros(1, 3, 1, 32)}, "divisor"),
     ({"q": torch.zeros(1, 2, 1, 32, dtype=torch.float64)}, "queries"),
-    ({"q": torch.zeros(1, 2, 1, 64)}, "stores"),
+    ({"q": torch.zeros(1, 2, 1, 64)}, "stores"), ({"q": torch.zeros(1, 2, 1, 512)}, "at most 256"),
     ({"lengths": torch.zeros(1, dtype=torch.int64)}, "lengths"),
     ({"splits": 33}, "33 splits"),
     ({"formats": (parse("mxfp8"), None)}, "stores"),
