@@ -74,8 +74,12 @@ def _quantizing() -> Iterator[Build]:
                 yield _groups(f"{name} along rows, {mode}", fmt, (1,), mode)
         yield _groups(f"{name} along rows", fmt, (1,))
     for name, block in ROTATED:
-        yield _groups(f"{name} along rows, rotated by {block}", parse(name), (1,), block=block)
-        yield _groups(f"{name} both ways, rotated by {block}", parse(name), (1, 0), block=block)
+        fmt = parse(name)
+        ways = {"along rows": (1,), "across": (0,)}
+        if quantizing.at_once(fmt, (1, 0), False, block):
+            ways["both ways"] = (1, 0)
+        for way, axes in ways.items():
+            yield _groups(f"{name} {way}, rotated by {block}", fmt, axes, block=block)
     for name in ROWS:
         fmt = parse(name)
         yield Build(name, rows.rows_kernel, {
@@ -101,7 +105,8 @@ def _groups(name: str, fmt: ScaledFormat, axes: tuple[int, ...], mode: str = "ne
         "PHILOX": mode == "stochastic", "H": block, "FACTOR": max(block, 1) ** -0.5,
     }, {"x": "*bf16", "bits": "*bf16", "signs": "*fp32", "amax": "*i32", "whole": "*fp32",
         **dict.fromkeys(("stream", "step", "stream_t"), "*i64"),
-        **dict.fromkeys(("scales", "scales_t"), scales)}, quantizing.warps_of(*tile))
+        **dict.fromkeys(("scales", "scales_t"), scales)},
+        quantizing.warps_of(*tile, mode == "stochastic"))
 
 
 def _attention() -> Iterator[Build]:

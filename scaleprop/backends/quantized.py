@@ -8,6 +8,7 @@ random numbers of operands apart; a run passes them in, the first four from the 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from scaleprop.passes.training.rewrite import Settings
 from scaleprop.passes.training.roles import find_products, is_tangent
 from scaleprop.passes.training.truncate import truncate_values
 from scaleprop.recipes.training import Operand, TrainingRecipe
+
+logger = logging.getLogger(__name__)
 
 _INPUTS = ("scaleprop_step", "scaleprop_used", "scaleprop_seen", "scaleprop_seen_backward",
            "scaleprop_streams")  # fmt: skip
@@ -138,12 +141,23 @@ class _Work:
             operands=operands, names=dict(zip(given, self.names, strict=False)),
             seed=self.state.seed, step=step, memory=memory, streams=streams, rank=_rank()),
             recipe.convolutions)
+        _keep_stored(joint, self.device)
         phase.rows = memory.rows
         with compat.without_modes():
             phase.streams = streams.values(self.device)
         phase.layer = found.quantized[0].layer if found.quantized else ""
         if self.report is not None:
             self.report(found)
+
+
+def _keep_stored(joint: torch.fx.GraphModule, device: torch.device) -> None:
+    """On CUDA, products read stored operands where the device has units for them."""
+    if device.type == "cuda":
+        from scaleprop.backends.cuda.devices import capability_of
+        from scaleprop.backends.cuda.training import keep_stored
+
+        count = keep_stored(joint, capability_of(device))
+        logger.info("%d products read stored operands", count)
 
 
 def _rank() -> int:

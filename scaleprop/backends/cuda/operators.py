@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaleprop.backends.cuda import dequantizing, fusing, products, quantizing
+from scaleprop.backends.cuda import dequantizing, fusing, library, products, quantizing
 from scaleprop.backends.cuda.constants import scaling_constants, stored_constants
+from scaleprop.backends.cuda.devices import capability_of
 from scaleprop.errors import FormatError
 from scaleprop.formats.rounding import parse_rounding
 from scaleprop.formats.scaled import PLAIN, ScaledFormat, parse
@@ -22,6 +23,8 @@ NAMESPACE = "scaleprop_cuda"
 SCHEMAS: Mapping[str, str] = {
     "quantize": "(Tensor x, str format, int axis=-1, str rounding='nearest', Tensor? bits=None, "
                 "Tensor[]? scales=None) -> Tensor[]",
+    "quantize_both": "(Tensor x, str format, str rounding='nearest', Tensor? bits=None) "
+                     "-> Tensor[]",
     "quantize_norm": "(Tensor x, Tensor? gain, Tensor? bias, str format, str kind, float eps, "
                      "ScalarType between) -> Tensor[]",
     "quantize_gated": "(Tensor gate, Tensor up, str format, str activation, ScalarType between) "
@@ -31,6 +34,8 @@ SCHEMAS: Mapping[str, str] = {
     "dequantize": "(Tensor[] parts, str format, SymInt[] shape, ScalarType dtype) -> Tensor",
     "multiply": "(Tensor[] x, Tensor[] w, Tensor? bias, Tensor? sums, str x_format, str w_format, "
                 "int k, ScalarType dtype, bool fp8=False) -> Tensor",
+    "gemm": "(Tensor[] a, Tensor[] b, str a_format, str b_format, SymInt k, ScalarType dtype) "
+            "-> Tensor",
 }  # fmt: skip
 
 
@@ -69,6 +74,13 @@ def quantizes(fmt: ScaledFormat, ndim: int, stochastic: bool, given: bool) -> bo
     columns = fmt.granularity.columns
     return (not given and not fmt.zero_point and columns & (columns - 1) == 0 and columns <= 256
             and fmt.scale.name not in ("bf16", "f16") and (fmt.granularity.rows == 1 or ndim == 2))
+
+
+def quantize_both(x: Tensor, format: str, rounding: str = "nearest",
+                  bits: Tensor | None = None) -> list[Tensor]:
+    """The parts of a matrix quantized along its rows, then those of its columns: one read."""
+    found = quantizing.quantize_groups(x, parse(format), (1, 0), parse_rounding(rounding), bits)
+    return [part for parts in found for part in parts]
 
 
 def quantize_norm(x: Tensor, gain: Tensor | None, bias: Tensor | None, format: str,
@@ -124,6 +136,25 @@ def multiply(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, sums
     return products.multiply(x, w, bias, left, parse(w_format), k, dtype, sums, fp8=fp8)
 
 
+def gemm(a: Sequence[Tensor], b: Sequence[Tensor], a_format: str, b_format: str, k: int,
+         dtype: torch.dtype) -> Tensor:
+    """Σ_k of stored [m, k] and [n, k], without the scales of whole tensors, in ``dtype``."""
+    formats = parse(a_format), parse(b_format)
+    left, right = (_unscaled(parts, fmt) for parts, fmt in zip((a, b), formats, strict=True))
+    n = right[0].shape[0]
+    kind = library.kind_of(*formats, n, k, capability_of(a[0].device))
+    if kind is not None:
+        return library.multiply(kind, left, right, None, dtype)
+    return products.multiply(left, right, None, *formats, k, dtype, fp8=True)
+
+
+def _unscaled(parts: Sequence[Tensor], fmt: ScaledFormat) -> list[Tensor]:
+    """With 1 for the scale of the whole tensor."""
+    place = 1 if fmt.granularity.kind == "tensor" else 2 if fmt.two_level else None
+    return [torch.ones_like(part) if index == place else part
+            for index, part in enumerate(parts)]
+
+
 def multiplies(x: ScaledFormat | torch.dtype, w: ScaledFormat, k: int) -> bool:
     """Whether ``multiply`` takes these."""
     try:
@@ -131,6 +162,12 @@ def multiplies(x: ScaledFormat | torch.dtype, w: ScaledFormat, k: int) -> bool:
     except FormatError:
         return False
     return True
+
+
+def _both_fake(x: Tensor, format: str, rounding: str = "nearest",
+               bits: Tensor | None = None) -> list[Tensor]:
+    return [part for axis in (1, 0)
+            for part in registration.quantize_fake(x, format, axis, rounding, bits)]
 
 
 def _quantized_fake(x: Tensor, *args: Any) -> list[Tensor]:
@@ -151,12 +188,20 @@ def _multiply_fake(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None
     return registration.scaled_mm_fake(x, w, bias, x_format, w_format, k).to(dtype)
 
 
+def _gemm_fake(a: Sequence[Tensor], b: Sequence[Tensor], a_format: str, b_format: str, k: Any,
+               dtype: torch.dtype) -> Tensor:
+    del a_format, b_format, k
+    return a[0].new_empty((a[0].shape[0], b[0].shape[0]), dtype=dtype)
+
+
 _KERNELS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize": (quantize, registration.quantize_fake),
+    "quantize_both": (quantize_both, _both_fake),
     **{kernel.__name__: (kernel, _quantized_fake) for kernel in (
         quantize_norm, quantize_gated, quantize_activated, quantize_rotated)},
     "dequantize": (dequantize, _dequantize_fake),
     "multiply": (multiply, _multiply_fake),
+    "gemm": (gemm, _gemm_fake),
 }
 
 

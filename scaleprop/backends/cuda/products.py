@@ -140,7 +140,8 @@ def tiles_for(bucket: int) -> Iterator[triton.Config]:
             yield _config(1, columns, depth, warps, 3)
     if bucket <= 64:
         rows = max(bucket, 16)
-        for columns, depth, warps in ((64, 128, 4), (32, 256, 4), (128, 128, 4), (128, 64, 4)):
+        first = 128 if rows < 64 else 64  # what fits registers, whatever is decoded
+        for columns, depth, warps in ((64, first, 4), (32, 256, 4), (128, 128, 4), (128, 64, 4)):
             yield _config(rows, columns, depth, warps, 4)
     else:
         for rows, columns, depth, warps in ((64, 128, 64, 4), (128, 128, 64, 8), (128, 64, 64, 4),

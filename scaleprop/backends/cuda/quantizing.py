@@ -69,7 +69,8 @@ def quantize_groups(
     if fmt.block is None or fmt.zero_point or x.ndim != 2:
         raise FormatError(f"{fmt.long_name!r}: quantize_groups takes blocks and tiles of matrices, "
                           "without zero points")
-    if len(axes) > 1 and not at_once(fmt, axes, rounding.stochastic):
+    turned = 0 if rotation is None else rotation.block
+    if len(axes) > 1 and not at_once(fmt, axes, rounding.stochastic, turned):
         return [quantize_groups(x, fmt, (axis,), rounding, bits, rotation)[0] for axis in axes]
     element, scaling = _element(fmt), scaling_constants(fmt)
     r, c = fmt.block
@@ -92,7 +93,7 @@ def quantize_groups(
         *scales.shape, data_t.shape[1], *scales_t.shape, E=element, S=scaling, R=r, C=c,
         ROWS=height, COLUMNS=width, ALONG=1 in axes, ACROSS=0 in axes, BITS=rounding.bits,
         MODE=MODES.index(rounding.mode), PHILOX=isinstance(bits, Draw), **turn,
-        num_warps=warps_of(height, width))
+        num_warps=warps_of(height, width, rounding.stochastic))
     outer = {axis: [whole[1 - axis]] if fmt.two_level else [] for axis in axes}
     return [[*_typed(*sides[axis], fmt), *outer[axis]] for axis in axes]
 
@@ -125,11 +126,11 @@ def _find_amax(x: Tensor, amax: Tensor, axes: Collection[int], signs: Tensor,
         amax[1] = amax[0]
 
 
-def at_once(fmt: ScaledFormat, axes: Collection[int], stochastic: bool) -> bool:
-    """Whether both axes are one launch: tiles of 128 by 128 and random numbers fill the registers
-    of a multiprocessor, and more."""
-    rows, columns = tile_of(fmt, axes)
-    return not stochastic or rows * columns < 128 * 128
+def at_once(fmt: ScaledFormat, axes: Collection[int], stochastic: bool, rotated: int = 0) -> bool:
+    """Whether both axes are one launch: tiles of 128 by 128 with random numbers, or rotated, fill
+    the registers of a multiprocessor, and more."""
+    rows, columns = tile_of(fmt, axes, rotated)
+    return rows * columns < 128 * 128 or not (stochastic or rotated)
 
 
 def tile_of(fmt: ScaledFormat, axes: Collection[int], rotated: int = 0) -> tuple[int, int]:
@@ -137,12 +138,15 @@ def tile_of(fmt: ScaledFormat, axes: Collection[int], rotated: int = 0) -> tuple
     for."""
     assert fmt.block is not None
     r, c = fmt.block
-    return max(r, *((c, rotated) if 0 in axes else (1,)), 16), max(c, r, 128)
+    long = max(c, rotated)
+    return (max(r, long if 0 in axes else 1, 16),
+            max(r, *((long, 128) if 1 in axes else (32,))))
 
 
-def warps_of(rows: int, columns: int) -> int:
-    """For 16 elements a thread of small tiles, 32 of large ones."""
-    return min(max(rows * columns // 512, 4), 16)
+def warps_of(rows: int, columns: int, stochastic: bool = False) -> int:
+    """For 16 elements a thread of small tiles, 32 of large ones, 64 where these take random
+    numbers, and the registers of twice as many threads."""
+    return min(max(rows * columns // 512, 4), 8 if stochastic else 16)
 
 
 def _layout(x: Tensor, m: int, k: int, fmt: ScaledFormat) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from scaleprop.errors import FormatError
 from scaleprop.formats import parse
 from scaleprop.formats.quantize import quantize_parts
 from scaleprop.formats.tensor import dequantize_parts
-from tests.backends.cuda.test_quantize_kernels import BLOCKS, DEVICE, INPUTS, ROWS, sample
+from tests.backends.cuda.test_quantize_kernels import BLOCKS, DEVICE, ROWS, everything, sample
 
 
 def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -20,8 +20,10 @@ def assert_same(got: torch.Tensor, want: torch.Tensor) -> None:
     assert torch.equal(got[~unknown], want[~unknown])
 
 
-@pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("name", [*BLOCKS, *ROWS, "int4", "int4[1x128]*f32+zp", "int8[4x4]*bf16"])
+@pytest.mark.parametrize(("name", "kind"), everything(
+    [*BLOCKS, *ROWS, "int4", "int4[1x128]*f32+zp", "int8[4x4]*bf16"],
+    ("mxfp8", "mxfp6", "nvfp4", "e2m1[1x16]*ue5m3*f32", "int4[1x128]*f32+zp", "int8[4x4]*bf16",
+     "int8[row]*f32+zp", "e5m2[tensor]*f32")))
 def test_all_formats(name, kind):
     fmt, x = parse(name), sample(kind)
     parts = quantize_parts(x, fmt)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import triton
@@ -69,8 +71,15 @@ def raw(x: Tensor) -> Tensor:
     return x.view(torch.int32 if x.dtype == torch.float32 else torch.uint8)
 
 
-@pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("name", BLOCKS)
+def everything(names: Sequence[str], all_inputs: Sequence[str]) -> list[tuple[str, str]]:
+    """Every format with plain data; those that stand for the others' ways with every input."""
+    return [(name, kind) for name in names for kind in INPUTS
+            if kind == "float32" or name in all_inputs]
+
+
+@pytest.mark.parametrize(("name", "kind"), everything(
+    BLOCKS, ("mxfp8", "mxfp6", "nvfp4", "e2m1[1x16]*ue5m3", "e4m3[128x128]*f32", "int8[1x32]*e8m0",
+             "mxfp4:even")))
 def test_blocks_along_both_axes(name, kind):
     fmt, x = parse(name), sample(kind)
     for axis, got in zip((1, 0), quantizing.quantize_groups(x, fmt, (1, 0)), strict=True):
@@ -106,8 +115,9 @@ def test_drawn_bits_are_those_of_the_stream(name, width):
         assert_same(got, quantize_parts(x, fmt, axis, rounding, bits))
 
 
-@pytest.mark.parametrize("kind", INPUTS)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("name", "kind"), everything(
+    ROWS, ("e4m3[row]*f32", "int4[row]*f32", "int8[row]*f32+zp", "e4m3[tensor]*f32",
+           "int8[tensor]*f32+zp")))
 def test_rows_and_tensors(name, kind):
     fmt, x = parse(name), sample(kind)
     want = quantize_parts(x, fmt)
