@@ -14,8 +14,10 @@ _BYTES = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.in
 
 
 def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
-    """Products and sums are not fused: each is rounded, as the reference rounds it."""
-    kernel[grid](*arguments, **constants, enable_fp_fusion=False)
+    """On the first argument's device. Products and sums are not fused: each is rounded, as the
+    reference rounds it."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants, enable_fp_fusion=False)
 
 
 def programs(size: int, tile: int) -> int:

@@ -46,6 +46,8 @@ def quantize(x: Tensor, format: str, axis: int = -1, rounding: str = "nearest",
     moved = x.movedim(axis, -1)
     if fmt.block is None:
         found = quantizing.quantize_rows(_matrix(moved), fmt, scales)
+        if scales is not None:  # results of an operator are new tensors
+            found = [found[0], *(part.clone() for part in found[1:])]
     else:
         drawn = None if bits is None else _matrix(bits.movedim(axis, -1))
         (found,) = quantizing.quantize_groups(_matrix(moved), fmt, (1,), mode, drawn)

@@ -12,6 +12,7 @@ import scaleprop
 from scaleprop.recipes import Recipe, Role
 from tests.backends.cuda.test_quantize_kernels import DEVICE
 
+kernels: Any = torch.ops.scaleprop_cuda
 # of the largest result: two products of 96 and 64 float32 terms, and codes that lie on a boundary
 BOUND = 2.0**-18
 
@@ -114,3 +115,24 @@ def test_quantization_takes_in_what_is_before_it(recipe, passes, expected):
     # sums in another order: codes that lie on a boundary may differ by one
     assert (ours(example()).cpu() - want).abs().max() <= 2.0**-8 * want.abs().max()
     assert expected <= set(ours.executable.lowerings.values())
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: ("quantize", (x, "int8[tensor]*f32")),
+    lambda x: ("quantize", (x, "int8[tensor]*f32", -1, "nearest", None, [torch.tensor(0.02)])),
+    lambda x: ("quantize", (x.permute(1, 2, 0), "int4[1x16]*f32", 1)),
+    lambda x: ("quantize_both", (x[0], "int4[1x16]*f32")),
+    lambda x: ("quantize_norm", (x, torch.ones(64), None, "int8[row]*f32+zp", "rms", 1e-6,
+                                 torch.bfloat16)),
+    lambda x: ("quantize_gated", (x, x + 1, "int4[1x32]*f32", "silu", torch.float32)),
+    lambda x: ("quantize_rotated", (x, None, "int4[1x32]*f32", 32)),
+    lambda x: ("dequantize", (kernels.quantize(x, "int4[1x16]*f32"), "int4[1x16]*f32", [3, 4, 64],
+                              torch.bfloat16)),
+    lambda x: ("multiply", ([x], kernels.quantize(x[0], "int4[1x16]*f32"), None, None, "f32",
+                            "int4[1x16]*f32", 64, torch.bfloat16)),
+    lambda x: ("gemm", (*[kernels.quantize(x[0], "int8[row]*f32")] * 2, "int8[row]*f32",
+                        "int8[row]*f32", 64, torch.bfloat16))])  # fmt: skip
+def test_operators_promise_what_they_do(call):
+    """Schemas, shapes, strides; results are new tensors. (torch checks no float8 so.)"""
+    name, arguments = call(torch.randn(3, 4, 64))
+    torch.library.opcheck(getattr(kernels, name).default, arguments)
