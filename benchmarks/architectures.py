@@ -1,10 +1,12 @@
 """Which architectures compile, and do they compute what the reference computes?
 
     python -m benchmarks.architectures [--recipe int8-dynamic --recipe mxfp8] [--only llama,bert]
+    TRITON_INTERPRET=1 python -m benchmarks.architectures --backend cuda   # with no device
 
-Each of the 25 models of ``benchmarks.models`` is compiled for onnxruntime in a process of its own
+Each of the 25 models of ``benchmarks.models`` is compiled for a backend in a process of its own
 (with a time limit), verified against the reference node by node and end to end, and run on inputs
-of another size. Writes ``benchmarks/results/architectures.json`` and prints the table.
+of another size. Writes ``benchmarks/results/architectures.json`` (``…_cuda.json``) and prints the
+table.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ LIMIT = 600.0  # seconds for one model and recipe
 MARK = "RESULT "  # starts the one line of a child's output that is for us
 
 
-def measure(name: str, recipe: str) -> dict[str, Any]:
+def measure(name: str, recipe: str, backend: str) -> dict[str, Any]:
     """Compile one model and compare; in this process.
 
     Returns ``status`` ``ok``, or ``refused`` with scaleprop's named error, and figures: seconds to
@@ -51,7 +53,7 @@ def measure(name: str, recipe: str) -> dict[str, Any]:
     began = time.perf_counter()
     try:
         compiled = scaleprop.compile(sample.model, (sample.args, sample.kwargs), recipe=recipe,
-                                     backend="onnxruntime")
+                                     backend=backend)
         seconds = time.perf_counter() - began
         fidelity = compiled.verify()
         other = other_size_error(compiled, sample)
@@ -97,10 +99,10 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:300]
 
 
-def in_child(name: str, recipe: str, limit: float) -> dict[str, Any]:
+def in_child(name: str, recipe: str, backend: str, limit: float) -> dict[str, Any]:
     """``measure`` in a fresh process; a crash or a time-out is a result, too."""
     command = [sys.executable, "-m", "benchmarks.architectures", "--child", name,
-               "--recipe", recipe]
+               "--recipe", recipe, "--backend", backend]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     base = {"model": name, "recipe": recipe}
     try:
@@ -116,10 +118,10 @@ def in_child(name: str, recipe: str, limit: float) -> dict[str, Any]:
     return {**base, "status": "failed", "error": reason[:300]}
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
+def table(rows: Sequence[dict[str, Any]], backend: str) -> Table:
     """The results, one row per model and recipe."""
     drawn = Table("model", "recipe", "status", "quantized", "bytes", "vs reference", "other size",
-                  "vs model", "cosine", "compile s", title="Architectures on onnxruntime")
+                  "vs model", "cosine", "compile s", title=f"Architectures on {backend}")
     for row in rows:
         if row["status"] != "ok":
             drawn.add_row(row["model"], row["recipe"], f"[red]{row['status']}[/red]",
@@ -137,28 +139,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sweep; the exit status is 1 where a model failed without a named error."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", action="append", help="default: int8-dynamic and mxfp8")
+    parser.add_argument("--backend", default="onnxruntime")
     parser.add_argument("--only", default="", help="models, separated by commas")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where to write the results")
+    parser.add_argument("--json", type=Path, help="where to write the results")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one compilation")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     recipes = options.recipe or list(RECIPES)
     if options.child:
-        print(MARK + json.dumps(measure(options.child, recipes[0])))
+        print(MARK + json.dumps(measure(options.child, recipes[0], options.backend)))
         return 0
     names = [name for name in options.only.split(",") if name] or list(ZOO)
     if unknown := [name for name in names if name not in ZOO]:
         parser.error(f"unknown models {unknown}; known: {', '.join(ZOO)}")
     work = [(name, recipe) for recipe in recipes for name in names]
     with ThreadPoolExecutor(options.jobs) as pool:
-        futures = [pool.submit(in_child, name, recipe, options.limit) for name, recipe in work]
+        futures = [pool.submit(in_child, name, recipe, options.backend, options.limit)
+                   for name, recipe in work]
         progress = track(futures, "compiling", console=Console(stderr=True))
         rows = [future.result() for future in progress]
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    other = "" if options.backend == "onnxruntime" else f"_{options.backend}"
+    path = options.json or RESULTS.with_stem(RESULTS.stem + other)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1) + "\n")
     console = Console(width=160)
-    console.print(table(rows))
+    console.print(table(rows, options.backend))
     for recipe in recipes:
         good = sum(row["status"] == "ok" for row in rows if row["recipe"] == recipe)
         console.print(f"{recipe}: {good} of {len(names)} compile and agree with the reference")

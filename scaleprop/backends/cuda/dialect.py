@@ -110,9 +110,10 @@ def _product(operand: Operand, constants: Constants, capability: Capability) -> 
 
 def _read_as(node: torch.fx.Node) -> torch.dtype:
     """The dtype that every reader converts the result to; else float32."""
-    wanted = {user.kwargs.get("dtype") if user.target is torch.ops.aten._to_copy.default else None
-              for user in node.users}  # fmt: skip
-    only: Any = wanted.pop() if len(wanted) == 1 else None
+    wanted: list[Any] = [
+        user.kwargs.get("dtype") if user.target is torch.ops.aten._to_copy.default else None
+        for user in node.users]  # fmt: skip
+    only = wanted[0] if len(set(wanted)) == 1 else None
     return only if only in (torch.bfloat16, torch.float16) else torch.float32
 
 

@@ -58,13 +58,14 @@ def _norm(value: Node, name: str, fmt: ScaledFormat) -> Call | None:
     kind = _NORMS.get(value.target)
     if kind is None or not operators.fuses(fmt):
         return None
-    x, axes, gain, *rest = *value.args, *[None] * (5 - len(value.args))
+    given: tuple[Any, ...] = (*value.args, *[None] * (5 - len(value.args)))
+    x, axes, gain, *rest = given
     bias, eps = rest[:2] if kind == "layer" else (None, rest[0])
-    source: Any = x
-    if len(axes) != 1 or source.meta["val"].dtype == torch.float64:
+    dtype = x.meta["val"].dtype
+    if len(axes) != 1 or dtype == torch.float64:
         return None
     if eps is None:
-        eps = 1e-5 if kind == "layer" else torch.finfo(source.meta["val"].dtype).eps
+        eps = 1e-5 if kind == "layer" else torch.finfo(dtype).eps
     return Call(kernels.quantize_norm, (x, gain, bias, name, kind, eps, value.meta["val"].dtype),
                 f"Triton {kind}_norm+quantize")
 
@@ -80,7 +81,8 @@ def _function(value: Any) -> str | None:
 def _gated(value: Node, name: str, fmt: ScaledFormat) -> Call | None:
     if value.target is not aten.mul.Tensor or not operators.fuses(fmt):
         return None
-    for gate, up in (value.args, value.args[::-1]):
+    sides: list[Any] = list(value.args)
+    for gate, up in (sides, sides[::-1]):
         function = _function(gate)
         if function is None or len(gate.users) > 1 or not isinstance(up, Node):
             continue
@@ -108,7 +110,7 @@ def _rotated(value: Node, name: str, fmt: ScaledFormat) -> Call | None:
     if value.target is not ops.hadamard or _seen(value)[1] != torch.float32:
         return None
     names = ("x", "block", "signs", "axis", "transpose")
-    given = dict(zip(names, value.args, strict=False)) | dict(value.kwargs)
+    given: dict[str, Any] = dict(zip(names, value.args, strict=False)) | dict(value.kwargs)
     last = given.get("axis", -1) in (-1, len(_seen(value)[0]) - 1)
     if not last or given.get("transpose", False) or not operators.rotates(fmt, given["block"]):
         return None

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from scaleprop.backends.cuda.constants import Element, Stored, element_constants, stored_constants
 from scaleprop.backends.cuda.kernels import products as kernels
@@ -53,7 +54,7 @@ class Way(NamedTuple):
 @functools.cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter."""
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
 
 
 @functools.cache

@@ -77,7 +77,7 @@ def _stored(factor: Any, axis: int) -> _Stored | None:
             or factor.args[0].target is not ops.quantize_operand:
         return None
     made = factor.args[0]
-    given = dict(zip(_PLACES, made.args, strict=False)) | dict(made.kwargs)
+    given: dict[str, Any] = dict(zip(_PLACES, made.args, strict=False)) | dict(made.kwargs)
     fmt, mode = parse(given["format"]), parse_rounding(given.get("rounding", "nearest"))
     rows, columns = fmt.block or (1, 1)
     turns = fmt.granularity.kind == "tensor" or rows == columns > 1  # the same along either axis
@@ -154,7 +154,8 @@ def _turn(graph: torch.fx.Graph, node: Node, other: Node) -> None:
 def _reread(old: Node, both: Node, start: int) -> None:
     """Parts of ``old`` are those of ``both`` from ``start`` on; that comes first in the graph."""
     for user in list(old.users):
-        user.args = (both, user.args[1] + start)
+        place: Any = user.args[1]
+        user.args = (both, place + start)
 
 
 def _size(graph: torch.fx.Graph, factor: _Stored, at: Node) -> Any:
