@@ -146,7 +146,7 @@ def machine() -> dict[str, Any]:
         "load": [round(value, 2) for value in os.getloadavg()],
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "when": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     }
 
@@ -169,7 +169,7 @@ def _cpu_info() -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in pairs}
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
