@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -48,6 +49,11 @@ class Script:
     doc: str
     rows: Callable[[bool], Sequence[Row]]
     rounds: int = 31
+    package: str = "benchmarks"
+
+    @property
+    def module(self) -> str:
+        return f"{self.package}.{self.name}"
 
     @property
     def title(self) -> str:
@@ -56,7 +62,7 @@ class Script:
 
 def main(script: Script, arguments: Sequence[str] | None = None) -> int:
     """Measure, write, print; 1 where a bound is missed or a row failed, 2 without a device."""
-    options = _options(script, arguments)
+    options = options_of(script, arguments)
     until = time.monotonic() + options.seconds
     rows = [row for row in script.rows(options.smoke) if re.search(options.only, row.name)]
     if options.out:
@@ -73,14 +79,14 @@ def main(script: Script, arguments: Sequence[str] | None = None) -> int:
     results = harness.Results(script.name, options.results, fresh=options.only == "")
     results.data["machine"] |= device_info(script, arguments)
     _warm(script, rows, options)
-    _measure(script, rows, options, results, until)
+    measure_all(script, rows, options, results, until)
     text = table(script, results.sections, results.data["machine"])
     results.write_markdown(text)
     print(text)
-    return int(not all(_good(row) for row in results.sections.values()))
+    return int(not all(is_good(row) for row in results.sections.values()))
 
 
-def _options(script: Script, arguments: Sequence[str] | None) -> argparse.Namespace:
+def options_of(script: Script, arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=script.doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true",
@@ -121,27 +127,32 @@ def measured(row: Row, bench: Bench) -> dict[str, Any]:
 
 def _work(script: Script, rows: Sequence[Row], options: argparse.Namespace) -> int:
     """In a worker: a line of ``options.out`` for each row; 3 where the device is lost."""
-    bench = Bench(torch.device("cuda"), options.rounds, compile_only=options.compile)
+    device = torch.device("cpu" if options.smoke else "cuda")
+    bench = Bench(device, options.rounds, compile_only=options.compile)
     with options.out.open("a") as out:
         for row in rows:
             found = measured(row, bench)
             print(json.dumps([row.name, found]), file=out, flush=True)
-            if is_lost():
-                return 3
-            torch.cuda.empty_cache()
+            if not options.smoke:
+                if is_lost():
+                    return 3
+                torch.cuda.empty_cache()
     return 0
 
 
 def _start(script: Script, names: Sequence[str], options: argparse.Namespace, out: Path,
            *flags: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", f"benchmarks.{script.name}", "--worker", json.dumps(names),
-               "--out", str(out), "--rounds", str(options.rounds), *flags]
+    command = [sys.executable, "-m", script.module, "--worker", json.dumps(names),
+               "--out", str(out), "--rounds", str(options.rounds),
+               *["--smoke"] * options.smoke, *flags]
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "2"} if flags else {}
     with out.with_suffix(".log").open("wb") as log:
-        return subprocess.Popen(command, cwd=harness.ROOT, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=harness.ROOT, stdout=log, stderr=log,
+                                env={**os.environ, **threads})
 
 
 def _warm(script: Script, rows: Sequence[Row], options: argparse.Namespace) -> None:
-    """Fill the compilers' caches: what is missing in them then costs its row the time."""
+    """Fill the compilers' caches, in turns of rows; what is missing then costs its row the time."""
     count = min(options.warm, len(rows) // 2)
     with tempfile.TemporaryDirectory() as folder:
         running = [_start(script, [row.name for row in rows[place::count]], options,
@@ -155,7 +166,7 @@ def _warm(script: Script, rows: Sequence[Row], options: argparse.Namespace) -> N
                 process.wait()
 
 
-def _measure(script: Script, rows: Sequence[Row], options: argparse.Namespace,
+def measure_all(script: Script, rows: Sequence[Row], options: argparse.Namespace,
              results: harness.Results, until: float) -> None:
     """All rows, each kept as it comes."""
     remaining = {row.name: row for row in rows}
@@ -194,7 +205,7 @@ def _some(script: Script, remaining: dict[str, Row], options: argparse.Namespace
                 if ended:
                     why = f"exit status {process.returncode}: {_tail(out)}"
                 elif time.monotonic() - began > limit:
-                    why = f"no result within {limit:.0f} s"
+                    why = f"no result within {limit:g} s"
                 elif time.monotonic() > until:
                     why = f"not done: {options.seconds:.0f} s were over"
                 time.sleep(0.2)
@@ -224,7 +235,7 @@ def device_info(script: Script, arguments: Sequence[str] | None) -> dict[str, An
     return {"device": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda,
             "triton": harness.version("triton"), "torch": torch.__version__,
             "torchao": harness.version("torchao"),
-            "command": f"python -m benchmarks.{script.name} {given}".strip()}
+            "command": f"python -m {script.module} {given}".strip()}
 
 
 def _shown(middle: float, low: float, high: float) -> str:
@@ -234,7 +245,8 @@ def _shown(middle: float, low: float, high: float) -> str:
     return texts[0] if low == high else "{} [{}–{}]".format(*texts)
 
 
-def _good(row: Mapping[str, Any]) -> bool:
+def is_good(row: Mapping[str, Any]) -> bool:
+    """Whether it has its figures, or was skipped, and no bound is missed."""
     return "error" not in row and not _missed(row)
 
 

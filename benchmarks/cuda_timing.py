@@ -154,7 +154,7 @@ class Bench:
             if self.compile_only and name in {COPY, *peers}:
                 continue
             try:
-                with _compiling() if self.compile_only else contextlib.nullcontext():
+                with compiling() if self.compile_only else contextlib.nullcontext():
                     run = build()
                     started = time.perf_counter()
                     results[name] = run()
@@ -229,7 +229,7 @@ class _Clock:
 
 
 @contextlib.contextmanager
-def _compiling() -> Iterator[None]:
+def compiling() -> Iterator[None]:
     """Launches compile their kernel, with each tile that would be tried, and run nothing."""
     from scaleprop.backends.cuda import attention, dequantizing, fusing, products, quantizing
 
