@@ -32,7 +32,7 @@ HELD = ("mxfp8", "nvfp4", "FP8 row")  # to LEAST
 LEAST, LEAST_ROTATED = 0.85, 0.80
 SHARE, ONCE = "share of copy", "share of copy, once"
 PEERS = ("torchao", "torch.compile")
-Quantize = Callable[[Tensor], Any]
+Quantize = Callable[..., Any]
 
 
 def sizes(small: bool) -> tuple[int, int]:
@@ -136,7 +136,7 @@ def normed(name: str) -> Quantize:
     return lambda x: fusing.norm_quantize(x, fmt, "rms", x[0], between=between)
 
 
-def gated(name: str) -> Callable[[Tensor, Tensor], Any]:
+def gated(name: str) -> Quantize:
     fmt = parse(name)
     return lambda gate, up: fusing.gated_quantize(gate, up, fmt, "silu", torch.bfloat16)
 

