@@ -32,8 +32,9 @@ PAIRS = (
 )  # fmt: skip
 ROWS_OF_X = (1, 16, 64, 1024)
 POINTERS = (
-    "x", "bits", "signs", "amax", "data", "scales", "data_t", "scales_t", "whole", "stream", "step",
-    "stream_t", "ranges", "zeros", "outer", "out", "keys", "key_zeros", "values", "value_zeros",
+    "x", "bits", "signs", "amax", "data", "scales", "data_t", "scales_t", "whole", "whole_t",
+    "stream", "step", "stream_t", "ranges", "zeros", "outer", "out", "keys", "key_zeros",
+    "values", "value_zeros",
     "x_scales", "x_zeros", "x_outer", "w", "w_scales", "w_zeros", "w_outer", "sums", "bias",
 )  # fmt: skip
 
@@ -104,7 +105,7 @@ def _groups(name: str, fmt: ScaledFormat, axes: tuple[int, ...], mode: str = "ne
         "ACROSS": 0 in axes, "BITS": 8, "MODE": int(mode == "stochastic"),
         "PHILOX": mode == "stochastic", "H": block, "FACTOR": max(block, 1) ** -0.5,
     }, {"x": "*bf16", "bits": "*bf16", "signs": "*fp32", "amax": "*i32", "whole": "*fp32",
-        **dict.fromkeys(("stream", "step", "stream_t"), "*i64"),
+        "whole_t": "*fp32", **dict.fromkeys(("stream", "step", "stream_t"), "*i64"),
         **dict.fromkeys(("scales", "scales_t"), scales)},
         quantizing.warps_of(*tile, mode == "stochastic"))
 
@@ -176,7 +177,9 @@ def _reading() -> Iterator[Build]:
 def _products() -> Iterator[Build]:
     """The first tile of each way and number of rows; x and results are of bfloat16."""
     cases: list[tuple[ScaledFormat | torch.dtype, str]] = [
-        *((torch.bfloat16, name) for name in WEIGHTS), *((parse(x), w) for x, w in PAIRS)]
+        *((torch.bfloat16, name) for name in WEIGHTS), (torch.float32, "int4"),
+        (torch.float32, "mxfp4"), (torch.float16, "int4"), (torch.float16, "nvfp4"),
+        *((parse(x), w) for x, w in PAIRS)]
     for x, name in cases:
         for bucket in ROWS_OF_X:
             yield _product(x, parse(name), bucket)
@@ -186,14 +189,17 @@ def _product(x: ScaledFormat | torch.dtype, w: ScaledFormat, bucket: int) -> Bui
     from scaleprop.backends.cuda import products
     from scaleprop.backends.cuda.kernels.products import product_kernel
 
-    pointers = {"x": "*bf16", "out": "*i16", "bias": "*bf16", "sums": "*i32",
+    floats = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    pointers = {"out": "*i16", "bias": "*bf16", "sums": "*i32",
                 "w_scales": _scales(w), "w_outer": "*fp32", "x_outer": "*fp32"}
     if isinstance(x, ScaledFormat):
         pointers |= {"x": "*u8", "x_scales": _scales(x)}
+    else:
+        pointers |= {"x": f"*{floats[x]}"}
     way = products.way_of(x, w, 4096, fp8=True)
     config = products.fitted(bucket, way)[0]
     tile = "×".join(str(config.kwargs[side]) for side in ("ROWS", "COLUMNS", "DEPTH"))
-    title = "bf16" if isinstance(x, torch.dtype) else str(x)
+    title = floats[x] if isinstance(x, torch.dtype) else str(x)
     return Build(f"{title} × {w}, {bucket} rows, tile {tile}", product_kernel,
                  {**way.constants, "BIAS": True, "SPLITS": 1, **config.kwargs}, pointers,
                  config.num_warps, config.num_stages)

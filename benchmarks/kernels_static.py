@@ -91,9 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     before: dict[str, dict[str, Any]] = (
         json.loads(options.results.read_text()) if options.results.exists() else {})
-    found = {name: dict(cells) for name, cells in before.items()}
+    every = list(builds())
+    names = {build.name for build in every}
+    found = {name: dict(cells) for name, cells in before.items() if name in names}
     worse: list[str] = []
-    chosen = [build for build in builds() if build.name.startswith(options.only)]
+    chosen = [build for build in every if build.name.startswith(options.only)]
     for build in track(chosen, "kernels"):
         for target in options.targets.split(","):
             cell = measured(build, int(target))

@@ -8,6 +8,7 @@ random numbers of operands apart; a run passes them in, the first four from the 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import torch.fx
 from scaleprop import _torch_compat as compat
 from scaleprop.backends.graphs import Inner, Runner, compile_joint, given_inputs
 from scaleprop.backends.state import GraphState, TrainingState
+from scaleprop.extras import install_command
 from scaleprop.passes.training.attention import ROLES, spell_attention
 from scaleprop.passes.training.high import keep_high
 from scaleprop.passes.training.memory import Memory, Row, Streams
@@ -152,12 +154,17 @@ class _Work:
 
 def _keep_stored(joint: torch.fx.GraphModule, device: torch.device) -> None:
     """On CUDA, products read stored operands where the device has units for them."""
-    if device.type == "cuda":
-        from scaleprop.backends.cuda.devices import capability_of
-        from scaleprop.backends.cuda.training import keep_stored
+    if device.type != "cuda":
+        return
+    if importlib.util.find_spec("triton") is None:
+        logger.warning("products multiply decoded operands: the device's own units need triton, "
+                       "which is not installed; %s", install_command("triton"))
+        return
+    from scaleprop.backends.cuda.devices import capability_of
+    from scaleprop.backends.cuda.training import keep_stored
 
-        count = keep_stored(joint, capability_of(device))
-        logger.info("%d products read stored operands", count)
+    count = keep_stored(joint, capability_of(device))
+    logger.info("%d products read stored operands", count)
 
 
 def _rank() -> int:

@@ -15,7 +15,7 @@ BACKENDS: Mapping[str, tuple[str, str]] = {
     "onnxruntime": ("scaleprop.backends.onnxruntime", "OnnxRuntimeBackend"),
     "inductor": ("scaleprop.backends.inductor", "InductorBackend"),
     "reference": ("scaleprop.backends.reference", "ReferenceBackend"),
-    "cuda": ("scaleprop.backends.cuda", "CudaBackend"),
+    "cuda": ("scaleprop.backends.cuda.backend", "CudaBackend"),
 }
 
 

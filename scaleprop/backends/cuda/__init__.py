@@ -1,5 +1,4 @@
-"""The CUDA backend: Triton kernels, and the library's products where there are."""
+"""The CUDA backend: Triton kernels, and the library's products where there are.
 
-from scaleprop.backends.cuda.backend import CudaBackend
-
-__all__ = ["CudaBackend"]
+``backend`` has the class; nothing here is imported with the package, which needs no Triton then.
+"""

@@ -16,6 +16,7 @@ from scaleprop.formats.scaled import ScaledFormat
 from scaleprop.formats.tensor import storage_layout
 
 MAX_SPLITS = 32
+MAX_QUERIES = 64  # of a sequence's head; each number of them is compiled
 MAX_DEPTH = 256
 _PROGRAMS = 512  # a few a multiprocessor; by no device's own number, on which sums would depend
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,6 +112,9 @@ def _checked(q: Tensor, lengths: Tensor) -> tuple[int, int, int, int]:
         raise FormatError(f"queries are {q.dtype} {list(q.shape)}: pass float32, bfloat16 or "
                           f"float16 [B, H, T, D], D at most {MAX_DEPTH}")
     batch, heads, count, depth = q.shape
+    if count > MAX_QUERIES:
+        raise FormatError(f"{count} new queries of a head: at most {MAX_QUERIES}; of a prompt, "
+                          "attend with torch's scaled_dot_product_attention")
     if lengths.dtype != torch.int32 or tuple(lengths.shape) != (batch,):
         raise FormatError(f"lengths are {lengths.dtype} {list(lengths.shape)}: pass int32 "
                           f"[{batch}], one a sequence")

@@ -24,6 +24,7 @@ class Element(NamedTuple):
 
     top: bits of the largest value, or the largest integer. least: bits of the smallest normal
     value. steps: what makes a subnormal value a whole number. nan: its code; −1 where none is.
+    inf: the largest exponent is that of Inf and NaN.
     """
 
     integer: int
@@ -35,6 +36,7 @@ class Element(NamedTuple):
     least: int
     steps: float
     nan: int
+    inf: int
 
 
 def element_constants(item: ElementFormat) -> Element:
@@ -44,12 +46,12 @@ def element_constants(item: ElementFormat) -> Element:
         FormatError: for codebooks, wider formats and E8M0.
     """
     if isinstance(item, IntegerElement) and item.bits <= 8:
-        return Element(1, item.bits, 1, 0, 0, item.high, 0, 1.0 / item.unit, -1)
+        return Element(1, item.bits, 1, 0, 0, item.high, 0, 1.0 / item.unit, -1, 0)
     if isinstance(item, FloatElement) and item.has_zero and item.bits <= 8:
         nan = -1 if item.nan_code is None else item.nan_code
         return Element(0, item.bits, int(item.signed), item.fraction_bits, item.bias,
                        bits_of(item.max), bits_of(2.0**item.emin),
-                       2.0 ** (item.fraction_bits - item.emin), nan)
+                       2.0 ** (item.fraction_bits - item.emin), nan, int(item.has_inf))
     raise FormatError(f"no kernel rounds to {item.name}")
 
 

@@ -76,15 +76,22 @@ def dialect_for(device: torch.device) -> Dialect:
     return Dialect(plan, _emit, {
         ops.quantize: _quantize, ops.dequantize: implementations.dequantize,
         ops.fake_quantize: implementations.fake_quantize, ops.hadamard: implementations.hadamard,
-    }, _named, device, fusions)
+    }, _named, device,
+        lambda graph, linears: fusions(graph, stored_inputs(linears)))
 
 
-def _named(node: torch.fx.Node) -> str:
+def _named(node: torch.fx.Node, linears: Sequence[Product]) -> str:
+    if node not in stored_inputs(linears):
+        return "fused torch operators"
     value: Any = node.args[0]
-    if node.target is ops.quantize and _has_kernel(value.meta["val"], parse(str(node.args[1])),
-                                                   node.args[2:], node.kwargs):
-        return "Triton quantize"
-    return "fused torch operators"
+    fmt = parse(str(node.args[1]))
+    kernel = _has_kernel(value.meta["val"], fmt, node.args[2:], node.kwargs)
+    return "Triton quantize" if kernel else "fused torch operators"
+
+
+def stored_inputs(linears: Sequence[Product]) -> set[torch.fx.Node]:
+    """Quantize nodes whose codes a product reads; others are only ever fake-quantized."""
+    return {linear.operand.x for linear in linears if linear.kind in ("library", "stored")}
 
 
 def _product(operand: Operand, constants: Constants, capability: Capability) -> Product:
@@ -135,7 +142,8 @@ def _emit(product: Product, inputs: Inputs, constants: Mapping[str, Tensor],
     operand, bias = product.operand, constants.get("bias")
     if product.kind == "float":
         x = inputs.plain(operand).to(torch.float32)
-        y = torch.nn.functional.linear(x, constants["weight"], bias)
+        y = torch.nn.functional.linear(x, constants["weight"],
+                                       None if bias is None else bias.to(torch.float32))
         return y.to(product.dtype)
     value = inputs.values[operand.x]
     x_format = "f32" if operand.x_format is None else str(operand.x_format)

@@ -9,6 +9,7 @@ Each where nothing else reads the value in between, which then is never in memor
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -30,11 +31,11 @@ _FUNCTIONS = {aten.silu.default: "silu", aten.relu.default: "relu", aten.tanh.de
               aten.sigmoid.default: "sigmoid"}  # fmt: skip
 
 
-def fusions(graph: torch.fx.Graph) -> dict[Node, Call]:
-    """quantize node → what computes its parts."""
+def fusions(graph: torch.fx.Graph, wanted: Collection[Node]) -> dict[Node, Call]:
+    """quantize node → what computes its parts, of those whose parts are wanted."""
     found: dict[Node, Call] = {}
     for node in graph.nodes:
-        if node.target is ops.quantize and (call := _fused(node)) is not None:
+        if node.target is ops.quantize and node in wanted and (call := _fused(node)) is not None:
             found[node] = call
     return found
 
@@ -61,11 +62,10 @@ def _norm(value: Node, name: str, fmt: ScaledFormat) -> Call | None:
     given: tuple[Any, ...] = (*value.args, *[None] * (5 - len(value.args)))
     x, axes, gain, *rest = given
     bias, eps = rest[:2] if kind == "layer" else (None, rest[0])
-    dtype = x.meta["val"].dtype
-    if len(axes) != 1 or dtype == torch.float64:
+    if len(axes) != 1 or x.meta["val"].dtype == torch.float64:
         return None
     if eps is None:
-        eps = 1e-5 if kind == "layer" else torch.finfo(dtype).eps
+        eps = 1e-5 if kind == "layer" else torch.finfo(torch.float32).eps  # it is computed in
     return Call(kernels.quantize_norm, (x, gain, bias, name, kind, eps, value.meta["val"].dtype),
                 f"Triton {kind}_norm+quantize")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,11 @@ def as_bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype in _BYTES else x
 
 
+def matrix_of(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K]."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 class Parts(NamedTuple):
     """Stored parts of a matrix for kernels; what a format lacks is stood in for."""
 
@@ -44,6 +50,7 @@ class Parts(NamedTuple):
     def of(cls, parts: Sequence[Tensor], fmt: ScaledFormat) -> Parts:
         """From [data, scale, (tensor scale), (zero point)]; data of more axes becomes [M, K]."""
         data, scales, *rest = (as_bytes(part) for part in parts)
-        flat = scales if scales.ndim < 2 else scales.reshape(-1, scales.shape[-1])
-        return cls(data.reshape(-1, data.shape[-1]).contiguous(), flat.contiguous(),
-                   rest[-1] if fmt.zero_point else data, rest[0] if fmt.two_level else scales)
+        flat = scales if scales.ndim < 2 else matrix_of(scales)
+        return cls(matrix_of(data).contiguous(), flat.contiguous(),
+                   rest[-1].contiguous() if fmt.zero_point else data,
+                   rest[0] if fmt.two_level else scales)

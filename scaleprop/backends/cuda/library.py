@@ -1,7 +1,7 @@
 """Products that the library has: ``torch.nn.functional.scaled_mm``, cuBLASLt on devices.
 
     float8   E4M3 × E4M3 or E5M2, a scale a row or one for all      compute capability 8.9 and up
-    mx       MXFP8 × MXFP8, MXFP4 × MXFP4                           10.0 and up
+    mx       MXFP8 × MXFP8                                          10.0 and up
     nv       NVFP4 × NVFP4                                          10.0 and up
 
 Sums are float32 (no fast accumulation); scales are applied to them before the one rounding to the
@@ -23,26 +23,31 @@ from scaleprop.formats.scaled import ScaledFormat
 
 Kind = Literal["float8", "mx", "nv"]
 _FLOAT8 = ("e4m3", "e5m2")
-_BLOCKS = {"e4m3[1x32]*e8m0": "mx", "e2m1[1x32]*e8m0": "mx", "e2m1[1x16]*e4m3*f32": "nv"}
+_BLOCKS = {"e4m3[1x32]*e8m0": "mx", "e2m1[1x16]*e4m3*f32": "nv"}
 _MULTIPLE = 16  # of K and N
 
 
 def kind_of(x: ScaledFormat | None, w: ScaledFormat, n: int, k: int,
             capability: Capability) -> Kind | None:
     """Which product of the library takes these operands on such a device; None where none does."""
-    if x is None or n % _MULTIPLE or k % _MULTIPLE:
+    if x is None or n % _MULTIPLE or k % (_MULTIPLE if x.block is None else 2 * _MULTIPLE):
         return None
+    return kind_of_formats(x, w, capability)
+
+
+def kind_of_formats(x: ScaledFormat, w: ScaledFormat, capability: Capability) -> Kind | None:
+    """As ``kind_of``, of operands of a size that the library takes."""
     if capability >= FLOAT8 and all(map(_is_float8, (x, w))):
         both_wide = x.element.name == w.element.name == "e5m2"
         return None if both_wide else "float8"
     stems = {fmt.long_name.rpartition(":")[0] for fmt in (x, w)}
     kind: Any = _BLOCKS.get(stems.pop()) if len(stems) == 1 else None
-    return kind if capability >= BLOCK_SCALES and k % 32 == 0 else None
+    return kind if capability >= BLOCK_SCALES else None
 
 
 def _is_float8(fmt: ScaledFormat) -> bool:
     return (fmt.element.name in _FLOAT8 and fmt.granularity.kind in ("tensor", "row")
-            and fmt.scale.name == "f32")
+            and fmt.scale.name == "f32" and not fmt.two_level)
 
 
 def multiply(kind: Kind, x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None,

@@ -14,6 +14,7 @@ from torch import Tensor
 from scaleprop.backends.cuda import dequantizing, fusing, library, products, quantizing
 from scaleprop.backends.cuda.constants import scaling_constants, stored_constants
 from scaleprop.backends.cuda.devices import capability_of
+from scaleprop.backends.cuda.launching import matrix_of
 from scaleprop.errors import FormatError
 from scaleprop.formats.rounding import parse_rounding
 from scaleprop.formats.scaled import PLAIN, ScaledFormat, parse
@@ -45,12 +46,10 @@ def quantize(x: Tensor, format: str, axis: int = -1, rounding: str = "nearest",
     fmt, mode = parse(format), parse_rounding(rounding)
     moved = x.movedim(axis, -1)
     if fmt.block is None:
-        found = quantizing.quantize_rows(_matrix(moved), fmt, scales)
-        if scales is not None:  # results of an operator are new tensors
-            found = [found[0], *(part.clone() for part in found[1:])]
+        found = quantizing.quantize_rows(matrix_of(moved), fmt, scales)
     else:
-        drawn = None if bits is None else _matrix(bits.movedim(axis, -1))
-        (found,) = quantizing.quantize_groups(_matrix(moved), fmt, (1,), mode, drawn)
+        drawn = None if bits is None else matrix_of(bits.movedim(axis, -1))
+        (found,) = quantizing.quantize_groups(matrix_of(moved), fmt, (1,), mode, drawn)
     return _shaped(found, moved, fmt)
 
 
@@ -58,10 +57,6 @@ def _shaped(parts: Sequence[Tensor], x: Tensor, fmt: ScaledFormat) -> list[Tenso
     """Parts of a matrix as those of x [..., K]."""
     return [part.reshape(*x.shape[:-1], part.shape[-1]) if part.ndim and fmt.granularity.rows == 1
             else part for part in parts]
-
-
-def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def quantizes(fmt: ScaledFormat, ndim: int, stochastic: bool, given: bool) -> bool:
@@ -72,10 +67,11 @@ def quantizes(fmt: ScaledFormat, ndim: int, stochastic: bool, given: bool) -> bo
     except FormatError:
         return False
     if fmt.block is None:
-        return not stochastic and fmt.scale.name == "f32"
-    columns = fmt.granularity.columns
-    return (not given and not fmt.zero_point and columns & (columns - 1) == 0 and columns <= 256
-            and fmt.scale.name not in ("bf16", "f16") and (fmt.granularity.rows == 1 or ndim == 2))
+        return not stochastic and fmt.scale.name == "f32" and not fmt.two_level
+    rows, columns = fmt.block
+    return (not given and not fmt.zero_point and rows & (rows - 1) == 0 and rows <= 256
+            and columns & (columns - 1) == 0 and columns <= 256 and (rows == 1 or ndim == 2)
+            and fmt.scale.name not in ("bf16", "f16"))
 
 
 def quantize_both(x: Tensor, format: str, rounding: str = "nearest",
@@ -89,14 +85,14 @@ def quantize_norm(x: Tensor, gain: Tensor | None, bias: Tensor | None, format: s
                   kind: Any, eps: float, between: torch.dtype) -> list[Tensor]:
     """``scaleprop::quantize`` of a norm over the last axis, which is rounded to ``between``."""
     fmt = parse(format)
-    return _shaped(fusing.norm_quantize(_matrix(x), fmt, kind, gain, bias, eps, between), x, fmt)
+    return _shaped(fusing.norm_quantize(matrix_of(x), fmt, kind, gain, bias, eps, between), x, fmt)
 
 
 def quantize_gated(gate: Tensor, up: Tensor, format: str, activation: str,
                    between: torch.dtype) -> list[Tensor]:
     """``scaleprop::quantize`` of f(gate)·up, each rounded to ``between``."""
     fmt = parse(format)
-    found = fusing.gated_quantize(_matrix(gate), _matrix(up), fmt, activation, between)
+    found = fusing.gated_quantize(matrix_of(gate), matrix_of(up), fmt, activation, between)
     return _shaped(found, gate, fmt)
 
 
@@ -104,13 +100,13 @@ def quantize_activated(x: Tensor, format: str, activation: str,
                        between: torch.dtype) -> list[Tensor]:
     """``scaleprop::quantize`` of f(x), rounded to ``between``."""
     fmt = parse(format)
-    return _shaped(fusing.activation_quantize(_matrix(x), fmt, activation, between), x, fmt)
+    return _shaped(fusing.activation_quantize(matrix_of(x), fmt, activation, between), x, fmt)
 
 
 def quantize_rotated(x: Tensor, signs: Tensor | None, format: str, block: int) -> list[Tensor]:
     """``scaleprop::quantize`` of ``scaleprop::hadamard`` of float32, along the last axis."""
     fmt, rotation = parse(format), quantizing.Rotation(block, signs)
-    (found,) = quantizing.quantize_groups(_matrix(x), fmt, rotation=rotation)
+    (found,) = quantizing.quantize_groups(matrix_of(x), fmt, rotation=rotation)
     return _shaped(found, x, fmt)
 
 

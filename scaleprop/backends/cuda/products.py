@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from scaleprop.backends.cuda.constants import Element, Stored, element_constants, stored_constants
+from scaleprop.backends.cuda.constants import Stored, element_constants, stored_constants
 from scaleprop.backends.cuda.kernels import products as kernels
-from scaleprop.backends.cuda.launching import Parts, as_bytes, launch, programs
+from scaleprop.backends.cuda.launching import Parts, as_bytes, launch, matrix_of, programs
 from scaleprop.errors import FormatError
 from scaleprop.formats.elements import FloatElement
 from scaleprop.formats.elements import element as named_element
@@ -24,7 +25,8 @@ from scaleprop.ops.operands import exact_dtype
 
 PLAIN, AFTER, FOLDED, PART = range(4)
 BYTES_DEPTH = 1 << 16  # of sums of bytes that int32 holds, zero points included
-E4M3 = element_constants(named_element("e4m3"))
+E4M3, E5M2 = (element_constants(named_element(name)) for name in ("e4m3", "e5m2"))
+_LEAST_DEPTH = 8  # of a product of float32
 _SUM_TILE = 16, 128
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DOTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
@@ -87,9 +89,10 @@ def _placed(x: Stored | None, w: Stored, dot: torch.dtype, x_at: int, w_at: int)
         raise FormatError("kernels multiply groups of 2^n columns")
     least = 32 if dot.itemsize == 1 else 16
     most = min([*sizes, 256])
+    if most < _LEAST_DEPTH:
+        raise FormatError(f"kernels multiply groups of at least {_LEAST_DEPTH} columns")
     if most < least:
-        return _placed(x, w, torch.float32, x_at, w_at) if dot != torch.float32 else Way(
-            x, w, x_at, w_at, dot, most, most)
+        return Way(x, w, x_at, w_at, torch.float32, most, most)
     return Way(x, w, x_at, w_at, dot, least, most)
 
 
@@ -102,9 +105,7 @@ def _bytes(x: Stored, w: Stored, k: int) -> bool:
 
 def _as_float8(item: Stored) -> bool:
     """Whether the element is E4M3 or E5M2, and parts that share a scale are not short."""
-    element: Element = item.element
-    return (not element.integer and element.bits == 8
-            and (item.columns == 0 or item.columns >= 32))
+    return item.element in (E4M3, E5M2) and (item.columns == 0 or item.columns >= 32)
 
 
 def _grouped(item: Stored) -> int:
@@ -156,13 +157,16 @@ def _config(rows: int, columns: int, depth: int, warps: int, stages: int) -> tri
 
 
 def fitted(bucket: int, way: Way) -> list[triton.Config]:
-    """``tiles_for``, with steps that the way can take."""
+    """``tiles_for``, with steps that the way can take; those of float32, whose factors are in
+    registers besides the sums, a quarter as large."""
     found: dict[str, triton.Config] = {}
     for config in tiles_for(bucket):
-        depth = min(max(config.kwargs["DEPTH"], way.least), way.most)
-        found.setdefault(str(each := _config(
-            config.kwargs["ROWS"], config.kwargs["COLUMNS"], depth, config.num_warps,
-            config.num_stages)), each)
+        rows, columns, depth = (config.kwargs[side] for side in ("ROWS", "COLUMNS", "DEPTH"))
+        if way.dot == torch.float32:
+            rows, columns, depth = min(rows, 32), min(columns, 32), min(depth, 32)
+        depth = min(max(depth, way.least), way.most)
+        found.setdefault(str(each := _config(rows, columns, depth, config.num_warps,
+                                             config.num_stages)), each)
     return list(found.values())
 
 
@@ -212,7 +216,8 @@ def multiply(
         dtype=torch.int32 if way.dot == torch.int8 and PART not in (way.x_at, way.w_at)
         else torch.float32)  # fmt: skip
     after = (left.scales, left.zeros, left.outer, right.scales, right.outer)
-    added = (right.data if sums is None else sums, right.data if bias is None else bias)
+    added = (right.data if sums is None else sums.contiguous(),
+             right.data if bias is None else bias.contiguous())
     _run(way, left, right, added, target, (m, n, k), count, bias is not None)
     if count > 1:
         launch(kernels.sum_kernel, (programs(m, _SUM_TILE[0]), programs(n, _SUM_TILE[1])), target,
@@ -222,7 +227,9 @@ def multiply(
 
 
 def _plain(x: Tensor, k: int) -> Parts:
-    data = x.reshape(-1, k)
+    data = matrix_of(x)
+    if data.shape[1] != k:
+        raise FormatError(f"x is {list(x.shape)}, of which no {k} numbers are summed")
     data = data if data.stride(-1) == 1 else data.contiguous()
     return Parts(data, data, data, data)
 
@@ -239,6 +246,7 @@ def _run(
     fixed = interpreted() or torch.are_deterministic_algorithms_enabled()
     launch(kernel_of(bucket_of(m), way, fixed), grid, *left, *right, *added, target, m, n, k,
            left.data.stride(0), _width(left, way.x), right.data.stride(0), _width(right, way.w),
+           zlib.crc32(f"{bucket_of(m)} {way}".encode()) >> 1,
            **way.constants, BIAS=bias, SPLITS=count)
 
 
@@ -251,5 +259,5 @@ def kernel_of(bucket: int, way: Way, fixed: bool) -> Any:
     """The kernel, tuned by use for so many rows: its choices are kept on disk, by Triton.
     fixed: nothing is tried, so that results are the same in every run."""
     configs = fitted(bucket, way)
-    return triton.autotune(configs[:1] if fixed else configs, key=["N", "K", "SPLITS", "BIAS"],
-                           cache_results=True)(kernels.product_kernel)
+    return triton.autotune(configs[:1] if fixed else configs, cache_results=True,
+                           key=["N", "K", "SPLITS", "BIAS", "key"])(kernels.product_kernel)

@@ -66,17 +66,18 @@ def quantize_groups(
     Raises:
         FormatError: for granularities, elements and rules that no kernel has.
     """
-    if fmt.block is None or fmt.zero_point or x.ndim != 2:
+    if fmt.block is None or fmt.zero_point or x.ndim != 2 \
+            or any(size & (size - 1) for size in fmt.block):
         raise FormatError(f"{fmt.long_name!r}: quantize_groups takes blocks and tiles of matrices, "
-                          "without zero points")
+                          "of 2^m by 2^n, without zero points")
     turned = 0 if rotation is None else rotation.block
     if len(axes) > 1 and not at_once(fmt, axes, rounding.stochastic, turned):
         return [quantize_groups(x, fmt, (axis,), rounding, bits, rotation)[0] for axis in axes]
     element, scaling = _element(fmt), scaling_constants(fmt)
     r, c = fmt.block
     m, k = x.shape
-    amax = torch.zeros(2, dtype=torch.int32, device=x.device)
-    whole = torch.empty(2, dtype=torch.float32, device=x.device)
+    amax = torch.zeros(2, dtype=torch.int32, device=x.device) if fmt.two_level else x
+    whole, whole_t = (torch.empty((), dtype=torch.float32, device=x.device) for _ in range(2))
     sides = {axis: _layout(x, *((m, k) if axis else (k, m)), fmt) for axis in axes}
     (data, scales), (data_t, scales_t) = (sides.get(axis, next(iter(sides.values())))
                                           for axis in (1, 0))
@@ -88,21 +89,22 @@ def quantize_groups(
     height, width = tile_of(fmt, axes, turn["H"])
     launch(
         groups.quantize_kernel, (programs(m, height), programs(k, width)),
-        x, given, signs, len(signs), amax, data, scales, data_t, scales_t, whole, draw.seed,
+        x, given, *signs, amax, data, scales, data_t, scales_t, whole, whole_t, draw.seed,
         draw.stream, draw.step, draw.stream_t, m, k, *x.stride(), *given.stride(), data.shape[1],
         *scales.shape, data_t.shape[1], *scales_t.shape, E=element, S=scaling, R=r, C=c,
         ROWS=height, COLUMNS=width, ALONG=1 in axes, ACROSS=0 in axes, BITS=rounding.bits,
         MODE=MODES.index(rounding.mode), PHILOX=isinstance(bits, Draw), **turn,
         num_warps=warps_of(height, width, rounding.stochastic))
-    outer = {axis: [whole[1 - axis]] if fmt.two_level else [] for axis in axes}
-    return [[*_typed(*sides[axis], fmt), *outer[axis]] for axis in axes]
+    outer = (whole_t, whole)
+    return [[*_typed(*sides[axis], fmt), *([outer[axis]] if fmt.two_level else [])]
+            for axis in axes]
 
 
 def _turn(x: Tensor, rotation: Rotation | None,
-          axes: Collection[int]) -> tuple[Tensor, dict[str, Any]]:
-    """Signs and constants of a rotation; stood in for where there is none."""
+          axes: Collection[int]) -> tuple[tuple[Tensor, int], dict[str, Any]]:
+    """Signs, how many, and constants of a rotation; x stands in for signs where there is none."""
     if rotation is None:
-        return torch.ones(1, device=x.device), {"H": 0, "FACTOR": 1.0}
+        return (x, 1), {"H": 0, "FACTOR": 1.0}
     block, signs = rotation
     sizes = [x.shape[axis] for axis in axes]
     if block & (block - 1) or not 2 <= block <= MOST_ROTATED or any(n % block for n in sizes):
@@ -111,17 +113,17 @@ def _turn(x: Tensor, rotation: Rotation | None,
     found = torch.ones(block, device=x.device) if signs is None else signs
     if any(len(found) not in (block, n) for n in sizes):
         raise FormatError(f"{len(found)} signs for blocks of {block} of {sizes}")
-    return found, {"H": block, "FACTOR": 1.0 / math.sqrt(block)}
+    return (found, len(found)), {"H": block, "FACTOR": 1.0 / math.sqrt(block)}
 
 
-def _find_amax(x: Tensor, amax: Tensor, axes: Collection[int], signs: Tensor,
+def _find_amax(x: Tensor, amax: Tensor, axes: Collection[int], signs: tuple[Tensor, int],
                turn: dict[str, Any]) -> None:
     """amax [2]: of x along and across, which are one where nothing is rotated."""
     for axis in axes if turn["H"] else (1,):
         lines = x if axis else x.t()
-        launch(groups.amax_kernel, (programs(len(lines), _AMAX_TILE[0]),), lines, signs,
-               len(signs), amax[1 - axis:], *lines.shape, *lines.stride(), **turn,
-               ROWS=_AMAX_TILE[0], COLUMNS=_AMAX_TILE[1])
+        launch(groups.amax_kernel, (programs(len(lines), _AMAX_TILE[0]),), lines, *signs,
+               amax[1 - axis:], *lines.shape, *lines.stride(), **turn, ROWS=_AMAX_TILE[0],
+               COLUMNS=_AMAX_TILE[1])
     if not turn["H"]:
         amax[1] = amax[0]
 
@@ -177,18 +179,19 @@ def quantize_rows(
     Raises:
         FormatError: for granularities, elements and rules that no kernel has.
     """
-    if fmt.granularity.kind not in ("row", "tensor") or x.ndim != 2 or fmt.scale.name != "f32":
+    if fmt.granularity.kind not in ("row", "tensor") or x.ndim != 2 or fmt.scale.name != "f32" \
+            or fmt.two_level:
         raise FormatError(f"{fmt.long_name!r}: quantize_rows takes float32 scales of rows, or one "
-                          "of a matrix")
+                          "of a matrix, of one level")
     element = _element(fmt)
     m, k = x.shape
     by_row = fmt.granularity.kind == "row"
     data = torch.empty(m, packed_size(k, fmt.bits), dtype=torch.uint8, device=x.device)
     shape = (m, 1) if by_row else ()
-    found = scales or [torch.empty(shape, dtype=torch.float32, device=x.device),
-                       torch.empty(shape, dtype=torch.uint8, device=x.device)]
+    found = _given(scales, shape, fmt) if scales else [
+        torch.empty(shape, dtype=kind, device=x.device) for kind in (torch.float32, torch.uint8)]
     mode = GIVEN if scales else ROW if by_row else TENSOR
-    ranges = torch.zeros(3, dtype=torch.int32, device=x.device)
+    ranges = torch.zeros(3, dtype=torch.int32, device=x.device) if mode == TENSOR else x
     grid = (programs(m, ROWS_TILE[0]),)
     tile = {"ROWS": ROWS_TILE[0], "COLUMNS": ROWS_TILE[1]}
     if mode == TENSOR:
@@ -199,6 +202,17 @@ def quantize_rows(
     if not fmt.zero_point and fmt.element.storage != torch.uint8:
         data = data.view(fmt.element.storage)
     return [data, *found[: fmt.parts_count - 1]]
+
+
+def _given(scales: Sequence[Tensor], shape: tuple[int, ...], fmt: ScaledFormat) -> list[Tensor]:
+    """New tensors of the parts' shapes and dtypes; a single number may have any axes."""
+    count = math.prod(shape)
+    if len(scales) != fmt.parts_count - 1 or any(part.numel() != count for part in scales):
+        raise FormatError(f"{fmt.long_name!r} takes a scale{', a zero point' * fmt.zero_point} of "
+                          f"{list(shape)}, not {[list(part.shape) for part in scales]}")
+    kinds = (torch.float32, torch.uint8)
+    return [torch.empty(shape, dtype=kind, device=part.device).copy_(part.reshape(shape))
+            for part, kind in zip(scales, kinds, strict=False)]
 
 
 def levels_of(fmt: ScaledFormat) -> int:

@@ -18,8 +18,8 @@ import torch
 import torch.fx
 
 from scaleprop import ops
-from scaleprop.backends.cuda import operators
-from scaleprop.backends.cuda.devices import BLOCK_SCALES, FLOAT8, Capability
+from scaleprop.backends.cuda import library, operators
+from scaleprop.backends.cuda.devices import FLOAT8, Capability
 from scaleprop.formats.elements import FloatElement
 from scaleprop.formats.rounding import parse_rounding
 from scaleprop.formats.scaled import ScaledFormat, parse
@@ -93,15 +93,14 @@ def _multiplies(x: ScaledFormat, w: ScaledFormat, capability: Capability) -> boo
     """Whether the device has units for what is stored."""
     if all(map(_is_float8, (x, w))):
         return capability >= FLOAT8
-    same = x.element == w.element and x.granularity == w.granularity and x.scale == w.scale
-    return capability >= BLOCK_SCALES and same and x.element.name in ("e4m3", "e2m1")
+    return library.kind_of_formats(x, w, capability) is not None
 
 
 def _is_float8(fmt: ScaledFormat) -> bool:
     """Of scales that a step of a product or more shares."""
     columns = 0 if fmt.block is None else fmt.block[1]
     return isinstance(fmt.element, FloatElement) and fmt.element.name in ("e4m3", "e5m2") \
-        and fmt.scale.name == "f32" and (columns == 0 or columns >= 128)
+        and fmt.scale.name == "f32" and not fmt.two_level and (columns == 0 or columns >= 128)
 
 
 def _parts(graph: torch.fx.Graph, factor: _Stored,
@@ -129,9 +128,9 @@ def _read_once(graph: torch.fx.Graph) -> None:
         other = first.pop((x, name, 1 - axis, rounding, bits), None)
         if other is None:
             first[node.args] = node
-        elif parse(name).block is None:
+        elif parse(name).granularity.kind == "tensor":
             _turn(graph, node, other)
-        else:
+        elif parse(name).block is not None:
             with graph.inserting_before(other):
                 both = call(graph, kernels.quantize_both.default, (x, name, rounding, bits), other)
             for old, along in ((other, 1 - axis), (node, axis)):

@@ -80,16 +80,17 @@ class Dialect:
     """What becomes of ``scaleprop::*``.
 
     plan: every ``scaled_mm`` of a graph whose constants are known. emit: one of these, in a dtype.
-    replaced: operator → what runs for it. named: what a node of these is called in the report.
-    fuse: nodes that are computed together with what they read.
+    replaced: operator → what runs for it. named: what a node of these is called in the report,
+    with all that was planned. fuse: nodes that are computed together with what they read.
     """
 
     plan: Callable[[torch.fx.Graph, Constants], Sequence[Any]]
     emit: Callable[[Any, Inputs, Mapping[str, Tensor], torch.dtype], Tensor]
     replaced: Mapping[Any, Callable[..., Any]]
-    named: Callable[[torch.fx.Node], str]
+    named: Callable[[torch.fx.Node, Sequence[Any]], str]
     device: torch.device
-    fuse: Callable[[torch.fx.Graph], Mapping[torch.fx.Node, Call]] = lambda graph: {}
+    fuse: Callable[[torch.fx.Graph, Sequence[Any]], Mapping[torch.fx.Node, Call]] = (
+        lambda graph, linears: {})
 
 
 def onednn(compute: torch.dtype) -> Dialect:
@@ -99,7 +100,7 @@ def onednn(compute: torch.dtype) -> Dialect:
         {ops.quantize: casts.quantize, ops.dequantize: implementations.dequantize,
          ops.fake_quantize: implementations.fake_quantize,
          ops.hadamard: implementations.hadamard},
-        lambda node: "fused C++", torch.device("cpu"))
+        lambda node, linears: "fused C++", torch.device("cpu"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +253,7 @@ class _Lowering(torch.fx.Interpreter):
                         for node in linear.epilogue.nodes}
         self.results: dict[int, Tensor] = {}
         self.dialect, self.compute = dialect, compute
-        self.fused = dialect.fuse(module.graph)
+        self.fused = dialect.fuse(module.graph, linears)
         self.inputs = Inputs(self.env)
 
     def run_node(self, n: torch.fx.Node) -> Any:
@@ -315,7 +316,7 @@ class _Lowering(torch.fx.Interpreter):
         w = implementations.operand(
             weight, "f32" if operand.w_format is None else str(operand.w_format), operand.k,
             torch.float32)
-        bias = None if operand.bias is None else self.env[operand.bias]
+        bias = None if operand.bias is None else self.env[operand.bias].to(torch.float32)
         return torch.nn.functional.linear(self.inputs.plain(operand).to(torch.float32), w, bias)
 
     def _narrow(self, n: torch.fx.Node) -> Any:
@@ -346,8 +347,9 @@ def _descriptions(graph: torch.fx.Graph, linears: Sequence[Planned],
     for node in graph.nodes:
         if node.target in dialect.replaced:
             folded = node in known
-            found[node.name] = "folded when compiled" if folded else dialect.named(node)
-    found.update({node.name: call.named for node, call in dialect.fuse(graph).items()})
+            found[node.name] = "folded when compiled" if folded else dialect.named(node, linears)
+    fused = dialect.fuse(graph, linears)
+    found.update({node.name: call.named for node, call in fused.items()})
     for linear in linears:
         for node, _, _ in linear.members:
             found[node.name] = linear.description

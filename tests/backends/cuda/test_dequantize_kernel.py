@@ -50,3 +50,13 @@ def test_what_no_kernel_reads(name):
     x = torch.randn(4, 128)
     with pytest.raises(FormatError, match="no kernel"):
         dequantize(quantize_parts(x, parse(name)), parse(name), 128)
+
+
+def test_infinity_of_e5m2():
+    fmt = parse("e5m2[1x32]*e8m0")
+    codes = torch.arange(256, dtype=torch.uint8, device=DEVICE).reshape(8, 32)
+    parts = [codes.view(torch.float8_e5m2),
+             torch.full((8, 1), 127, dtype=torch.uint8, device=DEVICE).view(torch.float8_e8m0fnu)]
+    want = dequantize_parts(parts, fmt, (8, 32))
+    assert want.isinf().any()
+    assert_same(dequantize(parts, fmt, 32), want)

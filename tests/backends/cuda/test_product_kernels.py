@@ -102,6 +102,22 @@ def test_float8_is_multiplied_as_it_is():
     assert_near(got, *exact, bias)
 
 
+@pytest.mark.parametrize("name", ["e3m4[row]*f32", "ue5m3[row]*f32"])
+def test_other_floats_of_eight_bits_are_not_multiplied_as_float8(name):
+    fmt = parse(name)
+    assert products.way_of(fmt, fmt, 64, fp8=True).dot != torch.float8_e4m3fn
+
+
+def test_parts_that_are_not_contiguous():
+    fmt = parse("int4[1x32]*f32+zp")
+    x, w, bias = operands(3, 8, 64)
+    right = quantize_parts(w, fmt)
+    apart = [torch.stack([part, part], -1)[..., 0] for part in right]
+    want = products.multiply([x], right, bias, None, fmt, 64)
+    assert torch.equal(products.multiply([x], apart, torch.stack([bias, bias], 1)[:, 0], None, fmt,
+                                         64), want)  # fmt: skip
+
+
 def test_nan_stays_in_its_row():
     fmt = parse("mxfp8")
     x, w, _ = operands(4, 8, 64)
@@ -126,11 +142,13 @@ def test_no_rows():
                              128).shape == (0, 10)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["nf4", "int3", "int8[channel]*f32", "int4[1x48]*f32"])
+@pytest.mark.parametrize("name", ["nf4", "int3", "int8[channel]*f32", "int4[1x48]*f32",
+                                  "int8[4x4]*bf16"])
 def test_what_no_kernel_multiplies(name):
     fmt = parse(name)
     with pytest.raises(FormatError, match="kernel"):
-        products.multiply([torch.zeros(2, 96)], quantize_parts(torch.zeros(4, 96), fmt), None, None,
+        x = torch.zeros(2, 96, dtype=torch.bfloat16)
+        products.multiply([x], quantize_parts(torch.zeros(4, 96), fmt), None, None,
                           fmt, 96)
 
 

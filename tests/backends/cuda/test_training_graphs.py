@@ -10,11 +10,18 @@ from torch import Tensor, nn
 
 from scaleprop.backends import quantized
 from scaleprop.backends.cuda import operators, training
+from scaleprop.recipes.training import Operand, TrainingRecipe
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 
 
-def step(recipe: str) -> tuple[Tensor, list[Tensor]]:
+ROWS = TrainingRecipe(name="rows", description="", operands={
+    f"{role}.{kind}": Operand(format="e4m3[row]*f32")
+    for role, kinds in (("fprop", "xw"), ("dgrad", ("dy", "w")), ("wgrad", ("dy", "x")))
+    for kind in kinds})  # fmt: skip
+
+
+def step(recipe: str | TrainingRecipe) -> tuple[Tensor, list[Tensor]]:
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(96, 48), nn.GELU(), nn.Linear(48, 32), nn.GELU(),
@@ -30,7 +37,8 @@ def step(recipe: str) -> tuple[Tensor, list[Tensor]]:
 
 
 @pytest.mark.parametrize("library", [False, True])
-@pytest.mark.parametrize("recipe", ["fp8-current", "fp8-block"])
+@pytest.mark.parametrize("recipe", ["fp8-current", "fp8-block", ROWS],
+                         ids=["current", "block", "rows"])
 def test_a_step_with_stored_float8(recipe, library, monkeypatch):
     loss, gradients = step(recipe)
     counts: list[int] = []

@@ -82,10 +82,10 @@ def store_scales(scale, scales, first_row, first_column, row_count, width, S: tl
              mask=(row < row_count)[:, None] & (column < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def quantize_kernel(
-    x, bits, signs, sign_count, amax, data, scales, data_t, scales_t, whole, seed, stream, step,
-    stream_t, M, K, row_stride, column_stride, bits_row_stride, bits_column_stride,
+    x, bits, signs, sign_count, amax, data, scales, data_t, scales_t, whole, whole_t, seed,
+    stream, step, stream_t, M, K, row_stride, column_stride, bits_row_stride, bits_column_stride,
     width, scale_rows, scale_columns, width_t, scale_rows_t, scale_columns_t,
     E: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALONG: tl.constexpr, ACROSS: tl.constexpr,
@@ -94,7 +94,7 @@ def quantize_kernel(
 ):  # fmt: skip
     """One tile of ROWS by COLUMNS, of whole groups ALONG rows, ACROSS them, or both.
 
-    amax, whole: [2], along and across, which differ where H.
+    amax: [2], along and across, which differ where H; so do whole and whole_t.
     """
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     first_column = tl.program_id(1).to(tl.int64) * COLUMNS
@@ -126,7 +126,7 @@ def quantize_kernel(
     if ACROSS:
         if S[1]:
             outer, encoding, decoding = tensor_factors(as_float(tl.load(amax + 1)), S)
-            tl.store(whole + 1, outer, mask=first_tile)
+            tl.store(whole_t, outer, mask=first_tile)
         if PHILOX:
             drawn = random_numbers(first_row, first_column, seed, tl.load(stream_t),
                                    tl.load(step), BITS, ROWS, COLUMNS)

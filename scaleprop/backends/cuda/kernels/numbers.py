@@ -114,6 +114,9 @@ def decode(code, E: tl.constexpr):
     size = code & ((1 << (E[1] - E[2])) - 1)
     normal = as_float((size << (23 - E[3])) + ((127 - E[4]) << 23))
     value = tl.where(size < (1 << E[3]), size.to(tl.float32) * (1.0 / E[7]), normal)
+    if E[9]:
+        special = INF | ((size & ((1 << E[3]) - 1)) << (23 - E[3]))
+        value = tl.where(size >= (((1 << (E[1] - 1 - E[3])) - 1) << E[3]), as_float(special), value)
     if E[8] >= 0:
         value = tl.where(size == E[8], as_float(tl.full(size.shape, NAN, tl.int32)), value)
     if E[2]:

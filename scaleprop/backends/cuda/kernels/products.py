@@ -102,15 +102,16 @@ def _finished(total, x_scales, x_zeros, x_outer, w_scales, w_outer, sums, bias, 
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key"])
 def product_kernel(
     x, x_scales, x_zeros, x_outer, w, w_scales, w_zeros, w_outer, sums, bias, out,
-    M, N, K, x_stride, x_scale_width, w_stride, w_scale_width,
+    M, N, K, x_stride, x_scale_width, w_stride, w_scale_width, key,
     X: tl.constexpr, W: tl.constexpr, X_AT: tl.constexpr, W_AT: tl.constexpr, DOT: tl.constexpr,
     BIAS: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS by COLUMNS, of one range of K."""
+    """One tile of ROWS by COLUMNS, of one range of K. key: stands for what tiles are chosen for
+    besides sizes: Triton keeps choices by arguments, not by constants that are compiled in."""
     first_row, first_column = _tile(M, N, ROWS, COLUMNS, GROUP)
     row = first_row + tl.arange(0, ROWS)
     column = first_column + tl.arange(0, COLUMNS)

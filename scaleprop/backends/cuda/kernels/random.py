@@ -53,7 +53,7 @@ def random_numbers(first_row, first_column, seed, stream, step, BITS: tl.constex
     return tl.reshape(drawn, (ROWS, COLUMNS)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def random_kernel(out, rows, columns, seed, stream, step, BITS: tl.constexpr,
                   ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out: int32 [rows, columns]. stream, step: int64 [1]."""
