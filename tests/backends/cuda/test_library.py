@@ -16,7 +16,7 @@ from scaleprop.errors import BackendUnavailable
 from scaleprop.formats import parse
 from scaleprop.formats.quantize import quantize_parts
 from scaleprop.formats.tensor import dequantize_parts
-from tests.backends.cuda.test_product_kernels import assert_near, operands
+from tests.backends.cuda.test_product_kernels import FLOAT8_BOUND, assert_near, operands
 
 
 @pytest.mark.parametrize("shape", [(128, 4), (1, 1), (130, 5), (300, 12)])
@@ -47,7 +47,7 @@ def test_float8(x_name, w_name, dtype):
     assert library.kind_of(parse(x_name), parse(w_name), 32, 64, (8, 9)) == "float8"
     got = library.multiply("float8", left, right, bias if dtype == torch.float32 else None, dtype)
     assert_near(got, exact(left, x_name, x.shape), exact(right, w_name, w.shape),
-                bias if dtype == torch.float32 else None)
+                bias if dtype == torch.float32 else None, FLOAT8_BOUND)
 
 
 def as_documented(a: Tensor, b: Tensor, scale_a: Any, recipe_a: Any, scale_b: Any, recipe_b: Any,
