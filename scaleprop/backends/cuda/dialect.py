@@ -21,7 +21,7 @@ from torch import Tensor
 
 from scaleprop import ops
 from scaleprop.backends.cuda import library, operators, products
-from scaleprop.backends.cuda.devices import FLOAT8, Capability, capability_of
+from scaleprop.backends.cuda.devices import Capability, capability_of
 from scaleprop.backends.cuda.fusions import fusions
 from scaleprop.backends.inductor.emit import Inputs
 from scaleprop.backends.inductor.linears import Constants, Epilogue, Operand, Weight, read
@@ -39,16 +39,13 @@ class Product:
     """One ``scaled_mm``. kind: ``library``, ``stored``, ``float``, or ``open``: weights computed at
     run time.
 
-    constants: parts of the weight by place, and its column sums; or ŵ. library: which product.
-    fp8: the kernel multiplies float8 as it is.
+    constants: parts of the weight by place, and its column sums; or ŵ.
     """
 
     kind: str
     operand: Operand
     constants: Mapping[str, Weight]
     dtype: torch.dtype
-    library: library.Kind | None = None
-    fp8: bool = False
     epilogue: Epilogue = dataclasses.field(default_factory=Epilogue)
 
     @property
@@ -108,11 +105,11 @@ def _product(operand: Operand, constants: Constants, capability: Capability) -> 
     held = {f"part{place}": _constant(part) for place, part in enumerate(parts)}
     kind = library.kind_of(operand.x_format, w, parts[0].shape[0], operand.k, capability)
     if kind is not None:
-        return Product("library", operand, held | bias, dtype, kind)
+        return Product("library", operand, held | bias, dtype)
     way = products.way_of(x, w, operand.k)
     if way.x is not None and way.x.zero and way.dot == torch.int8:
         held["sums"] = _constant(products.column_sums(parts, w, operand.k))
-    return Product("stored", operand, held | bias, dtype, fp8=capability >= FLOAT8)
+    return Product("stored", operand, held | bias, dtype)
 
 
 def _read_as(node: torch.fx.Node) -> torch.dtype:
@@ -148,11 +145,9 @@ def _emit(product: Product, inputs: Inputs, constants: Mapping[str, Tensor],
     value = inputs.values[operand.x]
     x_format = "f32" if operand.x_format is None else str(operand.x_format)
     parts = [constants[f"part{place}"] for place in range(len(operand.weight))]
-    if product.library is not None:
-        return library.multiply(product.library, value, parts, bias, product.dtype)
     return kernels.multiply([value] if operand.x_format is None else value, parts, bias,
                             constants.get("sums"), x_format, str(operand.w_format), operand.k,
-                            product.dtype, product.fp8)
+                            product.dtype)
 
 
 def _quantize(x: Tensor, format: str, *args: Any, **kwargs: Any) -> list[Tensor]:

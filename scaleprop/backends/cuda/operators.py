@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scaleprop.backends.cuda import dequantizing, fusing, library, products, quantizing
 from scaleprop.backends.cuda.constants import scaling_constants, stored_constants
-from scaleprop.backends.cuda.devices import capability_of
+from scaleprop.backends.cuda.devices import FLOAT8, capability_of
 from scaleprop.backends.cuda.launching import matrix_of
 from scaleprop.errors import FormatError
 from scaleprop.formats.rounding import parse_rounding
@@ -34,7 +34,7 @@ SCHEMAS: Mapping[str, str] = {
     "quantize_rotated": "(Tensor x, Tensor? signs, str format, int block) -> Tensor[]",
     "dequantize": "(Tensor[] parts, str format, SymInt[] shape, ScalarType dtype) -> Tensor",
     "multiply": "(Tensor[] x, Tensor[] w, Tensor? bias, Tensor? sums, str x_format, str w_format, "
-                "int k, ScalarType dtype, bool fp8=False) -> Tensor",
+                "int k, ScalarType dtype) -> Tensor",
     "gemm": "(Tensor[] a, Tensor[] b, str a_format, str b_format, SymInt k, ScalarType dtype) "
             "-> Tensor",
 }  # fmt: skip
@@ -128,10 +128,22 @@ def dequantize(parts: Sequence[Tensor], format: str, shape: Sequence[Any],
 
 
 def multiply(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, sums: Tensor | None,
-             x_format: str, w_format: str, k: int, dtype: torch.dtype, fp8: bool = False) -> Tensor:
+             x_format: str, w_format: str, k: int, dtype: torch.dtype) -> Tensor:
     """``scaleprop::scaled_mm`` in ``dtype``; a plain x is multiplied in its own."""
     left = None if x_format in PLAIN else parse(x_format)
-    return products.multiply(x, w, bias, left, parse(w_format), k, dtype, sums, fp8=fp8)
+    return _product(x, w, bias, sums, (left, parse(w_format)), k, dtype)
+
+
+def _product(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, sums: Tensor | None,
+             formats: tuple[ScaledFormat | None, ScaledFormat], k: int,
+             dtype: torch.dtype) -> Tensor:
+    """The library's where the device has one, else the kernel's, in float8 where there are units
+    for it."""
+    capability = capability_of(w[0].device)
+    kind = library.kind_of(*formats, w[0].shape[0], k, capability)
+    if kind is not None:
+        return library.multiply(kind, x, w, bias, dtype)
+    return products.multiply(x, w, bias, *formats, k, dtype, sums, fp8=capability >= FLOAT8)
 
 
 def gemm(a: Sequence[Tensor], b: Sequence[Tensor], a_format: str, b_format: str, k: int,
@@ -139,11 +151,7 @@ def gemm(a: Sequence[Tensor], b: Sequence[Tensor], a_format: str, b_format: str,
     """Σ_k of stored [m, k] and [n, k], without the scales of whole tensors, in ``dtype``."""
     formats = parse(a_format), parse(b_format)
     left, right = (_unscaled(parts, fmt) for parts, fmt in zip((a, b), formats, strict=True))
-    n = right[0].shape[0]
-    kind = library.kind_of(*formats, n, k, capability_of(a[0].device))
-    if kind is not None:
-        return library.multiply(kind, left, right, None, dtype)
-    return products.multiply(left, right, None, *formats, k, dtype, fp8=True)
+    return _product(left, right, None, None, formats, k, dtype)
 
 
 def _unscaled(parts: Sequence[Tensor], fmt: ScaledFormat) -> list[Tensor]:
@@ -181,8 +189,8 @@ def _dequantize_fake(parts: Sequence[Tensor], format: str, shape: Sequence[Any],
 
 def _multiply_fake(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None,
                    sums: Tensor | None, x_format: str, w_format: str, k: int,
-                   dtype: torch.dtype, fp8: bool = False) -> Tensor:
-    del sums, fp8
+                   dtype: torch.dtype) -> Tensor:
+    del sums
     return registration.scaled_mm_fake(x, w, bias, x_format, w_format, k).to(dtype)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import scaleprop
+from scaleprop.backends.cuda import dialect, operators
 from scaleprop.recipes import Recipe, Role
 from tests.backends.cuda.test_quantize_kernels import DEVICE
 
@@ -52,6 +53,16 @@ def test_recipes(model, recipe):
     runs = {row.lowering for row in ours.report.records if row.role == "fprop.w"}
     known = ("Triton product", "library product")  # the latter where the device has one
     assert runs and all(str(run).startswith(known) for run in runs)
+
+
+def test_the_library_multiplies_where_it_can(model, monkeypatch):
+    for module in (dialect, operators):
+        monkeypatch.setattr(module, "capability_of", lambda device: (9, 0))
+    ours, reference = (compiled(model, backend, "fp8") for backend in ("cuda", "reference"))
+    want = reference(example())
+    assert (ours(example()).cpu() - want).abs().max() <= BOUND * want.abs().max()
+    runs = {row.lowering for row in ours.report.records if row.role == "fprop.w"}
+    assert runs and all(str(run).startswith("library product") for run in runs)
 
 
 @pytest.mark.parametrize(("weight", "activation"), [
