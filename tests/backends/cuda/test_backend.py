@@ -44,7 +44,7 @@ def compiled(model: nn.Module, backend: str, recipe: str | Recipe, **options: An
                              calibration=[(example(),)], **options)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "mxfp8", "nvfp4", "int4"])
+@pytest.mark.parametrize("recipe", ["int8", "int4-int8-token", "mxfp8", "nvfp4", "fp8", "int4"])
 def test_recipes(model, recipe):
     ours, reference = (compiled(model, backend, recipe) for backend in ("cuda", "reference"))
     got, want = ours(example().to(DEVICE)), reference(example())
@@ -66,7 +66,7 @@ def test_the_library_multiplies_where_it_can(model, monkeypatch):
 
 
 @pytest.mark.parametrize(("weight", "activation"), [
-    ("nf4", "mxfp8"), ("int3", None)])  # fmt: skip
+    ("nf4", "mxfp8"), ("int3", None), ("mxfp4", "nf4")])  # fmt: skip
 def test_what_no_kernel_has_is_left_to_torch_and_listed(model, weight, activation):
     roles = {"fprop.w": Role(format=weight)} | (
         {} if activation is None else {"fprop.x": Role(format=activation)})
