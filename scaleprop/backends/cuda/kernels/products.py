@@ -6,8 +6,9 @@
 A tile's operands are decoded in registers, exactly, into the type that is multiplied: bytes,
 float8, or floats wide enough for element values. Where scales come in is a constant of each
 operand: AFTER the whole sum (of rows, of the tensor), FOLDED into the values (exact: powers of two,
-or few enough bits), or after each PART of the sum that shares a scale. Nothing is rounded but sums
-and, once each, scaled sums. K is cut into SPLITS ranges where rows are few; a second kernel adds
+or few enough bits; else, where float32 is multiplied, each value is rounded to it once), or after
+each PART of the sum that shares a scale. Otherwise nothing is rounded but sums and, once each,
+scaled sums. K is cut into SPLITS ranges where rows are few; a second kernel adds
 these up in order, so results do not depend on timing.
 """
 
