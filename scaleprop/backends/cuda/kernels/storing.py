@@ -30,5 +30,7 @@ def store_codes(codes, data, first_row, first_column, row_count, width, BITS: tl
         inside = (row < row_count)[:, None] & (column < width)[None, :]
         line += column[None, :]
         tl.store(line, ((first | (second << 6)) & 0xFF).to(tl.uint8), mask=inside)
-        tl.store(line + 1, (((second >> 2) | (third << 4)) & 0xFF).to(tl.uint8), mask=inside)
-        tl.store(line + 2, ((third >> 4) | (fourth << 2)).to(tl.uint8), mask=inside)
+        tl.store(line + 1, (((second >> 2) | (third << 4)) & 0xFF).to(tl.uint8),
+                 mask=inside & (column + 1 < width)[None, :])
+        tl.store(line + 2, ((third >> 4) | (fourth << 2)).to(tl.uint8),
+                 mask=inside & (column + 2 < width)[None, :])
