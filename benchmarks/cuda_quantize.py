@@ -3,8 +3,9 @@
     python -m benchmarks.cuda_quantize [--only mxfp8] [--smoke]
 
 x is 16384×8192 in bfloat16. Share: bytes read and written in a second, over those of a copy in the
-same rounds. Bytes are those that must move: x once, once more where a scale of the whole tensor
-comes before the first code ("once" is the share with one reading all the same), codes and scales.
+same rounds. Bytes are those that must move: x once, once more where the whole tensor comes before
+the first code, as with its own scale, or scales of its rows and columns ("once" is the share with
+one reading all the same), codes and scales.
 Beside it the same by torchao under ``torch.compile``, and by ``torch.compile`` alone: for MXFP8,
 E4M3 rows and INT8 tokens as one would write it, else the operators that define the format here.
 """
@@ -20,13 +21,14 @@ from torch import Tensor
 
 from benchmarks.cuda_harness import Row, Script, main
 from benchmarks.cuda_timing import COPY, Bench, Build, Skip
-from scaleprop.backends.cuda import fusing, quantizing
+from scaleprop.backends.cuda import fusing, lines, quantizing
 from scaleprop.formats import parse
 from scaleprop.formats.rounding import Rounding
 from scaleprop.ops import implementations
 
 BLOCKS = ("mxfp8", "nvfp4", "mxfp4", "mxfp6")
 ROWS = {"FP8 row": "e4m3[row]*f32", "INT8 token": "int8[row]*f32"}
+LINES = {"FP8 row": ROWS["FP8 row"], "FP8 tensor": "fp8"}
 ROTATED = ("mxfp8", "nvfp4", "mxfp4")
 HELD = ("mxfp8", "nvfp4", "FP8 row")  # to LEAST
 LEAST, LEAST_ROTATED = 0.85, 0.80
@@ -52,7 +54,9 @@ def rows(small: bool) -> list[Row]:
     for name, fmt in ROWS.items():
         found.append(_row(name, fmt, LEAST if name in HELD else None, whole_rows(fmt),
                           _peers(fmt)))
-        found.append(_row(f"{name}, of xᵀ", fmt, None, whole_rows(fmt, True), {}))
+        found.append(_row(f"{name}, of xᵀ", fmt, None, lines_of(fmt, (0,)), {}))
+    for name, fmt in LINES.items():
+        found.append(_row(f"{name}, both axes", fmt, None, lines_of(fmt, (1, 0)), {}, reads=2))
     for name in ROTATED:
         for block in (32, 128):
             found.append(_row(f"{name}, rotated by {block}", name, LEAST_ROTATED,
@@ -64,17 +68,17 @@ def rows(small: bool) -> list[Row]:
 
 
 def _row(name: str, fmt: str, least: float | None, ours: Quantize,
-         peers: dict[str, Callable[[], Quantize]], inputs: int = 1) -> Row:
+         peers: dict[str, Callable[[], Quantize]], inputs: int = 1, reads: int = 1) -> Row:
     bounds = {} if least is None else {SHARE: least, **{f"× {peer}": 1.0 for peer in peers}}
 
     def run(bench: Bench) -> dict[str, Any]:
-        return measure(bench, fmt, ours, peers, inputs)
+        return measure(bench, fmt, ours, peers, inputs, reads)
 
     return Row(name=name, run=run, bounds=bounds)
 
 
 def measure(bench: Bench, fmt: str, ours: Quantize, peers: dict[str, Callable[[], Quantize]],
-            inputs: int) -> dict[str, Any]:
+            inputs: int, reads: int) -> dict[str, Any]:
     """One row."""
     xs = [torch.randn(sizes(bench.small), device=bench.device).to(torch.bfloat16)
           for _ in range(inputs)]
@@ -90,7 +94,7 @@ def measure(bench: Bench, fmt: str, ours: Quantize, peers: dict[str, Callable[[]
     found = bench.compare({"ours": lambda: lambda: ours(*xs), COPY: copy,
                            **{name: on_x(make) for name, make in peers.items()}}, PEERS)
     written = _bytes(found.results["ours"])
-    reads = 2 if parse(fmt).two_level else 1
+    reads = 2 if parse(fmt).two_level else reads
     once, moved = (sum(x.nbytes for x in xs) * count + written for count in (1, reads))
     figures: dict[str, list[float] | None] = {
         SHARE: found.share("ours", moved, COPY, copied),
@@ -121,9 +125,14 @@ def blocks(name: str, axes: Sequence[int], mode: str) -> Quantize:
     return run
 
 
-def whole_rows(name: str, across: bool = False) -> Quantize:
+def whole_rows(name: str) -> Quantize:
     fmt = parse(name)
-    return lambda x: quantizing.quantize_rows(x.t() if across else x, fmt)
+    return lambda x: quantizing.quantize_rows(x, fmt)
+
+
+def lines_of(name: str, axes: Sequence[int]) -> Quantize:
+    fmt = parse(name)
+    return lambda x: lines.quantize_lines(x, fmt, axes)
 
 
 def rotated(name: str, block: int) -> Quantize:

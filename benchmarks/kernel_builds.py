@@ -19,6 +19,7 @@ from scaleprop.formats.scaled import ScaledFormat
 BLOCKS = ("mxfp8", "mxfp6", "mxfp4", "nvfp4", "e2m1[1x16]*ue5m3*f32", "e4m3[1x128]*f32",
           "e4m3[128x128]*f32")  # fmt: skip
 ROWS = ("e4m3[row]*f32", "int8[row]*f32", "int8[tensor]*f32+zp")
+LINES = ("e4m3[row]*f32", "int8[row]*f32", "int4[row]*f32", "fp8")
 FUSED = ("mxfp8", "mxfp4", "nvfp4", "e4m3[1x128]*f32", "e4m3[row]*f32", "int8[row]*f32+zp")
 CACHES = ("e4m3[row]*f32", "int4[1x128]*f32+zp", "int4[1x32]*f16", "mxfp8", "mxfp4", None)
 ROTATED = (("mxfp4", 32), ("nvfp4", 16), ("nvfp4", 128))
@@ -33,8 +34,8 @@ PAIRS = (
 ROWS_OF_X = (1, 16, 64, 1024)
 POINTERS = (
     "x", "bits", "signs", "amax", "data", "scales", "data_t", "scales_t", "whole", "whole_t",
-    "stream", "step", "stream_t", "ranges", "zeros", "outer", "out", "keys", "key_zeros",
-    "values", "value_zeros",
+    "stream", "step", "stream_t", "ranges", "most", "most_t", "zeros", "outer", "out", "keys",
+    "key_zeros", "values", "value_zeros",
     "x_scales", "x_zeros", "x_outer", "w", "w_scales", "w_zeros", "w_outer", "sums", "bias",
 )  # fmt: skip
 
@@ -54,6 +55,7 @@ class Build:
 def builds() -> Iterator[Build]:
     """All kernels, of bfloat16 in rows."""
     yield from _quantizing()
+    yield from _lines()
     yield from _attention()
     yield from _fused()
     yield from _reading()
@@ -108,6 +110,25 @@ def _groups(name: str, fmt: ScaledFormat, axes: tuple[int, ...], mode: str = "ne
         "whole_t": "*fp32", **dict.fromkeys(("stream", "step", "stream_t"), "*i64"),
         **dict.fromkeys(("scales", "scales_t"), scales)},
         quantizing.warps_of(*tile, mode == "stochastic"))
+
+
+def _lines() -> Iterator[Build]:
+    """Ranges and codes of rows and columns; of the tensor, by an amax that is given, too."""
+    from scaleprop.backends.cuda import lines
+    from scaleprop.backends.cuda.kernels import lines as kernels
+
+    pointers = {"x": "*bf16", **dict.fromkeys(("most", "most_t"), "*i32"),
+                **dict.fromkeys(("scales", "scales_t"), "*fp32")}
+    for way, axes in (("both ways", (1, 0)), ("across", (0,))):
+        yield Build(f"lines, ranges {way}", kernels.line_ranges_kernel,
+                    {"ALONG": 1 in axes, "ACROSS": 0 in axes, **lines.TILE}, pointers,
+                    lines.WARPS)
+        for name in LINES:
+            fmt = parse(name)
+            for given in (False, True) if fmt.granularity.kind == "tensor" else (False,):
+                yield Build(f"lines, {name} {way}" + ", amax given" * given, kernels.lines_kernel,
+                            {"E": element_constants(fmt.element),
+                             **lines.constants_of(fmt, axes, given)}, pointers, lines.WARPS)
 
 
 def _attention() -> Iterator[Build]:

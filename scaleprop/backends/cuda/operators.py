@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaleprop.backends.cuda import dequantizing, fusing, library, products, quantizing
+from scaleprop.backends.cuda import dequantizing, fusing, library, lines, products, quantizing
 from scaleprop.backends.cuda.constants import scaling_constants, stored_constants
 from scaleprop.backends.cuda.devices import FLOAT8, capability_of
 from scaleprop.backends.cuda.launching import matrix_of
@@ -45,7 +45,9 @@ def quantize(x: Tensor, format: str, axis: int = -1, rounding: str = "nearest",
     """``scaleprop::quantize``; ``quantizes`` says of what."""
     fmt, mode = parse(format), parse_rounding(rounding)
     moved = x.movedim(axis, -1)
-    if fmt.block is None:
+    if fmt.block is None and x.ndim == 2 and scales is None and not fmt.zero_point:
+        (found,) = lines.quantize_lines(x, fmt, (axis % 2,))
+    elif fmt.block is None:
         found = quantizing.quantize_rows(matrix_of(moved), fmt, scales)
     else:
         drawn = None if bits is None else matrix_of(bits.movedim(axis, -1))

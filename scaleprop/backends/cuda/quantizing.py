@@ -179,11 +179,7 @@ def quantize_rows(
     Raises:
         FormatError: for granularities, elements and rules that no kernel has.
     """
-    if fmt.granularity.kind not in ("row", "tensor") or x.ndim != 2 or fmt.scale.name != "f32" \
-            or fmt.two_level:
-        raise FormatError(f"{fmt.long_name!r}: quantize_rows takes float32 scales of rows, or one "
-                          "of a matrix, of one level")
-    element = _element(fmt)
+    element = line_element(x, fmt, "quantize_rows")
     m, k = x.shape
     by_row = fmt.granularity.kind == "row"
     data = torch.empty(m, packed_size(k, fmt.bits), dtype=torch.uint8, device=x.device)
@@ -191,17 +187,34 @@ def quantize_rows(
     found = _given(scales, shape, fmt) if scales else [
         torch.empty(shape, dtype=kind, device=x.device) for kind in (torch.float32, torch.uint8)]
     mode = GIVEN if scales else ROW if by_row else TENSOR
-    ranges = torch.zeros(3, dtype=torch.int32, device=x.device) if mode == TENSOR else x
-    grid = (programs(m, ROWS_TILE[0]),)
-    tile = {"ROWS": ROWS_TILE[0], "COLUMNS": ROWS_TILE[1]}
-    if mode == TENSOR:
-        launch(rows.ranges_kernel, grid, x, ranges, m, k, *x.stride(), **tile)
-    launch(rows.rows_kernel, grid, x, ranges, data, found[0], found[-1], m, k, *x.stride(),
-            data.shape[1], int(by_row), E=element, S=scaling_constants(fmt), LEVELS=levels_of(fmt),
-            MODE=mode, **tile)
+    ranges = tensor_ranges(x) if mode == TENSOR else x
+    launch(rows.rows_kernel, (programs(m, ROWS_TILE[0]),), x, ranges, data, found[0], found[-1], m,
+            k, *x.stride(), data.shape[1], int(by_row), E=element, S=scaling_constants(fmt),
+            LEVELS=levels_of(fmt), MODE=mode, ROWS=ROWS_TILE[0], COLUMNS=ROWS_TILE[1])
     if not fmt.zero_point and fmt.element.storage != torch.uint8:
         data = data.view(fmt.element.storage)
     return [data, *found[: fmt.parts_count - 1]]
+
+
+def line_element(x: Tensor, fmt: ScaledFormat, taker: str) -> Element:
+    """The element of a format with a float32 scale of each row, or one of a matrix.
+
+    Raises:
+        FormatError: for others, naming who does not take them.
+    """
+    if fmt.granularity.kind not in ("row", "tensor") or x.ndim != 2 or fmt.scale.name != "f32" \
+            or fmt.two_level:
+        raise FormatError(f"{fmt.long_name!r}: {taker} takes float32 scales of rows, or one of a "
+                          "matrix, of one level")
+    return _element(fmt)
+
+
+def tensor_ranges(x: Tensor) -> Tensor:
+    """int32 [3]: bits of the largest magnitude; least and largest value, ordered as floats are."""
+    ranges = torch.zeros(3, dtype=torch.int32, device=x.device)
+    launch(rows.ranges_kernel, (programs(len(x), ROWS_TILE[0]),), x, ranges, *x.shape, *x.stride(),
+           ROWS=ROWS_TILE[0], COLUMNS=ROWS_TILE[1])
+    return ranges
 
 
 def _given(scales: Sequence[Tensor], shape: tuple[int, ...], fmt: ScaledFormat) -> list[Tensor]:

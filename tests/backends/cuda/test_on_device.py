@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import scaleprop
-from scaleprop.backends.cuda import fusing, library, products, quantizing
+from scaleprop.backends.cuda import fusing, library, lines, products, quantizing
 from scaleprop.backends.cuda.cache import KVCache
 from scaleprop.backends.cuda.dequantizing import dequantize
 from scaleprop.formats import parse, random
@@ -69,6 +69,9 @@ def test_rows_and_tensors(name):
     fmt, x = parse(name), drawn(*SIZE)
     assert_same(quantizing.quantize_rows(x, fmt), quantize_parts(x, fmt))
     assert_same(quantizing.quantize_rows(x.t(), fmt), quantize_parts(x.t(), fmt))
+    if not fmt.zero_point:
+        for axis, got in zip((1, 0), lines.quantize_lines(x, fmt, (1, 0)), strict=True):
+            assert_same(got, quantize_parts(x, fmt, axis))
 
 
 @pytest.mark.parametrize("mode", ["stochastic", "stochastic_fastest"])

@@ -90,11 +90,12 @@ def row_codes(values, scale, zero, E: tl.constexpr, LEVELS: tl.constexpr):
     units = tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape))
     if LEVELS == 0:
         return encode(units, E)
-    # what is beyond the range by far is beyond it after rounding, too
-    units = tl.minimum(tl.maximum(units, -2.0 * LEVELS - 1), 2.0 * LEVELS + 1)
-    steps = nearest_integer(units) + zero[:, None]
-    steps = tl.minimum(tl.maximum(steps, 0.0), LEVELS * 1.0)
-    return tl.where(values != values, 0.0, steps).to(tl.int32)
+    else:
+        # what is beyond the range by far is beyond it after rounding, too
+        units = tl.minimum(tl.maximum(units, -2.0 * LEVELS - 1), 2.0 * LEVELS + 1)
+        steps = nearest_integer(units) + zero[:, None]
+        steps = tl.minimum(tl.maximum(steps, 0.0), LEVELS * 1.0)
+        return tl.where(values != values, 0.0, steps).to(tl.int32)
 
 
 @triton.jit
