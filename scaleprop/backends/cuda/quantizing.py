@@ -23,6 +23,7 @@ ROW, TENSOR, GIVEN = 0, 1, 2  # where the scales of rows come from
 ROWS_TILE = 4, 512  # rows and columns that a program holds at a time
 _AMAX_TILE, _RANDOM_TILE = (4, 1024), (16, 256)
 MOST_ROTATED = 128  # of a tile's columns
+ALIGNED = 16  # the most rows that one call of Philox has numbers for, and the least of a tile
 
 
 def _element(fmt: ScaledFormat) -> Element:
@@ -36,12 +37,14 @@ class Draw(NamedTuple):
     """Where random numbers come from: as ``scaleprop.formats.random.random_bits`` for x's shape.
 
     seed: 0..2^32-1. step, stream, stream_t (of what is quantized across): int64 of one element.
+    first_row: where x begins in the matrix that numbers are drawn for, a multiple of ``ALIGNED``.
     """
 
     seed: int
     step: Tensor
     stream: Tensor
     stream_t: Tensor
+    first_row: int = 0
 
 
 class Rotation(NamedTuple):
@@ -56,15 +59,17 @@ class Rotation(NamedTuple):
 
 def quantize_groups(
     x: Tensor, fmt: ScaledFormat, axes: Collection[int] = (1,), rounding: Rounding = NEAREST,
-    bits: Tensor | Draw | None = None, rotation: Rotation | None = None,
+    bits: Tensor | Draw | None = None, rotation: Rotation | None = None, prescale: float = 1.0,
 ) -> list[list[Tensor]]:  # fmt: skip
     """For each of ``axes``, 0 or 1, the stored parts of ``x`` [M, K] quantized along it.
 
     bits: integers shaped as x, or where to draw them; of a stochastic rounding. rotation: of the
-    axis, before, in float32; its block divides the axis.
+    axis, before, in float32; its block divides the axis. prescale: data in units of the element is
+    multiplied by it before rounding, as in ``scaleprop.ops.operands.quantize_operand``.
 
     Raises:
-        FormatError: for granularities, elements and rules that no kernel has.
+        FormatError: for granularities, elements and rules that no kernel has, and random numbers
+            that begin within a call of Philox.
     """
     if fmt.block is None or fmt.zero_point or x.ndim != 2 \
             or any(size & (size - 1) for size in fmt.block):
@@ -72,7 +77,8 @@ def quantize_groups(
                           "of 2^m by 2^n, without zero points")
     turned = 0 if rotation is None else rotation.block
     if len(axes) > 1 and not at_once(fmt, axes, rounding.stochastic, turned):
-        return [quantize_groups(x, fmt, (axis,), rounding, bits, rotation)[0] for axis in axes]
+        return [quantize_groups(x, fmt, (axis,), rounding, bits, rotation, prescale)[0]
+                for axis in axes]
     element, scaling = _element(fmt), scaling_constants(fmt)
     r, c = fmt.block
     m, k = x.shape
@@ -86,14 +92,16 @@ def quantize_groups(
         _find_amax(x, amax, axes, signs, turn)
     given = bits if isinstance(bits, Tensor) else x
     draw = bits if isinstance(bits, Draw) else Draw(0, amax, amax, amax)
+    if draw.first_row % ALIGNED:
+        raise FormatError(f"no kernel draws from row {draw.first_row} on: a multiple of {ALIGNED}")
     height, width = tile_of(fmt, axes, turn["H"])
     launch(
         groups.quantize_kernel, (programs(m, height), programs(k, width)),
         x, given, *signs, amax, data, scales, data_t, scales_t, whole, whole_t, draw.seed,
-        draw.stream, draw.step, draw.stream_t, m, k, *x.stride(), *given.stride(), data.shape[1],
+        draw.stream, draw.step, draw.stream_t, draw.first_row, m, k, *x.stride(), *given.stride(), data.shape[1],
         *scales.shape, data_t.shape[1], *scales_t.shape, E=element, S=scaling, R=r, C=c,
         ROWS=height, COLUMNS=width, ALONG=1 in axes, ACROSS=0 in axes, BITS=rounding.bits,
-        MODE=MODES.index(rounding.mode), PHILOX=isinstance(bits, Draw), **turn,
+        MODE=MODES.index(rounding.mode), PHILOX=isinstance(bits, Draw), PRESCALE=prescale, **turn,
         num_warps=warps_of(height, width, rounding.stochastic))
     outer = (whole_t, whole)
     return [[*_typed(*sides[axis], fmt), *([outer[axis]] if fmt.two_level else [])]

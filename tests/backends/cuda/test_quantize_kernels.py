@@ -20,6 +20,7 @@ from scaleprop.formats.quantize import quantize_parts
 from scaleprop.formats.rounding import MODES, Rounding, encode, nearest
 from scaleprop.formats.tensor import dequantize_parts
 from scaleprop.ops.hadamard import hadamard
+from scaleprop.ops.operands import quantize_operand
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCKS = (
@@ -113,6 +114,29 @@ def test_drawn_bits_are_those_of_the_stream(name, width):
     for axis, stream, got in zip((1, 0), streams, found, strict=True):
         bits = random.random_bits(x.shape, draw.seed, stream, step, width, device=DEVICE)
         assert_same(got, quantize_parts(x, fmt, axis, rounding, bits))
+
+
+def test_drawn_bits_of_a_slice():
+    fmt, x, rounding = parse("mxfp4"), sample("float32"), Rounding("stochastic", 8)
+    step, stream = torch.tensor([3]), torch.tensor([7])
+    bits = random.random_bits(x.shape, 1, stream, step, 8, (48, 0))
+    where = [part.to(DEVICE) for part in (step, stream, stream)]
+    found = quantizing.quantize_groups(x, fmt, (1, 0), rounding, quantizing.Draw(1, *where, 48))
+    for axis, got in zip((1, 0), found, strict=True):
+        assert_same(got, quantize_parts(x, fmt, axis, rounding, bits.to(DEVICE)))
+    with pytest.raises(FormatError, match="row 8"):
+        quantizing.quantize_groups(x, fmt, (1,), rounding, quantizing.Draw(1, *where, 8))
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_data_prescaled(name):
+    fmt, x = parse(name), sample("float32")
+    for axis, got in zip((1, 0), quantizing.quantize_groups(x, fmt, (1, 0), prescale=0.75),
+                         strict=True):
+        matrix = x if axis else x.t()
+        values, outer = quantize_operand(x, name, axis, prescale=0.75, dtype=torch.float32)
+        want = (values if axis else values.t()) * outer
+        assert torch.equal(dequantize_parts(got, fmt, matrix.shape), want)
 
 
 @pytest.mark.parametrize(("name", "kind"), everything(

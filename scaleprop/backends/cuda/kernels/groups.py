@@ -47,7 +47,7 @@ def amax_kernel(x, signs, sign_count, out, M, K, row_stride, column_stride, H: t
 
 @triton.jit
 def coded(values, drawn, encoding, decoding, E: tl.constexpr, S: tl.constexpr, R: tl.constexpr,
-           C: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr):
+          C: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr, PRESCALE: tl.constexpr = 1.0):
     """Codes [rows, columns] of values, and scales [rows / R, columns / C]."""
     rows: tl.constexpr = values.shape[0]
     columns: tl.constexpr = values.shape[1]
@@ -65,6 +65,8 @@ def coded(values, drawn, encoding, decoding, E: tl.constexpr, S: tl.constexpr, R
             spread = tl.broadcast_to(scale[:, None, :, None], grouped.shape)
             units = tl.div_rn(grouped, spread)
     units = tl.reshape(units, (rows, columns))
+    if PRESCALE != 1.0:
+        units *= PRESCALE
     if MODE == 0:
         return encode(units, E), scale
     else:
@@ -82,19 +84,36 @@ def store_scales(scale, scales, first_row, first_column, row_count, width, S: tl
              mask=(row < row_count)[:, None] & (column < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
+def store_quantized(values, drawn, amax, whole, data, scales, first_row, first_column, row_count,
+                    width, scale_rows, scale_columns, E: tl.constexpr, S: tl.constexpr,
+                    R: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr,
+                    PRESCALE: tl.constexpr):  # fmt: skip
+    """One tile's codes and scales along its rows, and by the first tile the tensor's scale."""
+    encoding = 1.0
+    decoding = 1.0
+    if S[1]:
+        outer, encoding, decoding = tensor_factors(as_float(tl.load(amax)), S)
+        tl.store(whole, outer, mask=(first_row == 0) & (first_column == 0))
+    codes, scale = coded(values, drawn, encoding, decoding, E, S, R, C, BITS, MODE, PRESCALE)
+    store_codes(codes, data, first_row, first_column, row_count, width, E[1])
+    store_scales(scale, scales, first_row // R, first_column // C, scale_rows, scale_columns, S)
+
+
+@triton.jit(do_not_specialize=["seed", "drawn_row"])
 def quantize_kernel(
     x, bits, signs, sign_count, amax, data, scales, data_t, scales_t, whole, whole_t, seed,
-    stream, step, stream_t, M, K, row_stride, column_stride, bits_row_stride, bits_column_stride,
-    width, scale_rows, scale_columns, width_t, scale_rows_t, scale_columns_t,
+    stream, step, stream_t, drawn_row, M, K, row_stride, column_stride, bits_row_stride,
+    bits_column_stride, width, scale_rows, scale_columns, width_t, scale_rows_t, scale_columns_t,
     E: tl.constexpr, S: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALONG: tl.constexpr, ACROSS: tl.constexpr,
-    BITS: tl.constexpr, MODE: tl.constexpr, PHILOX: tl.constexpr,
+    BITS: tl.constexpr, MODE: tl.constexpr, PHILOX: tl.constexpr, PRESCALE: tl.constexpr,
     H: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS by COLUMNS, of whole groups ALONG rows, ACROSS them, or both.
 
-    amax: [2], along and across, which differ where H; so do whole and whole_t.
+    amax: [2], along and across, which differ where H; so do whole and whole_t. drawn_row: the row
+    that random numbers begin with.
     """
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     first_column = tl.program_id(1).to(tl.int64) * COLUMNS
@@ -108,34 +127,22 @@ def quantize_kernel(
         drawn = tl.load(bits + rows[:, None] * bits_row_stride
                         + columns[None, :] * bits_column_stride, mask=inside, other=0)
         drawn = drawn.to(tl.int32)
-    encoding = 1.0
-    decoding = 1.0
-    first_tile = (first_row == 0) & (first_column == 0)
     if ALONG:
-        if S[1]:
-            outer, encoding, decoding = tensor_factors(as_float(tl.load(amax)), S)
-            tl.store(whole, outer, mask=first_tile)
         if PHILOX:
-            drawn = random_numbers(first_row, first_column, seed, tl.load(stream), tl.load(step),
-                                   BITS, ROWS, COLUMNS)
+            drawn = random_numbers(drawn_row + first_row, first_column, seed, tl.load(stream),
+                                   tl.load(step), BITS, ROWS, COLUMNS)
         turned = rotated(values, columns, signs, sign_count, H, FACTOR) if H > 0 else values
-        codes, scale = coded(turned, drawn, encoding, decoding, E, S, R, C, BITS, MODE)
-        store_codes(codes, data, first_row, first_column, M, width, E[1])
-        store_scales(scale, scales, first_row // R, first_column // C, scale_rows,
-                      scale_columns, S)
+        store_quantized(turned, drawn, amax, whole, data, scales, first_row, first_column, M,
+                        width, scale_rows, scale_columns, E, S, R, C, BITS, MODE, PRESCALE)
     if ACROSS:
-        if S[1]:
-            outer, encoding, decoding = tensor_factors(as_float(tl.load(amax + 1)), S)
-            tl.store(whole_t, outer, mask=first_tile)
         if PHILOX:
-            drawn = random_numbers(first_row, first_column, seed, tl.load(stream_t),
+            drawn = random_numbers(drawn_row + first_row, first_column, seed, tl.load(stream_t),
                                    tl.load(step), BITS, ROWS, COLUMNS)
         if MODE > 0:
             drawn = tl.trans(drawn)
         turned = tl.trans(values)
         if H > 0:
             turned = rotated(turned, rows, signs, sign_count, H, FACTOR)
-        codes, scale = coded(turned, drawn, encoding, decoding, E, S, R, C, BITS, MODE)
-        store_codes(codes, data_t, first_column, first_row, K, width_t, E[1])
-        store_scales(scale, scales_t, first_column // R, first_row // C, scale_rows_t,
-                      scale_columns_t, S)
+        store_quantized(turned, drawn, amax + 1, whole_t, data_t, scales_t, first_column,
+                        first_row, K, width_t, scale_rows_t, scale_columns_t, E, S, R, C, BITS,
+                        MODE, PRESCALE)
