@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.cuda_harness import Row, Script, main
 from benchmarks.cuda_timing import Bench, Build, Call, Skip, wrong
-from scaleprop.backends.cuda import library, products
+from scaleprop.backends.cuda import library, products, scaled
 from scaleprop.formats import parse
 from scaleprop.formats.quantize import quantize_parts
 from scaleprop.formats.tensor import dequantize_parts
@@ -44,6 +44,7 @@ PRODUCTS: dict[str, tuple[str, str]] = {
     "FP8 1×128 × FP8 128×128": ("e4m3[1x128]*f32", "e4m3[128x128]*f32"),
     "MXFP8 × MXFP8": ("mxfp8", "mxfp8"),
     "NVFP4 × NVFP4": ("nvfp4", "nvfp4"),
+    "MXFP4 × MXFP4": ("mxfp4", "mxfp4"),
     "FP8 row × INT4": ("e4m3[row]*f32", "int4[1x128]*f32"),
 }
 CAPABILITY = (9, 0)  # taken for the library's in a try
@@ -126,7 +127,8 @@ def layer(bench: Bench, name: str) -> dict[str, Any]:
 
 
 def product(bench: Bench, x_name: str, w_name: str) -> dict[str, Any]:
-    """Ours, the library's where it takes the formats, and cuBLAS's of BF16."""
+    """Ours of decoded operands, those of the library and of units for blocks where these take the
+    formats, and cuBLAS's of BF16."""
     n = size_of(bench.small)
     x, w = (torch.randn(n, n, device=bench.device).to(torch.bfloat16) for _ in range(2))
     formats = parse(x_name), parse(w_name)
@@ -145,9 +147,12 @@ def product(bench: Bench, x_name: str, w_name: str) -> dict[str, Any]:
     if kind is not None:
         builds["library"] = lambda: lambda: library.multiply(kind, left, right, None,
                                                              torch.bfloat16)
+    if scaled.takes(*formats, capability):
+        builds["block units"] = lambda: lambda: scaled.multiply(left, right, None, *formats, n,
+                                                                torch.bfloat16)
     if x_name.startswith("int8"):
         builds["torch._int_mm"] = lambda: lambda: torch._int_mm(left[0], right[0].t())
-    peers = {"library", "ours, as BF16", "torch._int_mm"}
+    peers = {"library", "block units", "ours, as BF16", "torch._int_mm"}
     found = bench.compare(builds, peers)
     exact = [dequantize_parts(parts, fmt, each.shape) for parts, fmt, each in (
         (left, formats[0], x), (right, formats[1], w))]  # fmt: skip

@@ -32,6 +32,7 @@ PAIRS = (
     ("nvfp4", "nvfp4"), ("mxfp6", "mxfp6"), ("e4m3[row]*f32", "int4[1x128]*f32"),
 )  # fmt: skip
 ROWS_OF_X = (1, 16, 64, 1024)
+SCALED = (("mxfp4", "mxfp4"), ("mxfp4", "mxfp8"), ("mxfp8", "mxfp4"), ("mxfp8_e5m2", "mxfp8"))
 POINTERS = (
     "x", "bits", "signs", "amax", "data", "scales", "data_t", "scales_t", "whole", "whole_t",
     "stream", "step", "stream_t", "ranges", "most", "most_t", "zeros", "outer", "out", "keys",
@@ -42,7 +43,8 @@ POINTERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """One kernel with its constants. pointers: type of each pointer that is not one of bytes."""
+    """One kernel with its constants. pointers: type of each pointer that is not one of bytes.
+    targets: that it runs on; (): any. instruction: that it is for, in part."""
 
     name: str
     kernel: Any
@@ -50,6 +52,8 @@ class Build:
     pointers: Mapping[str, str]
     warps: int = 4
     stages: int = 3
+    targets: tuple[int, ...] = ()
+    instruction: str = ""
 
 
 def builds() -> Iterator[Build]:
@@ -60,6 +64,7 @@ def builds() -> Iterator[Build]:
     yield from _fused()
     yield from _reading()
     yield from _products()
+    yield from _scaled()
 
 
 def _quantizing() -> Iterator[Build]:
@@ -224,6 +229,28 @@ def _product(x: ScaledFormat | torch.dtype, w: ScaledFormat, bucket: int) -> Bui
     return Build(f"{title} × {w}, {bucket} rows, tile {tile}", product_kernel,
                  {**way.constants, "BIAS": True, "SPLITS": 1, **config.kwargs}, pointers,
                  config.num_warps, config.num_stages)
+
+
+def _scaled() -> Iterator[Build]:
+    """The first tile of each pair of MX blocks, on targets that have units for it."""
+    from scaleprop.backends.cuda import scaled
+    from scaleprop.backends.cuda.kernels.scaled import scaled_kernel
+
+    for x, w in SCALED:
+        formats = parse(x), parse(w)
+        for target in (100, 120):
+            major, minor = divmod(target, 10)
+            if not scaled.takes(*formats, (major, minor)):
+                continue
+            for bucket in (16, 64, 1024):
+                way = scaled.way_of(*formats, bucket, (major, minor))
+                config = next(scaled.tiles_for(way, bucket))
+                tile = "×".join(str(config.kwargs[side]) for side in ("ROWS", "COLUMNS", "DEPTH"))
+                yield Build(f"blocks {x} × {w} on {major}.x, {bucket} rows, tile {tile}",
+                            scaled_kernel,
+                            {**way.constants, "BIAS": True, "SPLITS": 1, **config.kwargs},
+                            {"out": "*i16", "bias": "*bf16"}, config.num_warps, config.num_stages,
+                            (target,), "block_scale")
 
 
 def _scales(fmt: ScaledFormat) -> str:

@@ -4,7 +4,8 @@
 
 Each kernel in each format is compiled ahead of time for every target. Writes
 ``benchmarks/results/kernels_static.{json,md}``, and fails where a kernel spills registers that did
-not in the table that was there. Needs ``triton``, and TRITON_INTERPRET unset.
+not in the table that was there, or is compiled without the instruction that it is for. Needs
+``triton``, and TRITON_INTERPRET unset.
 """
 
 from __future__ import annotations
@@ -51,10 +52,16 @@ def compiled(build: Build, target: int) -> Any:
 
 
 def measured(build: Build, target: int) -> dict[str, Any]:
-    """Registers a thread, bytes spilled a thread, bytes of shared memory; or what refused."""
+    """Registers a thread, bytes spilled a thread, bytes of shared memory; or what refused.
+
+    Raises:
+        ValueError: where the compiler has not used the instruction that the kernel is for.
+    """
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     found = compiled(build, target)
+    if build.instruction not in found.asm["ptx"]:
+        raise ValueError(f"{build.name}, sm_{target}: compiled without {build.instruction!r}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(found.asm["ptx"])
@@ -98,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [build for build in every if build.name.startswith(options.only)]
     for build in track(chosen, "kernels"):
         for target in options.targets.split(","):
+            if build.targets and int(target) not in build.targets:
+                continue
             cell = measured(build, int(target))
             known = before.get(build.name, {}).get(target, {}).get("spilled", 0)
             if cell["spilled"] > known:

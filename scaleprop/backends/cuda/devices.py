@@ -13,6 +13,7 @@ Capability = tuple[int, int]
 LEAST: Capability = (8, 0)
 FLOAT8: Capability = (8, 9)  # from which on there are units for it
 BLOCK_SCALES: Capability = (10, 0)
+TENSOR_MEMORY = (10, 11)  # major: units that keep sums in a memory of their own
 KNOWN: Mapping[Capability, str] = {
     (8, 0): "A100", (8, 9): "L4, L40, RTX 40", (9, 0): "H100, H200", (10, 0): "B200",
     (12, 0): "RTX 50, RTX PRO 6000"}  # fmt: skip
@@ -35,6 +36,19 @@ def _from(least: Capability, native: str, other: str) -> Callable[[Capability], 
     return lambda capability: ("native", native) if capability >= least else ("exact", other)
 
 
+def has_block_units(capability: Capability, mixed: bool) -> bool:
+    """Whether Triton multiplies MX blocks, of 32 with E8M0 scales, in a device's own units:
+    ``tcgen05.mma`` takes any two of E2M1, E4M3 and E5M2, 12.x's ``mma.sync`` what is not ``mixed``,
+    of one width. Other pairs Triton decodes, as the product kernel does."""
+    return capability[0] in TENSOR_MEMORY or (capability[0] == 12 and not mixed)
+
+
+def _in_a_kernel(mixed: bool) -> Callable[[Capability], tuple[How, str]]:
+    return lambda capability: (
+        ("native", "a kernel, block scales in hardware") if has_block_units(capability, mixed)
+        else ("exact", _BFLOAT16))
+
+
 _BFLOAT16 = "decoded in registers, multiplied as bfloat16, summed in float32"
 _IN_HARDWARE = "library, block scales in hardware"
 _OPERATIONS: Mapping[str, Callable[[Capability], tuple[How, str]]] = {
@@ -45,7 +59,9 @@ _OPERATIONS: Mapping[str, Callable[[Capability], tuple[How, str]]] = {
     "FP8 × FP8": _from(FLOAT8, "library, or a kernel in float8", _BFLOAT16),
     "MXFP8 × MXFP8": _from(BLOCK_SCALES, _IN_HARDWARE, _BFLOAT16),
     "NVFP4 × NVFP4": _from(BLOCK_SCALES, _IN_HARDWARE, _BFLOAT16),
-    "MXFP4, MXFP6, mixed formats": lambda capability: ("exact", _BFLOAT16),
+    "MXFP4 × MXFP4": _in_a_kernel(mixed=False),
+    "MXFP4 × MXFP8": _in_a_kernel(mixed=True),
+    "MXFP6, other mixed formats": lambda capability: ("exact", _BFLOAT16),
     "weights alone: INT4, MXFP4, NVFP4, FP8": lambda capability: ("exact", _BFLOAT16),
     "INT4 × FP8": lambda capability: ("exact", _BFLOAT16),
     "attention over a quantized cache": lambda capability: ("exact", _BFLOAT16),

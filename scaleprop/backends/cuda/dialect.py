@@ -1,7 +1,8 @@
 """What becomes of each ``scaleprop::*`` on a device: a kernel, or torch operators.
 
 - ``scaled_mm`` of operands that the device multiplies as they are: the library's product.
-- Of other stored weights: one product kernel, which decodes operands in registers.
+- Of other stored weights: a product kernel, of blocks in the device's own units where it has some
+  for them, else of operands decoded in registers.
 - Of formats that no kernel reads (codebooks, three bits, …): x̂ times ŵ, dequantized once when
   compiled, in a library product of float32.
 - ``quantize`` in blocks, tiles, rows and tensors: one kernel, which computes what is before it,

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaleprop.backends.cuda import dequantizing, fusing, library, lines, products, quantizing
+from scaleprop.backends.cuda import (
+    dequantizing,
+    fusing,
+    library,
+    lines,
+    products,
+    quantizing,
+    scaled,
+)
 from scaleprop.backends.cuda.constants import scaling_constants, stored_constants
 from scaleprop.backends.cuda.devices import FLOAT8, capability_of
 from scaleprop.backends.cuda.launching import matrix_of
@@ -139,12 +147,15 @@ def multiply(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, sums
 def _product(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, sums: Tensor | None,
              formats: tuple[ScaledFormat | None, ScaledFormat], k: int,
              dtype: torch.dtype) -> Tensor:
-    """The library's where the device has one, else the kernel's, in float8 where there are units
-    for it."""
+    """The library's where the device has one, else a kernel's: of blocks as they are stored, or of
+    decoded operands, in float8, where there are units for that."""
     capability = capability_of(w[0].device)
     kind = library.kind_of(*formats, w[0].shape[0], k, capability)
     if kind is not None:
         return library.multiply(kind, x, w, bias, dtype)
+    left, right = formats
+    if left is not None and scaled.takes(left, right, capability):
+        return scaled.multiply(x, w, bias, left, right, k, dtype)
     return products.multiply(x, w, bias, *formats, k, dtype, sums, fp8=capability >= FLOAT8)
 
 

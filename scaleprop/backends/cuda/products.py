@@ -27,7 +27,7 @@ PLAIN, AFTER, FOLDED, PART = range(4)
 BYTES_DEPTH = 1 << 16  # of sums of bytes that int32 holds, zero points included
 E4M3, E5M2 = (element_constants(named_element(name)) for name in ("e4m3", "e5m2"))
 _LEAST_DEPTH = 8  # of a product of float32
-_SUM_TILE = 16, 128
+SUM_TILE = 16, 128
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _DOTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16,
          torch.int8: tl.int8, torch.float8_e4m3fn: tl.float8e4nv}  # fmt: skip
@@ -170,12 +170,18 @@ def fitted(bucket: int, way: Way) -> list[triton.Config]:
     return list(found.values())
 
 
-def splits_for(m: int, n: int, k: int, way: Way, device: torch.device) -> int:
-    """How many ranges of K keep every multiprocessor busy; a function of sizes alone."""
+@functools.cache
+def columns_of(bucket: int, way: Way) -> int:
+    """Of the first tile."""
+    return fitted(bucket, way)[0].kwargs["COLUMNS"]
+
+
+def splits_for(m: int, n: int, k: int, columns: int, device: torch.device) -> int:
+    """How many ranges of K keep every multiprocessor busy, of tiles of so many columns; a function
+    of sizes alone."""
     if device.type != "cuda" or m > 64:
         return 1
     units = torch.cuda.get_device_properties(device).multi_processor_count
-    columns = fitted(bucket_of(m), way)[0].kwargs["COLUMNS"]
     wanted = -(-2 * units // programs(n, columns))
     return max(1, min(wanted, k // 512, 16))
 
@@ -209,7 +215,8 @@ def multiply(
     if way.x is not None and way.dot == torch.int8 and way.x.zero and sums is None:
         sums = column_sums(w, w_format, k)
     out = torch.empty(m, n, dtype=dtype, device=left.data.device)
-    count = splits_for(m, n, k, way, out.device) if splits is None else splits
+    count = (splits_for(m, n, k, columns_of(bucket_of(m), way), out.device) if splits is None
+             else splits)
     final = as_bytes(out)
     target = final if count == 1 else torch.empty(
         count, m, n, device=out.device,
@@ -220,9 +227,9 @@ def multiply(
              right.data if bias is None else bias.contiguous())
     _run(way, left, right, added, target, (m, n, k), count, bias is not None)
     if count > 1:
-        launch(kernels.sum_kernel, (programs(m, _SUM_TILE[0]), programs(n, _SUM_TILE[1])), target,
+        launch(kernels.sum_kernel, (programs(m, SUM_TILE[0]), programs(n, SUM_TILE[1])), target,
                *after, *added, final, m, n, **way.constants, BIAS=bias is not None, SPLITS=count,
-               ROWS=_SUM_TILE[0], COLUMNS=_SUM_TILE[1])
+               ROWS=SUM_TILE[0], COLUMNS=SUM_TILE[1])
     return out.reshape(*x[0].shape[:-1], n)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.fx
 
 from scaleprop import ops
-from scaleprop.backends.cuda import library, operators
+from scaleprop.backends.cuda import library, operators, scaled
 from scaleprop.backends.cuda.devices import FLOAT8, Capability
 from scaleprop.formats.elements import FloatElement
 from scaleprop.formats.rounding import parse_rounding
@@ -93,7 +93,8 @@ def _multiplies(x: ScaledFormat, w: ScaledFormat, capability: Capability) -> boo
     """Whether the device has units for what is stored."""
     if all(map(_is_float8, (x, w))):
         return capability >= FLOAT8
-    return library.kind_of_formats(x, w, capability) is not None
+    return (library.kind_of_formats(x, w, capability) is not None
+            or scaled.takes(x, w, capability))
 
 
 def _is_float8(fmt: ScaledFormat) -> bool:

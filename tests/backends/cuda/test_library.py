@@ -100,6 +100,8 @@ def test_support_follows_the_units():
                  for capability in devices.KNOWN}  # fmt: skip
     assert by_device[8, 0]["FP8 × FP8"] == "exact" and by_device[9, 0]["FP8 × FP8"] == "native"
     assert by_device[9, 0]["NVFP4 × NVFP4"] == "exact"
+    assert by_device[9, 0]["MXFP4 × MXFP4"] == by_device[12, 0]["MXFP4 × MXFP8"] == "exact"
+    assert by_device[10, 0]["MXFP4 × MXFP8"] == by_device[12, 0]["MXFP4 × MXFP4"] == "native"
     assert by_device[10, 0]["NVFP4 × NVFP4"] == by_device[12, 0]["NVFP4 × NVFP4"] == "native"
     old = devices.support((7, 5))
     assert {each.how for each in old} == {"refused"} and "8.0" in old[0].detail

@@ -66,13 +66,13 @@ def _part_scales(scales, row, inside, first, scale_width, F: tl.constexpr):
 
 
 @triton.jit
-def _tile(M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+def tile_at(M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     """First row and column, of tiles in an order in which neighbours share what they read."""
     program = tl.program_id(0)
     down = tl.cdiv(M, ROWS)
     band = GROUP * tl.cdiv(N, COLUMNS)
     first = program // band * GROUP
-    height = tl.minimum(down - first, GROUP)
+    height = tl.maximum(tl.minimum(down - first, GROUP), 1)  # without rows, too
     place = program % band
     return ((first + place % height).to(tl.int64) * ROWS,
             (place // height).to(tl.int64) * COLUMNS)
@@ -113,7 +113,7 @@ def product_kernel(
 ):  # fmt: skip
     """One tile of ROWS by COLUMNS, of one range of K. key: stands for what tiles are chosen for
     besides sizes: Triton keeps choices by arguments, not by constants that are compiled in."""
-    first_row, first_column = _tile(M, N, ROWS, COLUMNS, GROUP)
+    first_row, first_column = tile_at(M, N, ROWS, COLUMNS, GROUP)
     row = first_row + tl.arange(0, ROWS)
     column = first_column + tl.arange(0, COLUMNS)
     steps = tl.cdiv(tl.cdiv(K, DEPTH), SPLITS)
