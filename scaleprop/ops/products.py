@@ -53,15 +53,18 @@ def gemm(a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
     """alpha·(a @ b), [m, k] × [k, n] of low-precision data, summed in float32, in ``dtype``."""
     if in_hardware(a, b):
         return scaled_gemm(a, b, alpha, dtype)
-    if a.device.type != "cpu" or not {a.dtype, b.dtype} <= _SHORT:
+    if not has_bfloat16(a.device) or not {a.dtype, b.dtype} <= _SHORT:
         # alpha first: it is a power of two, and here it is part of the conversion
         return torch.mm(a.to(torch.float32) * alpha, b.to(torch.float32)).to(dtype)
     if a.dtype in _FP8 and _fits(alpha):
         a, alpha = a.to(torch.bfloat16) * alpha, 1.0
     a, b = a.to(torch.bfloat16), b.to(torch.bfloat16)
     if alpha == 1.0 and dtype == torch.bfloat16:
-        return torch.mm(a, b)  # sums in float32, in the matrix units of CPUs that have them
-    product: Tensor = torch.ops.scaleprop.wide_mm(a, b)
+        return torch.mm(a, b)  # sums in float32, in matrix units where there are any
+    if a.device.type == "cpu":
+        product: Tensor = torch.ops.scaleprop.wide_mm(a, b)
+    else:
+        product = torch.mm(a, b, out_dtype=torch.float32)
     return (product if alpha == 1.0 else product * alpha).to(dtype)
 
 
@@ -85,6 +88,13 @@ def wide_mm(a: Tensor, b: Tensor) -> Tensor:
             return torch.mm(a.to(torch.float32), b.to(torch.float32))
         finally:
             switch.fp32_precision = before
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are summed in float32 on a device, and not slower for it: on
+    CPUs, and CUDA of compute capability 8.0 or more."""
+    return device.type == "cpu" or (
+        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def in_hardware(a: Tensor, b: Tensor) -> bool:

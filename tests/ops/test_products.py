@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scaleprop import ops
 from scaleprop.errors import FormatError
@@ -76,6 +78,28 @@ def test_wide_products_of_bfloat16_are_summed_in_float32(m: int, k: int, n: int)
     size = a.double().abs() @ b.double().abs()
     assert ((got.double() - a.double() @ b.double()).abs() <= size * k * 2.0**-24).all()
     assert torch.equal(ops.gemm(a, b, 0.25, torch.float32), ops.wide_mm(a, b) * 0.25)
+
+
+@pytest.mark.parametrize(("capability", "narrow"), [((9, 0), True), ((7, 5), False)])
+def test_devices_multiply_bfloat16_as_it_is(capability, narrow, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    called: list[tuple[object, list[torch.dtype]]] = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten.mm:
+                called.append((func, [each.dtype for each in args[:2]]))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        a, b = (torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+                for shape in ((4, 16), (16, 8)))
+        with Noted():
+            results = [products.gemm(a, b, 1.0, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert [result.dtype for result in results] == [torch.float32, torch.bfloat16]
+    mm, dtype = torch.ops.aten.mm, torch.bfloat16 if narrow else torch.float32
+    assert called == [(mm.dtype if narrow else mm.default, [dtype, dtype]),
+                      (mm.default, [dtype, dtype])]
 
 
 def test_wide_products_leave_the_switch_of_the_process():
