@@ -145,7 +145,7 @@ def product(bench: Bench, x_name: str, w_name: str) -> dict[str, Any]:
     if products.way_of(*formats, n, True) != products.way_of(*formats, n):
         builds["ours, as BF16"] = kernel(False)
     if kind is not None:
-        builds["library"] = lambda: lambda: library.multiply(kind, left, right, None,
+        builds["library"] = lambda: lambda: library.multiply(kind, left, right, *formats, None,
                                                              torch.bfloat16)
     if scaled.takes(*formats, capability):
         builds["block units"] = lambda: lambda: scaled.multiply(left, right, None, *formats, n,

@@ -12,6 +12,7 @@ How = Literal["native", "exact", "refused"]
 Capability = tuple[int, int]
 LEAST: Capability = (8, 0)
 FLOAT8: Capability = (8, 9)  # from which on there are units for it
+FLOAT8_BLOCKS: Capability = (9, 0)  # which alone the library has products for
 BLOCK_SCALES: Capability = (10, 0)
 TENSOR_MEMORY = (10, 11)  # major: units that keep sums in a memory of their own
 KNOWN: Mapping[Capability, str] = {

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _ROWS, _COLUMNS = 128, 4  # scales in a tile
+_TILES = 4  # scales of 128×128 lie in groups of so many
 
 
 def swizzled(scales: Tensor) -> Tensor:
@@ -36,3 +37,21 @@ def unswizzled(flat: Tensor, rows: int, columns: int) -> Tensor:
                                            _COLUMNS)
     grid = tiles.permute(0, 3, 2, 1, 4).reshape(-(-rows // _ROWS) * _ROWS, -1)
     return grid[:rows, :columns].contiguous().view(flat.dtype)
+
+
+def columns_first(scales: Tensor) -> Tensor:
+    """Scales of 1×128 blocks [R, C], the same, as the library reads them: neighbours in memory are
+    of neighbouring rows.
+
+        s[0,0] s[1,0] … s[R-1,0] | s[0,1] s[1,1] … s[R-1,1] | …        strides (1, R)
+    """
+    return scales.t().contiguous().t()
+
+
+def padded_tiles(scales: Tensor) -> Tensor:
+    """Scales of 128×128 tiles [R, C] as the library reads them: [⌈C/4⌉·4, R], a column for each row
+    of tiles, filled up with 0.
+
+        s[0,0] s[0,1] … s[0,C-1] 0 0 | s[1,0] s[1,1] … s[1,C-1] 0 0 | …     strides (1, ⌈C/4⌉·4)
+    """
+    return torch.nn.functional.pad(scales, (0, -scales.shape[1] % _TILES)).t()

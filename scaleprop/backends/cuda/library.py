@@ -1,11 +1,14 @@
 """Products that the library has: ``torch.nn.functional.scaled_mm``, cuBLASLt on devices.
 
-    float8   E4M3 × E4M3 or E5M2, a scale a row or one for all      compute capability 8.9 and up
-    mx       MXFP8 × MXFP8                                          10.0 and up
-    nv       NVFP4 × NVFP4                                          10.0 and up
+    float8          E4M3 × E4M3, E5M2 × E4M3, a scale a row or one for    from 8.9 on
+                    all; E4M3 × E5M2 with one for all
+    float8_blocks   of these any, a scale for 1×128 or, of one, 128×128   9.0, from CUDA 12.9 on
+    mx              MXFP8 × MXFP8                                         from 10.0 on
+    nv              NVFP4 × NVFP4                                         from 10.0 on
 
-Sums are float32 (no fast accumulation); scales are applied to them before the one rounding to the
-result's dtype. A bias is added after it.
+Numbers of devices are compute capabilities. Tiles of several rows (16×16 of NVFP4 weights) are
+blocks whose rows have one scale. Sums are float32 (no fast accumulation); scales are applied to
+them before the one rounding to the result's dtype. A bias is added after it.
 """
 
 from __future__ import annotations
@@ -17,14 +20,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 
-from scaleprop.backends.cuda.devices import BLOCK_SCALES, FLOAT8, Capability
-from scaleprop.backends.cuda.layouts import swizzled
+from scaleprop.backends.cuda.devices import BLOCK_SCALES, FLOAT8, FLOAT8_BLOCKS, Capability
+from scaleprop.backends.cuda.layouts import columns_first, padded_tiles, swizzled
 from scaleprop.formats.scaled import ScaledFormat
 
-Kind = Literal["float8", "mx", "nv"]
+Kind = Literal["float8", "float8_blocks", "mx", "nv"]
 _FLOAT8 = ("e4m3", "e5m2")
-_BLOCKS = {"e4m3[1x32]*e8m0": "mx", "e2m1[1x16]*e4m3*f32": "nv"}
+_LONG = 128  # columns of float8 blocks
+_BLOCKS: dict[tuple[str, int, str, bool], Kind] = {
+    ("e4m3", 32, "e8m0", False): "mx", ("e2m1", 16, "e4m3", True): "nv"}
 _MULTIPLE = 16  # of K and N
+_CUDA_OF_BLOCKS = (12, 9)
 
 
 def kind_of(x: ScaledFormat | None, w: ScaledFormat, n: int, k: int,
@@ -37,32 +43,66 @@ def kind_of(x: ScaledFormat | None, w: ScaledFormat, n: int, k: int,
 
 def kind_of_formats(x: ScaledFormat, w: ScaledFormat, capability: Capability) -> Kind | None:
     """As ``kind_of``, of operands of a size that the library takes."""
-    if capability >= FLOAT8 and all(map(_is_float8, (x, w))):
-        both_wide = x.element.name == w.element.name == "e5m2"
-        return None if both_wide else "float8"
-    stems = {fmt.long_name.rpartition(":")[0] for fmt in (x, w)}
-    kind: Any = _BLOCKS.get(stems.pop()) if len(stems) == 1 else None
-    return kind if capability >= BLOCK_SCALES else None
+    if all(map(is_float8, (x, w))):
+        return _float8_kind(x, w, capability)
+    kind, other = map(_blocks_kind, (x, w))
+    return kind if kind == other and capability >= BLOCK_SCALES else None
 
 
-def _is_float8(fmt: ScaledFormat) -> bool:
-    return (fmt.element.name in _FLOAT8 and fmt.granularity.kind in ("tensor", "row")
-            and fmt.scale.name == "f32" and not fmt.two_level)
+def _blocks_kind(fmt: ScaledFormat) -> Kind | None:
+    return _BLOCKS.get((fmt.element.name, fmt.granularity.columns, fmt.scale.name, fmt.two_level))
 
 
-def multiply(kind: Kind, x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None,
-             dtype: torch.dtype) -> Tensor:
+def _float8_kind(x: ScaledFormat, w: ScaledFormat, capability: Capability) -> Kind | None:
+    wide = [fmt.element.name == "e5m2" for fmt in (x, w)]
+    if all(wide):
+        return None
+    if x.block is None and w.block is None:
+        by_row = "row" in (x.granularity.kind, w.granularity.kind)
+        there = capability >= FLOAT8 and not (by_row and wide[1])
+        return "float8" if there else None
+    blocks = _long(x) and _long(w) and not (_square(x) and _square(w))
+    there = capability == FLOAT8_BLOCKS and _cuda() >= _CUDA_OF_BLOCKS
+    return "float8_blocks" if blocks and there else None
+
+
+def is_float8(fmt: ScaledFormat) -> bool:
+    """Whether values are E4M3 or E5M2 under float32 scales of one level."""
+    return fmt.element.name in _FLOAT8 and fmt.scale.name == "f32" and not fmt.two_level
+
+
+def _long(fmt: ScaledFormat) -> bool:
+    return fmt.block in ((1, _LONG), (_LONG, _LONG))
+
+
+def _square(fmt: ScaledFormat) -> bool:
+    return fmt.block == (_LONG, _LONG)
+
+
+def _cuda() -> tuple[int, ...]:
+    """The version that torch is built with; none is before all."""
+    return tuple(map(int, (torch.version.cuda or "0").split(".")))
+
+
+def multiply(
+    kind: Kind, x: Sequence[Tensor], w: Sequence[Tensor], x_format: ScaledFormat,
+    w_format: ScaledFormat, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """y[..., n] = Σ_k x̂[..., k]·ŵ[n, k] (+ bias[n]) of stored parts, in ``dtype``."""
-    data = x[0].reshape(-1, x[0].shape[-1])
-    call = _float8 if kind == "float8" else _blocks
-    y = call(kind, [data, *x[1:]], w, dtype)
+    left, right = [x[0].reshape(-1, x[0].shape[-1]), *x[1:]], list(w)
+    match kind:
+        case "float8":
+            y = _float8(left, right, dtype)
+        case "float8_blocks":
+            y = _float8_blocks(left, right, (x_format, w_format), dtype)
+        case _:
+            y = _blocks(kind, left, right, (x_format, w_format), dtype)
     y = y.reshape(*x[0].shape[:-1], y.shape[-1])
     return y if bias is None else (y + bias).to(dtype)
 
 
-def _float8(kind: Kind, x: Sequence[Tensor], w: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _float8(x: Sequence[Tensor], w: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """One scale each, or one a row and a column; these the library applies to bfloat16 alone."""
-    del kind
     m, n = x[0].shape[0], w[0].shape[0]
     tensor, row = ScalingType.TensorWise, ScalingType.RowWise
     if not (x[1].ndim or w[1].ndim):
@@ -76,10 +116,27 @@ def _float8(kind: Kind, x: Sequence[Tensor], w: Sequence[Tensor], dtype: torch.d
     return (y * scales[0] * scales[1]).to(dtype)
 
 
-def _blocks(kind: Kind, x: Sequence[Tensor], w: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _float8_blocks(x: Sequence[Tensor], w: Sequence[Tensor],
+                   formats: Sequence[ScaledFormat], dtype: torch.dtype) -> Tensor:
+    scales: list[Tensor] = []
+    recipes: list[ScalingType] = []
+    for parts, fmt in zip((x, w), formats, strict=True):
+        scale = parts[1].reshape(-1, parts[1].shape[-1])
+        scales.append(padded_tiles(scale) if _square(fmt) else columns_first(scale))
+        recipes.append(ScalingType.BlockWise128x128 if _square(fmt)
+                       else ScalingType.BlockWise1x128)
+    kept = dtype if dtype == torch.bfloat16 else torch.float32
+    y = scaled_mm(x[0], w[0].t(), scales[0], recipes[0], scales[1], recipes[1],
+                  SwizzleType.NO_SWIZZLE, SwizzleType.NO_SWIZZLE, output_dtype=kept)
+    return y.to(dtype)
+
+
+def _blocks(kind: Kind, x: Sequence[Tensor], w: Sequence[Tensor], formats: Sequence[ScaledFormat],
+            dtype: torch.dtype) -> Tensor:
     a, b = (part[0].view(torch.float4_e2m1fn_x2) if part[0].dtype == torch.uint8 else part[0]
             for part in (x, w))
-    scales: list[Any] = [swizzled(part[1].reshape(-1, part[1].shape[-1])) for part in (x, w)]
+    scales: list[Any] = [swizzled(_by_row(part, fmt))
+                         for part, fmt in zip((x, w), formats, strict=True)]
     recipe: Any = ScalingType.BlockWise1x32
     swizzle: Any = SwizzleType.SWIZZLE_32_4_4
     if kind == "nv":
@@ -88,3 +145,13 @@ def _blocks(kind: Kind, x: Sequence[Tensor], w: Sequence[Tensor], dtype: torch.d
         swizzle = [swizzle, SwizzleType.NO_SWIZZLE]
     return scaled_mm(a, b.t(), scales[0], recipe, scales[1], recipe, swizzle, swizzle,
                      output_dtype=dtype)
+
+
+def _by_row(parts: Sequence[Tensor], fmt: ScaledFormat) -> Tensor:
+    """Scales of each row of a matrix, [M, blocks]."""
+    scale = parts[1].reshape(-1, parts[1].shape[-1])
+    rows = fmt.granularity.rows
+    if rows == 1:
+        return scale
+    codes = scale.view(torch.uint8).repeat_interleave(rows, 0)[: len(parts[0])]
+    return codes.view(scale.dtype)

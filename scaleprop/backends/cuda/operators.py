@@ -32,8 +32,10 @@ NAMESPACE = "scaleprop_cuda"
 SCHEMAS: Mapping[str, str] = {
     "quantize": "(Tensor x, str format, int axis=-1, str rounding='nearest', Tensor? bits=None, "
                 "Tensor[]? scales=None) -> Tensor[]",
-    "quantize_both": "(Tensor x, str format, str rounding='nearest', Tensor? bits=None) "
-                     "-> Tensor[]",
+    "quantize_operand": "(Tensor x, str format, int[] axes, str rounding='nearest', "
+                        "float prescale=1.0, Tensor? tensor_amax=None, Tensor? step=None, "
+                        "Tensor[]? streams=None, int seed=0, int first_row=0, int rotation=0, "
+                        "Tensor? signs=None) -> Tensor[]",
     "quantize_norm": "(Tensor x, Tensor? gain, Tensor? bias, str format, str kind, float eps, "
                      "ScalarType between) -> Tensor[]",
     "quantize_gated": "(Tensor gate, Tensor up, str format, str activation, ScalarType between) "
@@ -84,10 +86,31 @@ def quantizes(fmt: ScaledFormat, ndim: int, stochastic: bool, given: bool) -> bo
             and fmt.scale.name not in ("bf16", "f16"))
 
 
-def quantize_both(x: Tensor, format: str, rounding: str = "nearest",
-                  bits: Tensor | None = None) -> list[Tensor]:
-    """The parts of a matrix quantized along its rows, then those of its columns: one read."""
-    found = quantizing.quantize_groups(x, parse(format), (1, 0), parse_rounding(rounding), bits)
+def quantize_operand(
+    x: Tensor, format: str, axes: Sequence[int], rounding: str = "nearest", prescale: float = 1.0,
+    tensor_amax: Tensor | None = None, step: Tensor | None = None,
+    streams: Sequence[Tensor] | None = None, seed: int = 0, first_row: int = 0, rotation: int = 0,
+    signs: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """``scaleprop::quantize_operand`` as stored parts, of each of ``axes`` (1: rows, 0: columns) in
+    turn, from one read of x [M, K].
+
+    streams: of the random numbers, one an axis; step, seed, first_row: see ``quantizing.Draw``.
+    rotation, signs: see ``quantizing.Rotation``; 0: none. tensor_amax: of one scale for all.
+    """
+    fmt, mode = parse(format), parse_rounding(rounding)
+    if fmt.block is None:
+        found = lines.quantize_lines(x, fmt, axes, tensor_amax)
+        if len(found) > 1 and fmt.granularity.kind == "tensor":
+            found[1][1] = found[1][1].clone()  # what operators return must not be one tensor twice
+    else:
+        draw = None
+        if step is not None and streams is not None:
+            along, across = (dict(zip(axes, streams, strict=True)).get(axis, streams[0])
+                             for axis in (1, 0))
+            draw = quantizing.Draw(seed, step, along, across, first_row)
+        turn = quantizing.Rotation(rotation, signs) if rotation else None
+        found = quantizing.quantize_groups(x, fmt, axes, mode, draw, turn, prescale)
     return [part for parts in found for part in parts]
 
 
@@ -150,12 +173,13 @@ def _product(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, sums
     """The library's where the device has one, else a kernel's: of blocks as they are stored, or of
     decoded operands, in float8, where there are units for that."""
     capability = capability_of(w[0].device)
-    kind = library.kind_of(*formats, w[0].shape[0], k, capability)
-    if kind is not None:
-        return library.multiply(kind, x, w, bias, dtype)
     left, right = formats
-    if left is not None and scaled.takes(left, right, capability):
-        return scaled.multiply(x, w, bias, left, right, k, dtype)
+    if left is not None:
+        kind = library.kind_of(left, right, w[0].shape[0], k, capability)
+        if kind is not None:
+            return library.multiply(kind, x, w, left, right, bias, dtype)
+        if scaled.takes(left, right, capability):
+            return scaled.multiply(x, w, bias, left, right, k, dtype)
     return products.multiply(x, w, bias, *formats, k, dtype, sums, fp8=capability >= FLOAT8)
 
 
@@ -183,10 +207,10 @@ def multiplies(x: ScaledFormat | torch.dtype, w: ScaledFormat, k: int) -> bool:
     return True
 
 
-def _both_fake(x: Tensor, format: str, rounding: str = "nearest",
-               bits: Tensor | None = None) -> list[Tensor]:
-    return [part for axis in (1, 0)
-            for part in registration.quantize_fake(x, format, axis, rounding, bits)]
+def _operand_fake(x: Tensor, format: str, axes: Sequence[int], rounding: str = "nearest",
+                  *args: Any, **kwargs: Any) -> list[Tensor]:
+    del rounding, args, kwargs
+    return [part for axis in axes for part in registration.quantize_fake(x, format, axis)]
 
 
 def _quantized_fake(x: Tensor, *args: Any) -> list[Tensor]:
@@ -215,7 +239,7 @@ def _gemm_fake(a: Sequence[Tensor], b: Sequence[Tensor], a_format: str, b_format
 
 _KERNELS: Mapping[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "quantize": (quantize, registration.quantize_fake),
-    "quantize_both": (quantize_both, _both_fake),
+    "quantize_operand": (quantize_operand, _operand_fake),
     **{kernel.__name__: (kernel, _quantized_fake) for kernel in (
         quantize_norm, quantize_gated, quantize_activated, quantize_rotated)},
     "dequantize": (dequantize, _dequantize_fake),

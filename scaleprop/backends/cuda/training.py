@@ -6,7 +6,8 @@ bfloat16 or float32. Where the device has units for what is stored, operands sta
     gemm(quantize_operand(a)[0], quantize_operand(b)[0])  →  gemm(quantize(a), quantize(b))
 
 with a scale for the whole tensor left to the graph, which multiplies the result by it, as before.
-What is quantized along both of its axes is read once, where it is quantized first.
+Random numbers are drawn, and blocks rotated, where data is quantized; what is quantized along both
+of its axes is read once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.fx
 from scaleprop import ops
 from scaleprop.backends.cuda import library, operators, scaled
 from scaleprop.backends.cuda.devices import FLOAT8, Capability
-from scaleprop.formats.elements import FloatElement
+from scaleprop.backends.cuda.quantizing import ALIGNED
 from scaleprop.formats.rounding import parse_rounding
 from scaleprop.formats.scaled import ScaledFormat, parse
 from scaleprop.passes.training.calls import call
@@ -32,15 +33,18 @@ kernels: Any = torch.ops.scaleprop_cuda
 _GET: Any = operator.getitem
 _PLACES = ("x", "format", "axis", "rounding", "bits", "tensor_amax", "prescale", "headroom",
            "dtype")  # fmt: skip
+_STREAMS = "streams"
 
 
 class _Stored(NamedTuple):
-    """A factor: what makes its values, and their format. axis: of that, which is summed over."""
+    """A factor: what makes its values, and their format. axis: of that, which is summed over.
+    drawn: arguments of random numbers; None where there are none."""
 
     made: Node
     given: dict[str, Any]
     fmt: ScaledFormat
     axis: int
+    drawn: dict[str, Any]
 
 
 def keep_stored(module: torch.fx.GraphModule, capability: Capability) -> int:
@@ -50,8 +54,7 @@ def keep_stored(module: torch.fx.GraphModule, capability: Capability) -> int:
     stored: dict[tuple[Node, int], list[Node]] = {}
     found = 0
     for node in graph.find_nodes(op="call_function", target=ops.gemm):
-        factors = [_stored(node.args[0], 1), _stored(node.args[1], 0)]
-        left, right = factors
+        left, right = _stored(node.args[0], 1), _stored(node.args[1], 0)
         if left is None or right is None or node.args[2] != 1.0 \
                 or not _multiplies(left.fmt, right.fmt, capability):
             continue
@@ -80,13 +83,28 @@ def _stored(factor: Any, axis: int) -> _Stored | None:
     given: dict[str, Any] = dict(zip(_PLACES, made.args, strict=False)) | dict(made.kwargs)
     fmt, mode = parse(given["format"]), parse_rounding(given.get("rounding", "nearest"))
     rows, columns = fmt.block or (1, 1)
-    turns = fmt.granularity.kind == "tensor" or rows == columns > 1  # the same along either axis
-    same = turns or given["axis"] % 2 == axis
-    plain = (given.get("tensor_amax") is None and given.get("prescale", 1.0) == 1.0
-             and given.get("headroom", 1.0) == 1.0)
+    whole = fmt.granularity.kind == "tensor"
+    same = whole or rows == columns > 1 or given["axis"] % 2 == axis
+    plain = (given.get("headroom", 1.0) == 1.0
+             and (whole or given.get("tensor_amax") is None)
+             and (fmt.block is not None or given.get("prescale", 1.0) == 1.0))
+    drawn = _drawn(given.get("bits"))
     value = given["x"].meta["val"]
     takes = operators.quantizes(fmt, 2, mode.stochastic, False) and value.dtype != torch.float64
-    return _Stored(made, given, fmt, axis) if same and plain and takes else None
+    if not (same and plain and takes) or drawn is None:
+        return None
+    return _Stored(made, given, fmt, axis, drawn)
+
+
+def _drawn(bits: Node | None) -> dict[str, Any] | None:
+    """Arguments that draw these numbers in a kernel, if any; None where no kernel does."""
+    if bits is None:
+        return {}
+    arguments: tuple[Any, ...] = bits.args
+    step, stream, _, seed, _, first_row = arguments
+    if bits.target is not ops.random_bits or not isinstance(first_row, int) or first_row % ALIGNED:
+        return None
+    return {"step": step, _STREAMS: [stream], "seed": seed, "first_row": first_row}
 
 
 def _multiplies(x: ScaledFormat, w: ScaledFormat, capability: Capability) -> bool:
@@ -99,20 +117,21 @@ def _multiplies(x: ScaledFormat, w: ScaledFormat, capability: Capability) -> boo
 
 def _is_float8(fmt: ScaledFormat) -> bool:
     """Of scales that a step of a product or more shares."""
-    columns = 0 if fmt.block is None else fmt.block[1]
-    return isinstance(fmt.element, FloatElement) and fmt.element.name in ("e4m3", "e5m2") \
-        and fmt.scale.name == "f32" and not fmt.two_level and (columns == 0 or columns >= 128)
+    return library.is_float8(fmt) and (fmt.block is None or fmt.block[1] >= 128)
 
 
 def _parts(graph: torch.fx.Graph, factor: _Stored,
            known: dict[tuple[Node, int], list[Node]]) -> list[Node]:
     """The stored parts; the scale of the whole tensor now comes from them."""
-    made, given, fmt, axis = factor
+    made, given, fmt, axis, drawn = factor
     if (made, axis) in known:
         return known[made, axis]
+    turn, value = _rotation(given["x"], fmt, axis)
+    more = {name: given[name] for name in ("prescale", "tensor_amax")
+            if given.get(name) is not None}
     with graph.inserting_before(made):
-        quantized = call(graph, kernels.quantize.default, (
-            given["x"], str(fmt), axis, given.get("rounding", "nearest"), given.get("bits")), made)
+        quantized = call(graph, kernels.quantize_operand.default, (
+            value, str(fmt), [axis], given.get("rounding", "nearest")), made, more | drawn | turn)
         parts = [call(graph, _GET, (quantized, place), made) for place in range(fmt.parts_count)]
     if fmt.granularity.kind == "tensor" or fmt.two_level:
         for user in list(made.users):
@@ -121,41 +140,52 @@ def _parts(graph: torch.fx.Graph, factor: _Stored,
     return known.setdefault((made, axis), parts)
 
 
+def _rotation(value: Node, fmt: ScaledFormat, axis: int) -> tuple[dict[str, Any], Node]:
+    """Arguments that rotate in the kernel, and what it then reads."""
+    if value.target is not ops.rotate:
+        return {}, value
+    arguments: tuple[Any, ...] = value.args
+    x, block, signs, along = arguments
+    size = x.meta["val"].shape[axis]
+    whole = isinstance(size, int) and size % block == 0  # else it is filled up with zeros first
+    if along % 2 != axis or not whole or not operators.rotates(fmt, block) \
+            or x.meta["val"].dtype == torch.float64:
+        return {}, value
+    return {"rotation": block, "signs": signs}, x
+
+
 def _read_once(graph: torch.fx.Graph) -> None:
-    """One kernel for both axes of a value."""
-    first: dict[tuple[Any, ...], Node] = {}
-    for node in graph.find_nodes(op="call_function", target=kernels.quantize.default):
-        x, name, axis, rounding, bits = node.args
-        other = first.pop((x, name, 1 - axis, rounding, bits), None)
-        if other is None:
-            first[node.args] = node
-        elif parse(name).granularity.kind == "tensor":
-            _turn(graph, node, other)
-        elif parse(name).block is not None:
-            with graph.inserting_before(other):
-                both = call(graph, kernels.quantize_both.default, (x, name, rounding, bits), other)
-            for old, along in ((other, 1 - axis), (node, axis)):
-                _reread(old, both, 0 if along else parse(name).parts_count)
+    """One kernel for both axes of a value; of what is rotated they differ."""
+    first: dict[Any, Node] = {}
+    for node in graph.find_nodes(op="call_function", target=kernels.quantize_operand.default):
+        more: dict[str, Any] = dict(node.kwargs)
+        streams = more.pop(_STREAMS, [])
+        if more.get("rotation"):
+            continue
+        arguments: tuple[Any, ...] = node.args
+        x, name, (axis,), rounding = arguments
+        key = (x, name, rounding, *sorted(more.items(), key=str))
+        other = first.pop((1 - axis, *key), None)
+        if other is None or not all(map(_is_early, streams)):
+            first[axis, *key] = node
+            continue
+        for stream in streams:
+            other.prepend(stream)
+        before: Any = other.kwargs.get(_STREAMS, [])
+        count, drawn = parse(name).parts_count, [*before, *streams]
+        with graph.inserting_before(other):
+            both = call(graph, kernels.quantize_operand.default, (
+                x, name, [1 - axis, axis], rounding), other,
+                more | ({_STREAMS: drawn} if drawn else {}))
+        for old, start in ((other, 0), (node, count)):
+            for user in list(old.users):
+                place: Any = user.args[1]
+                user.args = (both, place + start)
 
 
-def _turn(graph: torch.fx.Graph, node: Node, other: Node) -> None:
-    """Of one scale for all, codes along one axis are those along the other, transposed."""
-    parts = {user.args[1]: user for user in other.users}
-    for user in list(node.users):
-        made = parts[user.args[1]]
-        if user.args[1] == 0:
-            with graph.inserting_before(user):
-                turned = call(graph, aten.permute.default, (made, [1, 0]), user)
-                made = call(graph, aten.clone.default, (turned,), user,
-                            {"memory_format": torch.contiguous_format})
-        user.replace_all_uses_with(made)
-
-
-def _reread(old: Node, both: Node, start: int) -> None:
-    """Parts of ``old`` are those of ``both`` from ``start`` on; that comes first in the graph."""
-    for user in list(old.users):
-        place: Any = user.args[1]
-        user.args = (both, place + start)
+def _is_early(node: Node) -> bool:
+    """Whether all that the node reads are inputs of the graph, so that it may come sooner."""
+    return all(each.op == "placeholder" for each in node.all_input_nodes)
 
 
 def _size(graph: torch.fx.Graph, factor: _Stored, at: Node) -> Any:

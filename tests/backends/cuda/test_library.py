@@ -45,7 +45,8 @@ def test_float8(x_name, w_name, dtype):
     x, w, bias = operands(6, 32, 64)
     left, right = quantize_parts(x, parse(x_name)), quantize_parts(w, parse(w_name))
     assert library.kind_of(parse(x_name), parse(w_name), 32, 64, (8, 9)) == "float8"
-    got = library.multiply("float8", left, right, bias if dtype == torch.float32 else None, dtype)
+    got = library.multiply("float8", left, right, parse(x_name), parse(w_name),
+                           bias if dtype == torch.float32 else None, dtype)
     assert_near(got, exact(left, x_name, x.shape), exact(right, w_name, w.shape),
                 bias if dtype == torch.float32 else None, FLOAT8_BOUND)
 
@@ -74,15 +75,66 @@ def as_documented(a: Tensor, b: Tensor, scale_a: Any, recipe_a: Any, scale_b: An
     return (values(a, scale_a) @ values(b.t(), scale_b).t()).to(output_dtype)
 
 
-@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
-def test_block_scales_are_given_as_documented(name, monkeypatch):
+@pytest.mark.parametrize(("x_name", "w_name"), [
+    ("mxfp8", "mxfp8"), ("nvfp4", "nvfp4"), ("nvfp4", "nvfp4_2d"),
+    ("e4m3[32x32]*e8m0", "mxfp8:rceil")])  # fmt: skip
+def test_block_scales_are_given_as_documented(x_name, w_name, monkeypatch):
     monkeypatch.setattr(library, "scaled_mm", as_documented)
-    x, w, bias = operands(6, 32, 128)
-    left, right = quantize_parts(x, parse(name)), quantize_parts(w, parse(name))
-    kind = library.kind_of(parse(name), parse(name), 32, 128, (10, 0))
+    x, w, bias = operands(6, 48, 128)
+    left, right = quantize_parts(x, parse(x_name)), quantize_parts(w, parse(w_name))
+    kind = library.kind_of(parse(x_name), parse(w_name), 48, 128, (10, 0))
     assert kind is not None
-    got = library.multiply(kind, left, right, bias, torch.float32)
-    assert_near(got, exact(left, name, x.shape), exact(right, name, w.shape), bias)
+    got = library.multiply(kind, left, right, parse(x_name), parse(w_name), bias, torch.float32)
+    assert_near(got, exact(left, x_name, x.shape), exact(right, w_name, w.shape), bias)
+
+
+def long_blocks(a: Tensor, b: Tensor, scale_a: Tensor, recipe_a: Any, scale_b: Tensor,
+                recipe_b: Any, swizzle_a: Any, swizzle_b: Any, output_dtype: torch.dtype) -> Tensor:
+    """What the library says of scales of 1×128 and 128×128, as ``aten._scaled_mm_v2`` checks it."""
+    assert swizzle_a == swizzle_b == SwizzleType.NO_SWIZZLE
+    assert output_dtype in (torch.bfloat16, torch.float32)
+
+    def values(data: Tensor, scale: Tensor, recipe: Any) -> Tensor:
+        rows, k = data.shape
+        square = recipe == ScalingType.BlockWise128x128
+        groups = -(-k // 128)
+        if square:
+            shape, strides = (-(-groups // 4) * 4, -(-rows // 128)), (1, -(-groups // 4) * 4)
+            spread = scale.t()[:, :groups].repeat_interleave(128, 0)[:rows]
+        else:
+            assert recipe == ScalingType.BlockWise1x128
+            shape, strides, spread = (rows, groups), (1, rows), scale
+        assert scale.shape == shape and scale.stride() == strides
+        return data.double() * spread.repeat_interleave(128, 1)[:, :k].double()
+
+    return (values(a, scale_a, recipe_a) @ values(b.t(), scale_b, recipe_b).t()).to(output_dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("x_name", "w_name"), [
+    ("e4m3[1x128]*f32", "e4m3[1x128]*f32"), ("e5m2[1x128]*f32", "e4m3[128x128]*f32"),
+    ("e4m3[128x128]*f32", "e4m3[1x128]*f32:pow2")])  # fmt: skip
+def test_long_blocks_are_given_as_documented(x_name, w_name, dtype, monkeypatch):
+    monkeypatch.setattr(library, "scaled_mm", long_blocks)
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    x, w, _ = operands(150, 272, 640)
+    left, right = quantize_parts(x, parse(x_name)), quantize_parts(w, parse(w_name))
+    kind = library.kind_of(parse(x_name), parse(w_name), 272, 640, (9, 0))
+    assert kind == "float8_blocks"
+    got = library.multiply(kind, left, right, parse(x_name), parse(w_name), None, dtype)
+    wanted = exact(left, x_name, x.shape), exact(right, w_name, w.shape)
+    if dtype == torch.float16:
+        assert torch.equal(got, (wanted[0] @ wanted[1].t()).to(torch.float32).to(dtype))
+    else:
+        assert_near(got, *wanted, None)
+
+
+@pytest.mark.parametrize(("version", "capability"), [
+    ("12.8", (9, 0)), ("12.9", (8, 9)), ("12.9", (10, 0)), (None, (9, 0))])  # fmt: skip
+def test_long_blocks_elsewhere(version, capability, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", version)
+    fmt = parse("e4m3[1x128]*f32")
+    assert library.kind_of(fmt, fmt, 128, 128, capability) is None
 
 
 @pytest.mark.parametrize(("x_name", "w_name", "n", "k", "capability"), [
@@ -90,6 +142,8 @@ def test_block_scales_are_given_as_documented(name, monkeypatch):
     ("fp8_e5m2", "fp8_e5m2", 32, 64, (9, 0)), ("mxfp8", "mxfp8", 32, 64, (9, 0)),
     ("mxfp8", "mxfp4", 32, 64, (10, 0)), ("mxfp6", "mxfp6", 32, 64, (10, 0)),
     ("mxfp8", "mxfp8", 32, 80, (10, 0)), ("mxfp4", "mxfp4", 32, 64, (10, 0)),
+    ("e4m3[row]*f32", "e5m2[row]*f32", 32, 64, (9, 0)),
+    ("nvfp4", "mxfp8", 32, 64, (10, 0)), ("fp8", "e4m3[1x128]*f32", 128, 128, (9, 0)),
     ("int8", "int8", 32, 64, (9, 0))])  # fmt: skip
 def test_what_the_library_does_not_take(x_name, w_name, n, k, capability):
     assert library.kind_of(parse(x_name), parse(w_name), n, k, capability) is None

@@ -143,17 +143,20 @@ def test_products_of_weights_alone(name, m):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["fp8", "e4m3[row]*f32", "mxfp8", "mxfp4", "nvfp4"])
-def test_products_of_the_library(name, dtype):
-    fmt = parse(name)
-    kind = library.kind_of(fmt, fmt, *PRODUCT[1:], torch.cuda.get_device_capability())
+@pytest.mark.parametrize(("x_name", "w_name"), [
+    *((name, name) for name in ("fp8", "e4m3[row]*f32", "e4m3[1x128]*f32", "mxfp8", "nvfp4")),
+    ("e4m3[1x128]*f32", "e4m3[128x128]*f32"), ("e4m3[128x128]*f32", "e4m3[1x128]*f32"),
+    ("nvfp4", "nvfp4_2d")])  # fmt: skip
+def test_products_of_the_library(x_name, w_name, dtype):
+    formats = parse(x_name), parse(w_name)
+    kind = library.kind_of(*formats, *PRODUCT[1:], torch.cuda.get_device_capability())
     if kind is None:
         pytest.skip("the library has none on this device")
     x, w, _ = small_products.operands(*PRODUCT)
-    left, right = quantize_parts(x, fmt), quantize_parts(w, fmt)
-    got = library.multiply(kind, left, right, None, dtype)
+    left, right = (quantize_parts(each, fmt) for each, fmt in zip((x, w), formats, strict=True))
+    got = library.multiply(kind, left, right, *formats, None, dtype)
     exact = [dequantize_parts(parts, fmt, each.shape, **DOUBLE)
-             for parts, each in ((left, x), (right, w))]  # fmt: skip
+             for parts, fmt, each in zip((left, right), formats, (x, w), strict=True)]
     # matrix units for float8 add their sums of a step with some 13 bits
     want, most = exact[0] @ exact[1].t(), exact[0].abs() @ exact[1].abs().t()
     rounding = torch.finfo(dtype).eps * want.abs()
