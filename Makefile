@@ -28,7 +28,7 @@ readme: $(STAMP)  ## put the last demo's table into README.md
 
 # One thread a worker: they would fight otherwise.
 test: lint  ## ruff, pyright, pytest
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	@OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

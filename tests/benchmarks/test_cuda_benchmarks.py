@@ -16,7 +16,7 @@ from tests.benchmarks import troubled_rows
 
 # every function that measures; --smoke without --only takes all rows, and longer
 TRIED = {
-    "cuda_quantize": "mxfp8|nvfp4, both axes, stoch|token$",
+    "cuda_quantize": "mxfp8, rows, near|mxfp8, rotated by 32|mxfp8.* before|axes, stoch|token",
     "cuda_linear": "layer|token|FP8 row|step",
     "cuda_decode": "INT4 weights.*= 16|FP8 weights.*= 1$|zp|bf16",
     "cuda_models": "MiniLM, INT8",

@@ -98,9 +98,9 @@ def quantize_groups(
     launch(
         groups.quantize_kernel, (programs(m, height), programs(k, width)),
         x, given, *signs, amax, data, scales, data_t, scales_t, whole, whole_t, draw.seed,
-        draw.stream, draw.step, draw.stream_t, draw.first_row, m, k, *x.stride(), *given.stride(), data.shape[1],
-        *scales.shape, data_t.shape[1], *scales_t.shape, E=element, S=scaling, R=r, C=c,
-        ROWS=height, COLUMNS=width, ALONG=1 in axes, ACROSS=0 in axes, BITS=rounding.bits,
+        draw.stream, draw.step, draw.stream_t, draw.first_row, m, k, *x.stride(), *given.stride(),
+        data.shape[1], *scales.shape, data_t.shape[1], *scales_t.shape, E=element, S=scaling, R=r,
+        C=c, ROWS=height, COLUMNS=width, ALONG=1 in axes, ACROSS=0 in axes, BITS=rounding.bits,
         MODE=MODES.index(rounding.mode), PHILOX=isinstance(bits, Draw), PRESCALE=prescale, **turn,
         num_warps=warps_of(height, width, rounding.stochastic))
     outer = (whole_t, whole)
