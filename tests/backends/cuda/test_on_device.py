@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import scaleprop
+from scaleprop import ops
 from scaleprop.backends.cuda import fusing, library, lines, products, quantizing
 from scaleprop.backends.cuda.cache import KVCache
 from scaleprop.backends.cuda.dequantizing import dequantize
@@ -161,6 +162,17 @@ def test_products_of_the_library(x_name, w_name, dtype):
     want, most = exact[0] @ exact[1].t(), exact[0].abs() @ exact[1].abs().t()
     rounding = torch.finfo(dtype).eps * want.abs()
     assert ((got.double() - want).abs() <= 2.0**-12 * most + rounding).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("alpha", "inner"), [(1.0, 1024), (0.125, 1024), (1.0, 0)])
+def test_decoded_operands_are_multiplied_as_bfloat16(alpha, inner, dtype):
+    a, b = (drawn(*shape, seed=seed) for seed, shape in enumerate(((300, inner), (inner, 200))))
+    got = ops.gemm(a, b, alpha, dtype)
+    want, most = (a.double() @ b.double()) * alpha, a.double().abs() @ b.double().abs() * alpha
+    rounding = torch.finfo(dtype).eps * (1 if dtype == torch.float32 else most.max())
+    assert got.dtype == dtype
+    assert ((got.double() - want).abs() <= most * inner * 2.0**-24 + rounding).all()
 
 
 # --- graphs, streams, determinism ----------------------------------------------------------------
