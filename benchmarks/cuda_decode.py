@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from benchmarks.cuda_harness import Row, Script, main
 from benchmarks.cuda_timing import COPY, FLUSHED, Bench, Build, Call, Skip, rotating, wrong
-from scaleprop.backends.cuda import products
+from scaleprop.backends.cuda import operators, words
 from scaleprop.backends.cuda.cache import KVCache
 from scaleprop.formats import parse
 from scaleprop.formats.quantize import quantize_parts
@@ -64,10 +64,11 @@ def weight(bench: Bench, name: str, m: int, n: int, k: int) -> dict[str, Any]:
     first = torch.randn(n, k, device=bench.device).to(torch.bfloat16)
     parts = quantize_parts(first, fmt)
     size = sum(part.nbytes for part in parts)
+    plain = words.takes(fmt, k) and words.is_plain(parts, fmt, k)
 
     def ours() -> Call:
-        return rotating([
-            lambda each=each: products.multiply([x], each, None, None, fmt, k, torch.bfloat16)
+        return rotating([lambda each=each: operators.multiply(
+            [x], each, None, None, "f32", str(fmt), k, torch.bfloat16, plain)
             for each in _copies(parts, bench)])
 
     def bf16() -> Call:

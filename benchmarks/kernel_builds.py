@@ -32,6 +32,9 @@ PAIRS = (
     ("nvfp4", "nvfp4"), ("mxfp6", "mxfp6"), ("e4m3[row]*f32", "int4[1x128]*f32"),
 )  # fmt: skip
 ROWS_OF_X = (1, 16, 64, 1024)
+FLOAT8_TARGETS = (89, 90, 100, 120)
+WORDS = ("int4", "int4[1x128]*f32+zp", "mxfp4", "nvfp4", "mxfp8", "e4m3[row]*f32",
+         "e4m3[128x128]*f32")  # fmt: skip
 SCALED = (("mxfp4", "mxfp4"), ("mxfp4", "mxfp8"), ("mxfp8", "mxfp4"), ("mxfp8_e5m2", "mxfp8"))
 POINTERS = (
     "x", "bits", "signs", "amax", "data", "scales", "data_t", "scales_t", "whole", "whole_t",
@@ -65,6 +68,7 @@ def builds() -> Iterator[Build]:
     yield from _reading()
     yield from _products()
     yield from _scaled()
+    yield from _words()
 
 
 def _quantizing() -> Iterator[Build]:
@@ -228,7 +232,8 @@ def _product(x: ScaledFormat | torch.dtype, w: ScaledFormat, bucket: int) -> Bui
     title = floats[x] if isinstance(x, torch.dtype) else str(x)
     return Build(f"{title} × {w}, {bucket} rows, tile {tile}", product_kernel,
                  {**way.constants, "BIAS": True, "SPLITS": 1, **config.kwargs}, pointers,
-                 config.num_warps, config.num_stages)
+                 config.num_warps, config.num_stages,
+                 FLOAT8_TARGETS if way.dot == torch.float8_e4m3fn else ())
 
 
 def _scaled() -> Iterator[Build]:
@@ -251,6 +256,25 @@ def _scaled() -> Iterator[Build]:
                             {**way.constants, "BIAS": True, "SPLITS": 1, **config.kwargs},
                             {"out": "*i16", "bias": "*bf16"}, config.num_warps, config.num_stages,
                             (target,), "block_scale")
+
+
+def _words() -> Iterator[Build]:
+    """The first tile of few rows of bfloat16, of each format that is decoded in pairs."""
+    from scaleprop.backends.cuda import products, words
+    from scaleprop.backends.cuda.kernels.words import words_kernel
+
+    for name in WORDS:
+        fmt = parse(name)
+        stored = stored_constants(fmt)
+        at = products.way_of(torch.bfloat16, fmt, 4096).w_at
+        for bucket in (1, 16, 64):
+            config = words.fitted(bucket, stored, at)[0]
+            tile = "×".join(str(config.kwargs[side]) for side in ("ROWS", "COLUMNS", "DEPTH"))
+            yield Build(f"pairs, bf16 × {name}, {bucket} rows, tile {tile}", words_kernel, {
+                "W": stored, "P": words.pairs_of(stored), "W_AT": at, "NATIVE": True,
+                "EVEN": True, "BIAS": True, "SPLITS": 1, **config.kwargs},
+                {"w": "*i32", "w_scales": _scales(fmt), "w_outer": "*fp32", "bias": "*bf16",
+                 "out": "*i16", "x": "*bf16"}, config.num_warps, config.num_stages)
 
 
 def _scales(fmt: ScaledFormat) -> str:

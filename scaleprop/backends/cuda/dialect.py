@@ -21,7 +21,7 @@ import torch.fx
 from torch import Tensor
 
 from scaleprop import ops
-from scaleprop.backends.cuda import library, operators, products
+from scaleprop.backends.cuda import library, operators, products, words
 from scaleprop.backends.cuda.devices import Capability, capability_of
 from scaleprop.backends.cuda.fusions import fusions
 from scaleprop.backends.inductor.emit import Inputs
@@ -40,13 +40,15 @@ class Product:
     """One ``scaled_mm``. kind: ``library``, ``stored``, ``float``, or ``open``: weights computed at
     run time.
 
-    constants: parts of the weight by place, and its column sums; or ŵ.
+    constants: parts of the weight by place, and its column sums; or ŵ. plain: see
+    ``words.is_plain``.
     """
 
     kind: str
     operand: Operand
     constants: Mapping[str, Weight]
     dtype: torch.dtype
+    plain: bool = False
     epilogue: Epilogue = dataclasses.field(default_factory=Epilogue)
 
     @property
@@ -110,7 +112,9 @@ def _product(operand: Operand, constants: Constants, capability: Capability) -> 
     way = products.way_of(x, w, operand.k)
     if way.x is not None and way.x.zero and way.dot == torch.int8:
         held["sums"] = _constant(products.column_sums(parts, w, operand.k))
-    return Product("stored", operand, held | bias, dtype)
+    plain = x == torch.bfloat16 and words.takes(w, operand.k) \
+        and words.is_plain(parts, w, operand.k)
+    return Product("stored", operand, held | bias, dtype, plain)
 
 
 def _read_as(node: torch.fx.Node) -> torch.dtype:
@@ -148,7 +152,7 @@ def _emit(product: Product, inputs: Inputs, constants: Mapping[str, Tensor],
     parts = [constants[f"part{place}"] for place in range(len(operand.weight))]
     return kernels.multiply([value] if operand.x_format is None else value, parts, bias,
                             constants.get("sums"), x_format, str(operand.w_format), operand.k,
-                            product.dtype)
+                            product.dtype, product.plain)
 
 
 def _quantize(x: Tensor, format: str, *args: Any, **kwargs: Any) -> list[Tensor]:

@@ -19,6 +19,7 @@ from scaleprop.backends.cuda import (
     products,
     quantizing,
     scaled,
+    words,
 )
 from scaleprop.backends.cuda.constants import scaling_constants, stored_constants
 from scaleprop.backends.cuda.devices import FLOAT8, capability_of
@@ -44,7 +45,7 @@ SCHEMAS: Mapping[str, str] = {
     "quantize_rotated": "(Tensor x, Tensor? signs, str format, int block) -> Tensor[]",
     "dequantize": "(Tensor[] parts, str format, SymInt[] shape, ScalarType dtype) -> Tensor",
     "multiply": "(Tensor[] x, Tensor[] w, Tensor? bias, Tensor? sums, str x_format, str w_format, "
-                "int k, ScalarType dtype) -> Tensor",
+                "int k, ScalarType dtype, bool plain=False) -> Tensor",
     "gemm": "(Tensor[] a, Tensor[] b, str a_format, str b_format, SymInt k, ScalarType dtype) "
             "-> Tensor",
 }  # fmt: skip
@@ -161,9 +162,13 @@ def dequantize(parts: Sequence[Tensor], format: str, shape: Sequence[Any],
 
 
 def multiply(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, sums: Tensor | None,
-             x_format: str, w_format: str, k: int, dtype: torch.dtype) -> Tensor:
-    """``scaleprop::scaled_mm`` in ``dtype``; a plain x is multiplied in its own."""
+             x_format: str, w_format: str, k: int, dtype: torch.dtype,
+             plain: bool = False) -> Tensor:
+    """``scaleprop::scaled_mm`` in ``dtype``; a float x is multiplied in its own. plain: of weights,
+    see ``words.is_plain``."""
     left = None if x_format in PLAIN else parse(x_format)
+    if plain and words.multiplies(x[0], w):
+        return words.multiply(x[0], w, bias, parse(w_format), k, dtype)
     return _product(x, w, bias, sums, (left, parse(w_format)), k, dtype)
 
 
@@ -226,8 +231,8 @@ def _dequantize_fake(parts: Sequence[Tensor], format: str, shape: Sequence[Any],
 
 def _multiply_fake(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None,
                    sums: Tensor | None, x_format: str, w_format: str, k: int,
-                   dtype: torch.dtype) -> Tensor:
-    del sums
+                   dtype: torch.dtype, plain: bool = False) -> Tensor:
+    del sums, plain
     return registration.scaled_mm_fake(x, w, bias, x_format, w_format, k).to(dtype)
 
 

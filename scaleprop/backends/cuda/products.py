@@ -209,7 +209,7 @@ def multiply(
         FormatError: for formats that no kernel multiplies.
     """
     way = way_of(x_format or x[0].dtype, w_format, k, fp8)
-    left = _plain(x[0], k) if x_format is None else Parts.of(x, x_format)
+    left = plain(x[0], k) if x_format is None else Parts.of(x, x_format)
     right = Parts.of(w, w_format)
     m, n = left.data.shape[0], right.data.shape[0]
     if way.x is not None and way.dot == torch.int8 and way.x.zero and sums is None:
@@ -233,7 +233,7 @@ def multiply(
     return out.reshape(*x[0].shape[:-1], n)
 
 
-def _plain(x: Tensor, k: int) -> Parts:
+def plain(x: Tensor, k: int) -> Parts:
     data = matrix_of(x)
     if data.shape[1] != k:
         raise FormatError(f"x is {list(x.shape)}, of which no {k} numbers are summed")

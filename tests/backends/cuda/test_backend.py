@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import scaleprop
-from scaleprop.backends.cuda import dialect, operators
+from scaleprop.backends.cuda import dialect, operators, words
 from scaleprop.recipes import Recipe, Role
 from tests.backends.cuda.test_quantize_kernels import DEVICE
 
@@ -88,6 +88,39 @@ def test_results_take_the_dtype_that_is_read(model):
     assert got.dtype == torch.bfloat16
     # a code of MXFP8 that lies on a boundary: an element of 96 moves by 2^-3 of itself
     assert (got - want).abs().max() <= 2.0**-6 * want.abs().max()
+
+
+@pytest.mark.parametrize("recipe", ["int4", "mxfp4-weight", "nvfp4-weight", "fp8-weight"])
+def test_weights_of_few_rows_are_decoded_in_pairs(model, recipe, monkeypatch):
+    ran: list[int] = []
+
+    def noted(x: Tensor, *args: Any) -> Tensor:
+        ran.append(len(x))
+        return multiply(x, *args)
+
+    multiply = words.multiply
+    monkeypatch.setattr(words, "multiply", noted)
+    narrow = Block().eval().to(torch.bfloat16)
+    narrow.load_state_dict(model.state_dict())
+    x = example().to(torch.bfloat16)
+    ours, reference = (scaleprop.compile(narrow, (x,), recipe=recipe, backend=backend)
+                       for backend in ("cuda", "reference"))
+    want = reference(x)
+    assert (ours(x).cpu() - want).abs().max() <= 2.0**-7 * want.abs().max()
+    assert len(ran) == 2
+
+
+def test_weights_that_are_not_plain_are_decoded_one_by_one(model, monkeypatch):
+    monkeypatch.setattr(words, "multiply", None)
+    wild = Block().eval().to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in (wild.up.weight, wild.down.weight):
+            parameter[0] *= 2.0**30
+    x = example().to(torch.bfloat16)
+    ours, reference = (scaleprop.compile(wild, (x,), recipe="mxfp4-weight", backend=backend)
+                       for backend in ("cuda", "reference"))
+    want = reference(x)
+    assert (ours(x).cpu() - want).abs().max() <= 2.0**-7 * want.abs().max()
 
 
 def test_any_batch(model):
@@ -178,6 +211,8 @@ def test_quantization_takes_in_what_is_before_it(recipe, passes, expected):
                               torch.bfloat16)),
     lambda x: ("multiply", ([x], kernels.quantize(x[0], "int4[1x16]*f32"), None, None, "f32",
                             "int4[1x16]*f32", 64, torch.bfloat16)),
+    lambda x: ("multiply", ([x.bfloat16()], kernels.quantize(x[0], "int4[row]*f32"), None, None,
+                            "f32", "int4[row]*f32", 64, torch.bfloat16, True)),
     lambda x: ("gemm", (*[kernels.quantize(x[0], "int8[row]*f32")] * 2, "int8[row]*f32",
                         "int8[row]*f32", 64, torch.bfloat16))])  # fmt: skip
 def test_operators_promise_what_they_do(call):

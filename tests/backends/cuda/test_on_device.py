@@ -24,6 +24,7 @@ from scaleprop.formats.rounding import Rounding
 from scaleprop.formats.tensor import dequantize_parts
 from scaleprop.ops.hadamard import hadamard
 from tests.backends.cuda import test_product_kernels as small_products
+from tests.backends.cuda import test_words_kernel as small_words
 from tests.backends.cuda.test_attention_kernel import APPENDABLE
 from tests.backends.cuda.test_quantize_kernels import BLOCKS, ROWS, assert_same
 
@@ -162,6 +163,15 @@ def test_products_of_the_library(x_name, w_name, dtype):
     want, most = exact[0] @ exact[1].t(), exact[0].abs() @ exact[1].abs().t()
     rounding = torch.finfo(dtype).eps * want.abs()
     assert ((got.double() - want).abs() <= 2.0**-12 * most + rounding).all()
+
+
+@pytest.mark.parametrize("m", [1, 7, 16, 64])
+@pytest.mark.parametrize("name", small_words.FORMATS)
+def test_weights_decoded_in_pairs(name, m):
+    x, w, bias = small_products.operands(m, *PRODUCT[1:])
+    small_words.near(x.bfloat16(), quantize_parts(w, parse(name)), name, w.shape, bias)
+    x, w, _ = small_products.operands(m, 1000, 4096 + 72)  # no whole steps, or tiles
+    small_words.near(x.bfloat16(), quantize_parts(w, parse(name)), name, w.shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -79,7 +79,7 @@ def tile_at(M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr
 
 
 @triton.jit
-def _finished(total, x_scales, x_zeros, x_outer, w_scales, w_outer, sums, bias, row, column, M, N,
+def finished(total, x_scales, x_zeros, x_outer, w_scales, w_outer, sums, bias, row, column, M, N,
               X: tl.constexpr, W: tl.constexpr, X_AT: tl.constexpr, W_AT: tl.constexpr,
               DOT: tl.constexpr, BIAS: tl.constexpr):
     """float32 [rows, columns]: what belongs after the whole sum."""
@@ -146,7 +146,7 @@ def product_kernel(
     inside = (row < M)[:, None] & (column < N)[None, :]
     place = row[:, None] * N + column[None, :]
     if SPLITS == 1:
-        y = _finished(total, x_scales, x_zeros, x_outer, w_scales, w_outer, sums, bias, row,
+        y = finished(total, x_scales, x_zeros, x_outer, w_scales, w_outer, sums, bias, row,
                       column, M, N, X, W, X_AT, W_AT, DOT, BIAS)
         store_float(out + place, y, inside)
     else:
@@ -168,6 +168,6 @@ def sum_kernel(
     size = tl.full((), 1, tl.int64) * M * N
     for split in range(1, SPLITS):
         total += tl.load(parts + size * split + place, mask=inside, other=0)
-    y = _finished(total, x_scales, x_zeros, x_outer, w_scales, w_outer, sums, bias, row, column, M,
+    y = finished(total, x_scales, x_zeros, x_outer, w_scales, w_outer, sums, bias, row, column, M,
                   N, X, W, X_AT, W_AT, DOT, BIAS)
     store_float(out + place, y, inside)
