@@ -50,7 +50,12 @@ def cast(x: Tensor, element: str) -> Tensor:
 
 
 def gemm(a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
-    """alpha·(a @ b), [m, k] × [k, n] of low-precision data, summed in float32, in ``dtype``."""
+    """alpha·(a @ b), [m, k] × [k, n] of low-precision data, summed in float32, in ``dtype``.
+
+    On CUDA, ranges of k whose sums are added up in bfloat16, where that is the dtype, are allowed
+    or not by ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction``, as in a model
+    of bfloat16.
+    """
     if in_hardware(a, b):
         return scaled_gemm(a, b, alpha, dtype)
     if not has_bfloat16(a.device) or not {a.dtype, b.dtype} <= _SHORT:

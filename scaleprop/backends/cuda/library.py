@@ -2,7 +2,7 @@
 
     float8          E4M3 × E4M3, E5M2 × E4M3, a scale a row or one for    from 8.9 on
                     all; E4M3 × E5M2 with one for all
-    float8_blocks   of these any, a scale for 1×128 or, of one, 128×128   9.0, from CUDA 12.9 on
+    float8_blocks   E4M3 × E4M3, a scale for 1×128 or, of one, 128×128    9.0, from CUDA 12.9 on
     mx              MXFP8 × MXFP8                                         from 10.0 on
     nv              NVFP4 × NVFP4                                         from 10.0 on
 
@@ -30,6 +30,7 @@ _LONG = 128  # columns of float8 blocks
 _BLOCKS: dict[tuple[str, int, str, bool], Kind] = {
     ("e4m3", 32, "e8m0", False): "mx", ("e2m1", 16, "e4m3", True): "nv"}
 _MULTIPLE = 16  # of K and N
+_SCALES = 4  # of float32 in 16 bytes
 _CUDA_OF_BLOCKS = (12, 9)
 
 
@@ -61,9 +62,15 @@ def _float8_kind(x: ScaledFormat, w: ScaledFormat, capability: Capability) -> Ki
         by_row = "row" in (x.granularity.kind, w.granularity.kind)
         there = capability >= FLOAT8 and not (by_row and wide[1])
         return "float8" if there else None
-    blocks = _long(x) and _long(w) and not (_square(x) and _square(w))
+    blocks = _long(x) and _long(w) and not (_square(x) and _square(w)) and not any(wide)
     there = capability == FLOAT8_BLOCKS and _cuda() >= _CUDA_OF_BLOCKS
     return "float8_blocks" if blocks and there else None
+
+
+def takes_rows(kind: Kind, m: int, x: ScaledFormat) -> bool:
+    """Whether the library's product takes so many rows of x: scales of 1×128, of which neighbours
+    are of neighbouring rows, it reads 16 bytes at a time."""
+    return kind != "float8_blocks" or _square(x) or m % _SCALES == 0
 
 
 def is_float8(fmt: ScaledFormat) -> bool:
@@ -144,7 +151,12 @@ def _blocks(kind: Kind, x: Sequence[Tensor], w: Sequence[Tensor], formats: Seque
         recipe = [ScalingType.BlockWise1x16, ScalingType.TensorWise]
         swizzle = [swizzle, SwizzleType.NO_SWIZZLE]
     return scaled_mm(a, b.t(), scales[0], recipe, scales[1], recipe, swizzle, swizzle,
-                     output_dtype=dtype)
+                     output_dtype=_kept(dtype)).to(dtype)
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """What the library rounds to, of results in ``dtype``."""
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
 
 
 def _by_row(parts: Sequence[Tensor], fmt: ScaledFormat) -> Tensor:

@@ -24,7 +24,7 @@ WARPS = 16  # 16 elements a thread
 def quantize_lines(x: Tensor, fmt: ScaledFormat, axes: Collection[int] = (1,),
                    tensor_amax: Tensor | None = None) -> list[list[Tensor]]:
     """For each of ``axes``, 0 or 1, the stored parts of ``x`` [M, K] quantized along it, with one
-    scale a row (of xᵀ along 0) or a tensor, to nearest. Of a tensor's, both have the same scale.
+    scale a row (of xᵀ along 0) or a tensor, to nearest.
 
     tensor_amax: a float32 scalar on x's device in place of the data's amax, for the scale of the
     whole tensor. Data beyond saturate; Inf becomes NaN, as in ``scaleprop.ops.quantize_operand``.
@@ -43,9 +43,6 @@ def quantize_lines(x: Tensor, fmt: ScaledFormat, axes: Collection[int] = (1,),
     if 0 not in axes and tensor_amax is None:
         return [quantize_rows(x, fmt) for _ in axes]
     sides = {axis: _empty(x if axis else x.t(), fmt) for axis in axes}
-    if fmt.granularity.kind == "tensor":
-        shared = next(iter(sides.values()))[1]
-        sides = {axis: [data, shared] for axis, (data, _) in sides.items()}
     some = next(iter(sides.values()))
     (data, scales), (data_t, scales_t) = (map(as_bytes, sides.get(axis, some)) for axis in (1, 0))
     launch(lines.lines_kernel, _grid(x), x, *_ranges(x, fmt, axes, tensor_amax), data, scales,

@@ -5,6 +5,7 @@ They compute what ``scaleprop::*`` computes, on devices, and under Triton's inte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,8 +47,8 @@ SCHEMAS: Mapping[str, str] = {
     "dequantize": "(Tensor[] parts, str format, SymInt[] shape, ScalarType dtype) -> Tensor",
     "multiply": "(Tensor[] x, Tensor[] w, Tensor? bias, Tensor? sums, str x_format, str w_format, "
                 "int k, ScalarType dtype, bool plain=False) -> Tensor",
-    "gemm": "(Tensor[] a, Tensor[] b, str a_format, str b_format, SymInt k, ScalarType dtype) "
-            "-> Tensor",
+    "gemm": "(Tensor[] a, Tensor[] b, str a_format, str b_format, SymInt k, ScalarType dtype, "
+            "bool whole=False) -> Tensor",
 }  # fmt: skip
 
 
@@ -94,7 +95,8 @@ def quantize_operand(
     signs: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """``scaleprop::quantize_operand`` as stored parts, of each of ``axes`` (1: rows, 0: columns) in
-    turn, from one read of x [M, K].
+    turn; x [M, K] is read once for both where registers hold its tiles, and once more before for
+    the amax of rows and tensors.
 
     streams: of the random numbers, one an axis; step, seed, first_row: see ``quantizing.Draw``.
     rotation, signs: see ``quantizing.Rotation``; 0: none. tensor_amax: of one scale for all.
@@ -102,8 +104,6 @@ def quantize_operand(
     fmt, mode = parse(format), parse_rounding(rounding)
     if fmt.block is None:
         found = lines.quantize_lines(x, fmt, axes, tensor_amax)
-        if len(found) > 1 and fmt.granularity.kind == "tensor":
-            found[1][1] = found[1][1].clone()  # what operators return must not be one tensor twice
     else:
         draw = None
         if step is not None and streams is not None:
@@ -181,7 +181,7 @@ def _product(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, sums
     left, right = formats
     if left is not None:
         kind = library.kind_of(left, right, w[0].shape[0], k, capability)
-        if kind is not None:
+        if kind is not None and library.takes_rows(kind, math.prod(x[0].shape[:-1]), left):
             return library.multiply(kind, x, w, left, right, bias, dtype)
         if scaled.takes(left, right, capability):
             return scaled.multiply(x, w, bias, left, right, k, dtype)
@@ -189,10 +189,11 @@ def _product(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None, sums
 
 
 def gemm(a: Sequence[Tensor], b: Sequence[Tensor], a_format: str, b_format: str, k: int,
-         dtype: torch.dtype) -> Tensor:
-    """Σ_k of stored [m, k] and [n, k], without the scales of whole tensors, in ``dtype``."""
+         dtype: torch.dtype, whole: bool = False) -> Tensor:
+    """Σ_k of stored [m, k] and [n, k] in ``dtype``. whole: with the scales of whole tensors."""
     formats = parse(a_format), parse(b_format)
-    left, right = (_unscaled(parts, fmt) for parts, fmt in zip((a, b), formats, strict=True))
+    left, right = (parts if whole else _unscaled(parts, fmt)
+                   for parts, fmt in zip((a, b), formats, strict=True))
     return _product(left, right, None, None, formats, k, dtype)
 
 
@@ -237,8 +238,8 @@ def _multiply_fake(x: Sequence[Tensor], w: Sequence[Tensor], bias: Tensor | None
 
 
 def _gemm_fake(a: Sequence[Tensor], b: Sequence[Tensor], a_format: str, b_format: str, k: Any,
-               dtype: torch.dtype) -> Tensor:
-    del a_format, b_format, k
+               dtype: torch.dtype, whole: bool = False) -> Tensor:
+    del a_format, b_format, k, whole
     return a[0].new_empty((a[0].shape[0], b[0].shape[0]), dtype=dtype)
 
 

@@ -5,9 +5,9 @@ bfloat16 or float32. Where the device has units for what is stored, operands sta
 
     gemm(quantize_operand(a)[0], quantize_operand(b)[0])  →  gemm(quantize(a), quantize(b))
 
-with a scale for the whole tensor left to the graph, which multiplies the result by it, as before.
-Random numbers are drawn, and blocks rotated, where data is quantized; what is quantized along both
-of its axes is read once.
+The product takes in the scales of whole tensors, and the rounding to what is read, where nothing
+else reads what is in between; else they are left to the graph. Random numbers are drawn, and blocks
+rotated, where data is quantized; what is quantized along both of its axes is read for both.
 """
 
 from __future__ import annotations
@@ -59,12 +59,14 @@ def keep_stored(module: torch.fx.GraphModule, capability: Capability) -> int:
                 or not _multiplies(left.fmt, right.fmt, capability):
             continue
         parts = [_parts(graph, factor, stored) for factor in (left, right)]
-        with graph.inserting_before(node):
+        outers = [{known[-1] for (made, _), known in stored.items() if made is factor.made}
+                  for factor in (left, right) if _has_outer(factor.fmt)]
+        last, whole, dtype = _result(node, outers)
+        with graph.inserting_before(last):
             made = call(graph, kernels.gemm.default, (
-                *parts, str(left.fmt), str(right.fmt), _size(graph, left, node), node.args[3]),
+                *parts, str(left.fmt), str(right.fmt), _size(graph, left, last), dtype, whole),
                 node)
-        node.replace_all_uses_with(made)
-        graph.erase_node(node)
+        last.replace_all_uses_with(made)
         found += 1
     _read_once(graph)
     graph.eliminate_dead_code()
@@ -100,23 +102,25 @@ def _drawn(bits: Node | None) -> dict[str, Any] | None:
     """Arguments that draw these numbers in a kernel, if any; None where no kernel does."""
     if bits is None:
         return {}
+    if bits.target is not ops.random_bits:
+        return None
     arguments: tuple[Any, ...] = bits.args
     step, stream, _, seed, _, first_row = arguments
-    if bits.target is not ops.random_bits or not isinstance(first_row, int) or first_row % ALIGNED:
+    if not isinstance(first_row, int) or first_row % ALIGNED:
         return None
     return {"step": step, _STREAMS: [stream], "seed": seed, "first_row": first_row}
 
 
 def _multiplies(x: ScaledFormat, w: ScaledFormat, capability: Capability) -> bool:
     """Whether the device has units for what is stored."""
-    if all(map(_is_float8, (x, w))):
+    if all(map(_shares_steps, (x, w))):
         return capability >= FLOAT8
     return (library.kind_of_formats(x, w, capability) is not None
             or scaled.takes(x, w, capability))
 
 
-def _is_float8(fmt: ScaledFormat) -> bool:
-    """Of scales that a step of a product or more shares."""
+def _shares_steps(fmt: ScaledFormat) -> bool:
+    """Float8 of scales that a step of a product or more shares."""
     return library.is_float8(fmt) and (fmt.block is None or fmt.block[1] >= 128)
 
 
@@ -133,11 +137,49 @@ def _parts(graph: torch.fx.Graph, factor: _Stored,
         quantized = call(graph, kernels.quantize_operand.default, (
             value, str(fmt), [axis], given.get("rounding", "nearest")), made, more | drawn | turn)
         parts = [call(graph, _GET, (quantized, place), made) for place in range(fmt.parts_count)]
-    if fmt.granularity.kind == "tensor" or fmt.two_level:
+    if _has_outer(fmt):
         for user in list(made.users):
             if user.target is _GET and user.args[1] == 1:
                 user.replace_all_uses_with(parts[-1])
     return known.setdefault((made, axis), parts)
+
+
+def _has_outer(fmt: ScaledFormat) -> bool:
+    """Whether the last part is a scale of the whole tensor."""
+    return fmt.granularity.kind == "tensor" or fmt.two_level
+
+
+def _result(node: Node, outers: list[set[Node]]) -> tuple[Node, bool, Any]:
+    """The node that a product can stand in for, whether it multiplies by the scales of whole
+    tensors, and its dtype: so no sum is written, read, and scaled. outers: of each factor that has
+    one, the nodes that are this scale."""
+    dtype: Any = node.args[3]
+    scaled = _only_user(node, aten.mul.Tensor) if outers else node
+    if scaled is None or (outers and not _are_factors(scaled.args[1], outers)):
+        return node, False, dtype
+    rounded = _only_user(scaled, aten._to_copy.default)
+    wanted: Any = None if rounded is None else rounded.kwargs.get("dtype")
+    if rounded is None or set(rounded.kwargs) != {"dtype"} \
+            or wanted not in (torch.bfloat16, torch.float16):
+        return scaled, bool(outers), dtype
+    return rounded, bool(outers), wanted
+
+
+def _only_user(node: Node, target: Any) -> Node | None:
+    """What alone reads the node, as its first argument, if it calls ``target``."""
+    users = list(node.users)
+    found = len(users) == 1 and users[0].target is target and users[0].args[0] is node
+    return users[0] if found else None
+
+
+def _are_factors(value: Any, outers: list[set[Node]]) -> bool:
+    """Whether a value is the product of one of each."""
+    if len(outers) == 1:
+        return value in outers[0]
+    if not isinstance(value, Node) or value.target is not aten.mul.Tensor:
+        return False
+    first, second = value.args
+    return any(first in one and second in other for one, other in (outers, outers[::-1]))
 
 
 def _rotation(value: Node, fmt: ScaledFormat, axis: int) -> tuple[dict[str, Any], Node]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType
 
-from scaleprop.backends.cuda import devices, library
+from scaleprop.backends.cuda import devices, library, operators
 from scaleprop.backends.cuda.backend import CudaBackend
 from scaleprop.backends.cuda.layouts import swizzled, unswizzled
 from scaleprop.errors import BackendUnavailable
@@ -90,7 +90,9 @@ def test_block_scales_are_given_as_documented(x_name, w_name, monkeypatch):
 
 def long_blocks(a: Tensor, b: Tensor, scale_a: Tensor, recipe_a: Any, scale_b: Tensor,
                 recipe_b: Any, swizzle_a: Any, swizzle_b: Any, output_dtype: torch.dtype) -> Tensor:
-    """What the library says of scales of 1×128 and 128×128, as ``aten._scaled_mm_v2`` checks it."""
+    """What the library says of scales of 1×128 and 128×128: dtypes, shapes and strides are those
+    that ``aten._scaled_mm_v2`` demands on a device."""
+    assert a.dtype == b.dtype == torch.float8_e4m3fn
     assert swizzle_a == swizzle_b == SwizzleType.NO_SWIZZLE
     assert output_dtype in (torch.bfloat16, torch.float32)
 
@@ -112,12 +114,13 @@ def long_blocks(a: Tensor, b: Tensor, scale_a: Tensor, recipe_a: Any, scale_b: T
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("x_name", "w_name"), [
-    ("e4m3[1x128]*f32", "e4m3[1x128]*f32"), ("e5m2[1x128]*f32", "e4m3[128x128]*f32"),
+    ("e4m3[1x128]*f32", "e4m3[1x128]*f32"), ("e4m3[1x128]*f32", "e4m3[128x128]*f32"),
     ("e4m3[128x128]*f32", "e4m3[1x128]*f32:pow2")])  # fmt: skip
-def test_long_blocks_are_given_as_documented(x_name, w_name, dtype, monkeypatch):
+@pytest.mark.parametrize("m", [1, 152])
+def test_long_blocks_are_given_as_documented(m, x_name, w_name, dtype, monkeypatch):
     monkeypatch.setattr(library, "scaled_mm", long_blocks)
     monkeypatch.setattr(torch.version, "cuda", "12.9")
-    x, w, _ = operands(150, 272, 640)
+    x, w, _ = operands(m, 272, 640)
     left, right = quantize_parts(x, parse(x_name)), quantize_parts(w, parse(w_name))
     kind = library.kind_of(parse(x_name), parse(w_name), 272, 640, (9, 0))
     assert kind == "float8_blocks"
@@ -143,10 +146,39 @@ def test_long_blocks_elsewhere(version, capability, monkeypatch):
     ("mxfp8", "mxfp4", 32, 64, (10, 0)), ("mxfp6", "mxfp6", 32, 64, (10, 0)),
     ("mxfp8", "mxfp8", 32, 80, (10, 0)), ("mxfp4", "mxfp4", 32, 64, (10, 0)),
     ("e4m3[row]*f32", "e5m2[row]*f32", 32, 64, (9, 0)),
+    ("e5m2[1x128]*f32", "e4m3[128x128]*f32", 128, 128, (9, 0)),
     ("nvfp4", "mxfp8", 32, 64, (10, 0)), ("fp8", "e4m3[1x128]*f32", 128, 128, (9, 0)),
     ("int8", "int8", 32, 64, (9, 0))])  # fmt: skip
-def test_what_the_library_does_not_take(x_name, w_name, n, k, capability):
+def test_what_the_library_does_not_take(x_name, w_name, n, k, capability, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
     assert library.kind_of(parse(x_name), parse(w_name), n, k, capability) is None
+
+
+def test_rows_whose_scales_are_no_whole_words_are_left_to_a_kernel(monkeypatch):
+    monkeypatch.setattr(library, "scaled_mm", long_blocks)
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setattr(operators, "capability_of", lambda device: (9, 0))
+    ran: list[int] = []
+    multiply = library.multiply
+    monkeypatch.setattr(library, "multiply", lambda kind, x, *more: ran.append(len(x[0])) or
+                        multiply(kind, x, *more))
+    fmt = "e4m3[1x128]*f32"
+    for m in (1, 4, 33):
+        x, w, _ = operands(m, 32, 256)
+        left, right = quantize_parts(x, parse(fmt)), quantize_parts(w, parse(fmt))
+        got = operators.multiply(left, right, None, None, fmt, fmt, 256, torch.float32)
+        assert_near(got, exact(left, fmt, x.shape), exact(right, fmt, w.shape), None, FLOAT8_BOUND)
+    assert ran == [4]
+
+
+def test_float64_is_rounded_by_the_library_to_float32(monkeypatch):
+    monkeypatch.setattr(library, "scaled_mm", as_documented)
+    x, w, _ = operands(6, 48, 128)
+    fmt = parse("mxfp8")
+    left, right = quantize_parts(x, fmt), quantize_parts(w, fmt)
+    wide, single = (library.multiply("mx", left, right, fmt, fmt, None, dtype)
+                    for dtype in (torch.float64, torch.float32))
+    assert wide.dtype == torch.float64 and torch.equal(wide, single.double())
 
 
 def test_support_follows_the_units():

@@ -149,12 +149,13 @@ def test_products_of_weights_alone(name, m):
     *((name, name) for name in ("fp8", "e4m3[row]*f32", "e4m3[1x128]*f32", "mxfp8", "nvfp4")),
     ("e4m3[1x128]*f32", "e4m3[128x128]*f32"), ("e4m3[128x128]*f32", "e4m3[1x128]*f32"),
     ("nvfp4", "nvfp4_2d")])  # fmt: skip
-def test_products_of_the_library(x_name, w_name, dtype):
+@pytest.mark.parametrize("m", [4, 132, PRODUCT[0]])
+def test_products_of_the_library(m, x_name, w_name, dtype):
     formats = parse(x_name), parse(w_name)
     kind = library.kind_of(*formats, *PRODUCT[1:], torch.cuda.get_device_capability())
     if kind is None:
         pytest.skip("the library has none on this device")
-    x, w, _ = small_products.operands(*PRODUCT)
+    x, w, _ = small_products.operands(m, *PRODUCT[1:])
     left, right = (quantize_parts(each, fmt) for each, fmt in zip((x, w), formats, strict=True))
     got = library.multiply(kind, left, right, *formats, None, dtype)
     exact = [dequantize_parts(parts, fmt, each.shape, **DOUBLE)
@@ -176,11 +177,12 @@ def test_weights_decoded_in_pairs(name, m):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("alpha", "inner"), [(1.0, 1024), (0.125, 1024), (1.0, 0)])
-def test_decoded_operands_are_multiplied_as_bfloat16(alpha, inner, dtype):
+def test_decoded_operands_are_multiplied_as_bfloat16(alpha, inner, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     a, b = (drawn(*shape, seed=seed) for seed, shape in enumerate(((300, inner), (inner, 200))))
     got = ops.gemm(a, b, alpha, dtype)
     want, most = (a.double() @ b.double()) * alpha, a.double().abs() @ b.double().abs() * alpha
-    rounding = torch.finfo(dtype).eps * (1 if dtype == torch.float32 else most.max())
+    rounding = torch.finfo(dtype).eps * want.abs()
     assert got.dtype == dtype
     assert ((got.double() - want).abs() <= most * inner * 2.0**-24 + rounding).all()
 

@@ -23,13 +23,14 @@ ROWS = TrainingRecipe(name="rows", description="", operands={
     for kind in kinds})  # fmt: skip
 
 
-def step(recipe: str | TrainingRecipe, sizes: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+def step(recipe: str | TrainingRecipe, sizes: tuple[int, ...],
+         dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
     torch.manual_seed(0)
     torch._dynamo.reset()
     tokens, *wide = sizes
     model = nn.Sequential(nn.Linear(wide[0], wide[1]), nn.GELU(), nn.Linear(wide[1], wide[2]),
-                          nn.GELU(), nn.Linear(wide[2], 16))
-    x = torch.randn(tokens, wide[0], requires_grad=True)
+                          nn.GELU(), nn.Linear(wide[2], 16)).to(dtype)
+    x = torch.randn(tokens, wide[0], dtype=dtype, requires_grad=True)
     compiled: Any = torch.compile(model, backend="scaleprop",
                                   options={"recipe": recipe, "inner": "eager"})
     loss = compiled(x).square().mean()
@@ -81,9 +82,34 @@ def test_a_step_with_stored_float8(recipe, library, kept, monkeypatch):
         monkeypatch.setattr(operators, "capability_of", lambda device: HOPPER)
     count, graphs = kept(recipe, HOPPER)
     assert count == 6  # two layers, three products each; the last layer stays high
+    products = calls(graphs, torch.ops.scaleprop_cuda.gemm.default)
+    by_tensor = "tensor" in str(products[0].args[2:4]) or "fp8" in products[0].args[2:4]
+    assert all(node.args[6] == by_tensor for node in products)  # which take in these scales
     reads = [node.args[2] for node in calls(graphs, QUANTIZE)]
     # x, w and dy of two layers; weights of 128×128 are the same along both axes, yet both are read
     assert len(reads) == 6 and all(sorted(axes) == [0, 1] for axes in reads)
+
+
+@pytest.mark.parametrize("recipe", ["fp8-current", "nvfp4", ROWS],
+                         ids=lambda recipe: getattr(recipe, "name", recipe))
+def test_products_round_to_what_is_read(recipe, monkeypatch):
+    sizes = (32, 96, 48, 32)
+    _, gradients = step(recipe, sizes, torch.bfloat16)
+    graphs: list[torch.fx.Graph] = []
+
+    def keep(joint: torch.fx.GraphModule, device: torch.device) -> None:
+        training.keep_stored(joint, BLACKWELL)
+        graphs.append(joint.graph)
+
+    monkeypatch.setattr(quantized, "_keep_stored", keep)
+    _, found = step(recipe, sizes, torch.bfloat16)
+    products = calls(graphs, torch.ops.scaleprop_cuda.gemm.default)
+    assert len(products) == 6
+    assert all(node.args[5:] == (torch.bfloat16, recipe != ROWS) for node in products)
+    for got, want in zip(found, gradients, strict=True):
+        cosine = torch.nn.functional.cosine_similarity(got.double().flatten(),
+                                                       want.double().flatten(), 0)
+        assert cosine > 1 - 2.0**-9
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "fp4-all-the-way", "mxfp4-tseng"])

@@ -66,6 +66,7 @@ def lines_kernel(
         rows = first_row + tl.arange(0, ROWS)
         if first_column == 0:
             tl.store(scales + rows, scale, mask=rows == 0)
+            tl.store(scales_t + rows, scale, mask=rows == 0)
         codes = row_codes(values, scale, 0.0, E, 0)
         if ALONG:
             store_codes(codes, data, first_row, first_column, M, width, E[1])

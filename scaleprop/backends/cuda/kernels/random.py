@@ -29,7 +29,7 @@ def philox(a, b, c, d, seed, stream):
 @triton.jit
 def random_numbers(first_row, first_column, seed, stream, step, BITS: tl.constexpr,
                    ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """int32 [ROWS, COLUMNS] of 0..2^BITS-1, of a tile that begins at a multiple of ROWS.
+    """int32 [ROWS, COLUMNS] of 0..2^BITS-1, of a tile that begins where a call of Philox does.
 
     seed, stream: their 32 bits. step: int64. One call of Philox serves the rows that 128 bits have
     numbers for.
