@@ -139,19 +139,20 @@ def tiles_for(bucket: int) -> Iterator[triton.Config]:
     """Tiles to try for so many rows; the first is taken where nothing is tried."""
     if bucket == 1:
         for columns, depth, warps in ((16, 256, 4), (32, 256, 4), (64, 128, 4), (16, 128, 2)):
-            yield _config(1, columns, depth, warps, 3)
+            yield config_of(1, columns, depth, warps, 3)
     if bucket <= 64:
         rows = max(bucket, 16)
         first = 128 if rows < 64 else 64  # what fits registers, whatever is decoded
         for columns, depth, warps in ((64, first, 4), (32, 256, 4), (128, 128, 4), (128, 64, 4)):
-            yield _config(rows, columns, depth, warps, 4)
+            yield config_of(rows, columns, depth, warps, 4)
     else:
         for rows, columns, depth, warps in ((64, 128, 64, 4), (128, 128, 64, 8), (128, 64, 64, 4),
                                             (128, 256, 64, 8), (128, 128, 128, 8)):
-            yield _config(rows, columns, depth, warps, 3)
+            yield config_of(rows, columns, depth, warps, 3)
 
 
-def _config(rows: int, columns: int, depth: int, warps: int, stages: int) -> triton.Config:
+def config_of(rows: int, columns: int, depth: int, warps: int, stages: int) -> triton.Config:
+    """One tile to try."""
     return triton.Config({"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": 8},
                          num_warps=warps, num_stages=stages)
 
@@ -165,7 +166,7 @@ def fitted(bucket: int, way: Way) -> list[triton.Config]:
         if way.dot == torch.float32:
             rows, columns, depth = min(rows, 32), min(columns, 32), min(depth, 32)
         depth = min(max(depth, way.least), way.most)
-        found.setdefault(str(each := _config(rows, columns, depth, config.num_warps,
+        found.setdefault(str(each := config_of(rows, columns, depth, config.num_warps,
                                              config.num_stages)), each)
     return list(found.values())
 
@@ -253,8 +254,13 @@ def _run(
     fixed = interpreted() or torch.are_deterministic_algorithms_enabled()
     launch(kernel_of(bucket_of(m), way, fixed), grid, *left, *right, *added, target, m, n, k,
            left.data.stride(0), _width(left, way.x), right.data.stride(0), _width(right, way.w),
-           zlib.crc32(f"{bucket_of(m)} {way}".encode()) >> 1,
-           **way.constants, BIAS=bias, SPLITS=count)
+           key_of(bucket_of(m), way), **way.constants, BIAS=bias, SPLITS=count)
+
+
+@functools.cache
+def key_of(*choices: Any) -> int:
+    """A number that stands for them, the same in every process."""
+    return zlib.crc32(str(choices).encode()) >> 1
 
 
 def _width(parts: Parts, stored: Stored | None) -> int:

@@ -126,14 +126,12 @@ def _turn(x: Tensor, rotation: Rotation | None,
 
 def _find_amax(x: Tensor, amax: Tensor, axes: Collection[int], signs: tuple[Tensor, int],
                turn: dict[str, Any]) -> None:
-    """amax [2]: of x along and across, which are one where nothing is rotated."""
+    """amax [2]: of x along and across; where nothing is rotated the first is both."""
     for axis in axes if turn["H"] else (1,):
         lines = x if axis else x.t()
         launch(groups.amax_kernel, (programs(len(lines), _AMAX_TILE[0]),), lines, *signs,
                amax[1 - axis:], *lines.shape, *lines.stride(), **turn, ROWS=_AMAX_TILE[0],
                COLUMNS=_AMAX_TILE[1])
-    if not turn["H"]:
-        amax[1] = amax[0]
 
 
 def at_once(fmt: ScaledFormat, axes: Collection[int], stochastic: bool, rotated: int = 0) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -113,7 +112,7 @@ def _run(way: Way, left: Parts, right: Parts, added: Tensor, target: Tensor,
     (x_scales, x_width), (w_scales, w_width) = (_scales(parts, way) for parts in (left, right))
     launch(kernel_of(bucket, way, fixed), grid, left.data, x_scales, right.data, w_scales, added,
            target, m, n, k, left.data.stride(0), x_width, right.data.stride(0), w_width,
-           zlib.crc32(f"{bucket} {way}".encode()) >> 1, **way.constants, BIAS=bias, SPLITS=count)
+           products.key_of(bucket, way), **way.constants, BIAS=bias, SPLITS=count)
 
 
 def _scales(parts: Parts, way: Way) -> tuple[Tensor, int]:
@@ -128,20 +127,15 @@ def tiles_for(way: Way, bucket: int) -> Iterator[triton.Config]:
     in registers, they need eight."""
     if way.few:
         for depth, stages in ((128, 4), (256, 4), (256, 3), (512, 3)):
-            yield _config(max(bucket, _LEAST), _COLUMNS, depth, 4, stages)
+            yield products.config_of(max(bucket, _LEAST), _COLUMNS, depth, 4, stages)
     elif way.tiled:
         for columns, depth, warps, stages in ((128, 128, 4, 3), (128, 128, 4, 4), (128, 256, 8, 3),
                                               (256, 128, 8, 4), (256, 256, 8, 3)):
-            yield _config(_ROWS, columns, depth, warps, stages)
+            yield products.config_of(_ROWS, columns, depth, warps, stages)
     else:
         for columns, depth, warps, stages in ((128, 128, 8, 3), (128, 128, 8, 2), (64, 128, 4, 3),
                                               (64, 256, 8, 2)):
-            yield _config(_ROWS, columns, depth, warps, stages)
-
-
-def _config(rows: int, columns: int, depth: int, warps: int, stages: int) -> triton.Config:
-    return triton.Config({"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": 8},
-                         num_warps=warps, num_stages=stages)
+            yield products.config_of(_ROWS, columns, depth, warps, stages)
 
 
 @functools.cache

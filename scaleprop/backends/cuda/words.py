@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -192,8 +191,7 @@ def run(stored: Stored, at: int, factors: tuple[Tensor, Tensor, Parts], added: T
     even = k % depth == 0  # of any tile: sizes are powers of two
     launch(kernel_of(bucket, stored, at, fixed), grid, x, data, w.scales, w.zeros, w.outer, added,
            target, m, n, k, x.stride(0), data.stride(0), width,
-           zlib.crc32(f"{bucket} {stored} {even}".encode()) >> 1, W=stored,
-           P=pairs_of(stored), W_AT=at, NATIVE=not products.interpreted(), EVEN=even, BIAS=bias,
+           products.key_of(bucket, stored, even), W=stored, P=pairs_of(stored), W_AT=at, NATIVE=not products.interpreted(), EVEN=even, BIAS=bias,
            SPLITS=count)
 
 
@@ -202,12 +200,7 @@ def tiles_for(bucket: int) -> Iterator[triton.Config]:
     rows = max(bucket, 8)
     for columns, depth, warps, stages in ((64, 128, 4, 4), (128, 128, 4, 4), (64, 256, 4, 4),
                                           (64, 128, 4, 6), (128, 256, 8, 3)):
-        yield _config(rows, columns, depth, warps, stages)
-
-
-def _config(rows: int, columns: int, depth: int, warps: int, stages: int) -> triton.Config:
-    return triton.Config({"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "GROUP": 8},
-                         num_warps=warps, num_stages=stages)
+        yield products.config_of(rows, columns, depth, warps, stages)
 
 
 @functools.cache
@@ -217,7 +210,7 @@ def fitted(bucket: int, stored: Stored, at: int) -> list[triton.Config]:
     for config in tiles_for(bucket):
         rows, columns, depth = (config.kwargs[side] for side in ("ROWS", "COLUMNS", "DEPTH"))
         depth = stored.columns if at == products.PART else max(depth, stored.columns)
-        each = _config(rows, columns, depth, config.num_warps, config.num_stages)
+        each = products.config_of(rows, columns, depth, config.num_warps, config.num_stages)
         found.setdefault(str(each), each)
     return list(found.values())
 

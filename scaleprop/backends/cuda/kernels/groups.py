@@ -112,7 +112,7 @@ def quantize_kernel(
 ):  # fmt: skip
     """One tile of ROWS by COLUMNS, of whole groups ALONG rows, ACROSS them, or both.
 
-    amax: [2], along and across, which differ where H; so do whole and whole_t. drawn_row: the row
+    amax: [2], along and across where H, else one for both. drawn_row: the row
     that random numbers begin with.
     """
     first_row = tl.program_id(0).to(tl.int64) * ROWS
@@ -143,6 +143,6 @@ def quantize_kernel(
         turned = tl.trans(values)
         if H > 0:
             turned = rotated(turned, rows, signs, sign_count, H, FACTOR)
-        store_quantized(turned, drawn, amax + 1, whole_t, data_t, scales_t, first_column,
-                        first_row, K, width_t, scale_rows_t, scale_columns_t, E, S, R, C, BITS,
-                        MODE, PRESCALE)
+            amax += 1
+        store_quantized(turned, drawn, amax, whole_t, data_t, scales_t, first_column, first_row, K,
+                        width_t, scale_rows_t, scale_columns_t, E, S, R, C, BITS, MODE, PRESCALE)
