@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from scaleprop.backends.cuda.constants import (
+    Element,
+    Scaling,
     element_constants,
     scaling_constants,
     stored_constants,
@@ -95,7 +97,7 @@ def _quantizing() -> Iterator[Build]:
     for name in ROWS:
         fmt = parse(name)
         yield Build(name, rows.rows_kernel, {
-            "E": element_constants(fmt.element), "S": scaling_constants(fmt),
+            "E": _element(fmt), "S": _scaling(fmt),
             "LEVELS": quantizing.levels_of(fmt),
             "MODE": quantizing.TENSOR if fmt.granularity.kind == "tensor" else quantizing.ROW,
             "ROWS": quantizing.ROWS_TILE[0], "COLUMNS": quantizing.ROWS_TILE[1]},
@@ -111,7 +113,7 @@ def _groups(name: str, fmt: ScaledFormat, axes: tuple[int, ...], mode: str = "ne
     tile = quantizing.tile_of(fmt, axes, block)
     scales = "*fp32" if fmt.scale.name == "f32" else "*u8"
     return Build(name, groups.quantize_kernel, {
-        "E": element_constants(fmt.element), "S": scaling_constants(fmt), "R": fmt.block[0],
+        "E": _element(fmt), "S": _scaling(fmt), "R": fmt.block[0],
         "C": fmt.block[1], "ROWS": tile[0], "COLUMNS": tile[1], "ALONG": 1 in axes,
         "ACROSS": 0 in axes, "BITS": 8, "MODE": int(mode == "stochastic"),
         "PHILOX": mode == "stochastic", "H": block, "FACTOR": max(block, 1) ** -0.5,
@@ -136,7 +138,7 @@ def _lines() -> Iterator[Build]:
             fmt = parse(name)
             for given in (False, True) if fmt.granularity.kind == "tensor" else (False,):
                 yield Build(f"lines, {name} {way}" + ", amax given" * given, kernels.lines_kernel,
-                            {"E": element_constants(fmt.element),
+                            {"E": _element(fmt),
                              **lines.constants_of(fmt, axes, given)}, pointers, lines.WARPS)
 
 
@@ -183,7 +185,7 @@ def _fused() -> Iterator[Build]:
                     fusing.GROUPS if fmt.block else fusing.ROW,):
                 yield Build(f"{kind} to {name}" + ", range" * (step == fusing.RANGES),
                             fused_kernel, {
-                    "E": element_constants(fmt.element), "S": scaling_constants(fmt),
+                    "E": _element(fmt), "S": _scaling(fmt),
                     "C": fmt.block[1] if fmt.block else 1, "LEVELS": quantizing.levels_of(fmt),
                     "MODE": step, "NORM": norm, "FUNCTION": function, "GATED": not norm,
                     "GAIN": norm > 0, "BIAS": norm == 2, "EPS": 1e-5, "BETWEEN": 2, "WITHIN": 2,
@@ -275,6 +277,21 @@ def _words() -> Iterator[Build]:
                 "EVEN": True, "BIAS": True, "SPLITS": 1, **config.kwargs},
                 {"w": "*i32", "w_scales": _scales(fmt), "w_outer": "*fp32", "bias": "*bf16",
                  "out": "*i16", "x": "*bf16"}, config.num_warps, config.num_stages)
+
+
+def _element(fmt: ScaledFormat) -> Element:
+    """With the device's own conversion, where there is one."""
+    from scaleprop.backends.cuda.quantizing import NATIVE
+
+    return element_constants(fmt.element)._replace(native=NATIVE.get(fmt.element.name, 0))
+
+
+def _scaling(fmt: ScaledFormat) -> Scaling:
+    from scaleprop.backends.cuda.quantizing import NATIVE
+
+    found = scaling_constants(fmt)
+    native = NATIVE.get(fmt.scale.name, 0)
+    return found._replace(item=None if found.item is None else found.item._replace(native=native))
 
 
 def _scales(fmt: ScaledFormat) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 from rich.progress import track
 
 from benchmarks import harness
-from benchmarks.kernel_builds import POINTERS, Build, builds
+from benchmarks.kernel_builds import FLOAT8_TARGETS, POINTERS, Build, builds
 
 RESULTS = harness.RESULTS / "kernels_static.json"
 TARGETS = (80, 89, 90, 100, 120)
@@ -38,6 +38,11 @@ def compiled(build: Build, target: int) -> Any:
 
     names = build.kernel.arg_names
     constants = dict(build.constants)
+    if "E" in constants and target < FLOAT8_TARGETS[0]:
+        constants["E"] = constants["E"]._replace(native=0)
+        if constants["S"].item is not None:
+            item = constants["S"].item._replace(native=0)
+            constants["S"] = constants["S"]._replace(item=item)
     constants |= {name: 1 for name in ("column_stride", "up_column_stride") if name in names}
     signature = {name: "constexpr" if name in constants else build.pointers.get(
         name, "*u8" if name in POINTERS else "i32") for name in names}

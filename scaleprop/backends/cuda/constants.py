@@ -24,7 +24,8 @@ class Element(NamedTuple):
 
     top: bits of the largest value, or the largest integer. least: bits of the smallest normal
     value. steps: what makes a subnormal value a whole number. nan: its code; −1 where none is.
-    inf: the largest exponent is that of Inf and NaN.
+    inf: the largest exponent is that of Inf and NaN. native: that the device converts to, 1: E4M3,
+    2: E5M2.
     """
 
     integer: int
@@ -37,6 +38,7 @@ class Element(NamedTuple):
     steps: float
     nan: int
     inf: int
+    native: int = 0
 
 
 def element_constants(item: ElementFormat) -> Element:

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from scaleprop.backends.cuda.constants import PACKED, element_constants, scaling_constants
+from scaleprop.backends.cuda.constants import PACKED, element_constants
 from scaleprop.backends.cuda.kernels import fused
 from scaleprop.backends.cuda.launching import as_bytes, launch, programs
-from scaleprop.backends.cuda.quantizing import levels_of
+from scaleprop.backends.cuda.quantizing import element_of, levels_of, scaling_of
 from scaleprop.errors import FormatError
 from scaleprop.formats.scaled import ScaledFormat
 from scaleprop.formats.tensor import storage_layout
@@ -119,8 +119,8 @@ def _quantized(x: Tensor, up: Tensor, gain: Tensor, bias: Tensor, fmt: ScaledFor
             fused.fused_kernel, (programs(m, rows), programs(k, span)), x, up, gain, bias, ranges,
             data, scales, last, last if fmt.two_level else ranges, x if result is None else result,
             m, k, span, *x.stride(), *up.stride(), data.shape[-1],
-            scales.shape[-1] if scales.ndim else 1, E=element_constants(fmt.element),
-            S=scaling_constants(fmt), C=fmt.block[1] if fmt.block else 1, LEVELS=levels_of(fmt),
+            scales.shape[-1] if scales.ndim else 1, E=element_of(fmt, x.device),
+            S=scaling_of(fmt, x.device), C=fmt.block[1] if fmt.block else 1, LEVELS=levels_of(fmt),
             MODE=step, KEEP=result is not None, ROWS=rows, COLUMNS=columns, **constants)
     return parts
 

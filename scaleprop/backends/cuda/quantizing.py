@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scaleprop.backends.cuda.constants import PACKED, Element, element_constants, scaling_constants
+from scaleprop.backends.cuda.constants import (
+    PACKED,
+    Element,
+    Scaling,
+    element_constants,
+    scaling_constants,
+)
+from scaleprop.backends.cuda.devices import FLOAT8, capability_of
 from scaleprop.backends.cuda.kernels import groups, random, rows
 from scaleprop.backends.cuda.launching import launch, programs
 from scaleprop.errors import FormatError
@@ -19,6 +26,7 @@ from scaleprop.formats.rounding import MODES, Rounding
 from scaleprop.formats.scaled import ScaledFormat
 
 NEAREST = Rounding("nearest")
+NATIVE = {"e4m3": 1, "e5m2": 2}  # the conversion that devices with units for float8 have
 ROW, TENSOR, GIVEN = 0, 1, 2  # where the scales of rows come from
 ROWS_TILE = 4, 512  # rows and columns that a program holds at a time
 _AMAX_TILE, _RANDOM_TILE = (4, 1024), (16, 256)
@@ -26,11 +34,28 @@ MOST_ROTATED = 128  # of a tile's columns
 ALIGNED = 16  # the most rows that one call of Philox has numbers for, and the least of a tile
 
 
-def _element(fmt: ScaledFormat) -> Element:
+def element_of(fmt: ScaledFormat, device: torch.device) -> Element:
+    """The constants of the element: whether the device itself converts to it, too.
+
+    Raises:
+        FormatError: for elements that no kernel packs.
+    """
     found = element_constants(fmt.element)
     if found.bits not in PACKED:
         raise FormatError(f"no kernel packs {found.bits} bits")
-    return found
+    return _converted(found, fmt.element.name, device)
+
+
+def scaling_of(fmt: ScaledFormat, device: torch.device) -> Scaling:
+    """The constants of scales, as ``element_of``."""
+    found = scaling_constants(fmt)
+    item = None if found.item is None else _converted(found.item, fmt.scale.name, device)
+    return found._replace(item=item)
+
+
+def _converted(item: Element, name: str, device: torch.device) -> Element:
+    native = NATIVE.get(name, 0) if capability_of(device) >= FLOAT8 else 0
+    return item._replace(native=native)
 
 
 class Draw(NamedTuple):
@@ -79,7 +104,7 @@ def quantize_groups(
     if len(axes) > 1 and not at_once(fmt, axes, rounding.stochastic, turned):
         return [quantize_groups(x, fmt, (axis,), rounding, bits, rotation, prescale)[0]
                 for axis in axes]
-    element, scaling = _element(fmt), scaling_constants(fmt)
+    element, scaling = element_of(fmt, x.device), scaling_of(fmt, x.device)
     r, c = fmt.block
     m, k = x.shape
     amax = torch.zeros(2, dtype=torch.int32, device=x.device) if fmt.two_level else x
@@ -152,9 +177,9 @@ def tile_of(fmt: ScaledFormat, axes: Collection[int], rotated: int = 0) -> tuple
 
 
 def warps_of(rows: int, columns: int, stochastic: bool = False) -> int:
-    """For 16 elements a thread of small tiles, 32 of large ones, 64 where these take random
-    numbers, and the registers of twice as many threads."""
-    return min(max(rows * columns // 512, 4), 8 if stochastic else 16)
+    """For 32 elements a thread, so that addresses and masks are few instructions for each; 64 where
+    large tiles take random numbers, and the registers of twice as many threads."""
+    return min(max(rows * columns // 1024, 2), 8 if stochastic else 16)
 
 
 def _layout(x: Tensor, m: int, k: int, fmt: ScaledFormat) -> tuple[Tensor, Tensor]:
@@ -212,7 +237,7 @@ def line_element(x: Tensor, fmt: ScaledFormat, taker: str) -> Element:
             or fmt.two_level:
         raise FormatError(f"{fmt.long_name!r}: {taker} takes float32 scales of rows, or one of a "
                           "matrix, of one level")
-    return _element(fmt)
+    return element_of(fmt, x.device)
 
 
 def tensor_ranges(x: Tensor) -> Tensor:

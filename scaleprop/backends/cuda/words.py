@@ -191,8 +191,8 @@ def run(stored: Stored, at: int, factors: tuple[Tensor, Tensor, Parts], added: T
     even = k % depth == 0  # of any tile: sizes are powers of two
     launch(kernel_of(bucket, stored, at, fixed), grid, x, data, w.scales, w.zeros, w.outer, added,
            target, m, n, k, x.stride(0), data.stride(0), width,
-           products.key_of(bucket, stored, even), W=stored, P=pairs_of(stored), W_AT=at, NATIVE=not products.interpreted(), EVEN=even, BIAS=bias,
-           SPLITS=count)
+           products.key_of(bucket, stored, even), W=stored, P=pairs_of(stored), W_AT=at,
+           NATIVE=not products.interpreted(), EVEN=even, BIAS=bias, SPLITS=count)
 
 
 def tiles_for(bucket: int) -> Iterator[triton.Config]:

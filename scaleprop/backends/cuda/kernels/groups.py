@@ -15,10 +15,12 @@ import triton.language as tl
 
 from scaleprop.backends.cuda.kernels.numbers import (
     as_float,
+    divided,
     encode,
     encode_drawn,
     magnitude,
     one_level,
+    reciprocal_power,
     stored_scale,
     tensor_factors,
     two_level,
@@ -58,17 +60,20 @@ def coded(values, drawn, encoding, decoding, E: tl.constexpr, S: tl.constexpr, R
         units = grouped * factor[:, None, :, None]
     else:
         scale = one_level(amax, S)
-        if S[0]:  # of powers of two the reciprocal is exact
-            factor = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-            units = grouped * factor[:, None, :, None]
+        if S[0]:
+            units = grouped * reciprocal_power(scale)[:, None, :, None]
         else:
-            spread = tl.broadcast_to(scale[:, None, :, None], grouped.shape)
-            units = tl.div_rn(grouped, spread)
+            units = divided(grouped, scale[:, None, :, None])
     units = tl.reshape(units, (rows, columns))
     if PRESCALE != 1.0:
         units *= PRESCALE
     if MODE == 0:
-        return encode(units, E), scale
+        codes = encode(units, E, True)
+        if E[10] == 0:  # NaN is that of whole groups
+            known = factor == factor if S[1] else amax < float("inf")
+            known = tl.broadcast_to(known[:, None, :, None], grouped.shape)
+            codes = tl.where(tl.reshape(known, codes.shape), codes, E[8] if E[8] >= 0 else 0)
+        return codes, scale
     else:
         return encode_drawn(units, drawn, E, BITS, MODE), scale
 

@@ -16,6 +16,10 @@ NAN = tl.constexpr(0x7FC00000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 FLOAT_MAX = tl.constexpr(FLT_MAX)
 _MAGIC = tl.constexpr(1.5 * 2.0**23)  # added and subtracted: the nearest integer, ties to even
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+_LEAST_NORMAL = tl.constexpr(0x00800000)
+_LEAST_POWER = tl.constexpr(0x00400000)  # 2^-127
+_GREATEST_POWER = tl.constexpr(0x7F000000)  # 2^127
 
 
 @triton.jit
@@ -43,28 +47,60 @@ def nearest_integer(x):
 
 
 @triton.jit
-def encode(x, E: tl.constexpr):
-    """int32 codes of float32 in units of the element: nearest, ties to even, saturated."""
-    size = magnitude(x)
-    unknown = size > INF
-    negative = as_bits(x) < 0
-    if E[0]:
-        steps = tl.minimum(as_float(tl.where(unknown, 0, size)) * E[7], E[5] * 1.0)
-        whole = nearest_integer(steps).to(tl.int32)
-        return tl.where(negative, -whole, whole) & ((1 << E[1]) - 1)
-    if not E[2]:
-        size = tl.where(negative, 0, size)
-    size = tl.minimum(size, E[5])
-    shift: tl.constexpr = 23 - E[3]
-    half: tl.constexpr = (1 << (shift - 1)) - 1
-    normal = (size + half + ((size >> shift) & 1)) >> shift
-    normal -= (127 - E[4]) << E[3]
-    subnormal = nearest_integer(as_float(tl.minimum(size, E[6])) * E[7]).to(tl.int32)
-    code = tl.where(size < E[6], subnormal, normal)
-    code = tl.where(unknown, E[8] if E[8] >= 0 else 0, code)
-    if E[2]:
-        code |= negative.to(tl.int32) << (E[1] - 1)
-    return code
+def whole_number(x):
+    """int32: the nearest integer, ties to even, for \\|x\\| ≤ 2^22; conversions are slow."""
+    return as_bits(x + _MAGIC) - _MAGIC_BITS
+
+
+@triton.jit
+def divided(x, scale):
+    """x / scale, which broadcasts: rounded as division rounds it, wherever that is above 2^-30 and
+    below 2^64, beyond which nothing else becomes of it as a code.
+
+    One division for each scale: a quotient by the reciprocal that is off by one is made right by
+    its remainder (Markstein, "Computation of elementary functions on the IBM RISC System/6000
+    processor", 1990, theorem 7.1), far from where remainders underflow.
+    """
+    lift = tl.where(scale < 2.0**-60, 2.0**80, tl.where(scale > 2.0**100, 2.0**-40, 1.0))
+    scale *= lift
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    x *= lift
+    near = x * inverse
+    exact = tl.fma(tl.fma(-near, scale, x), inverse, near)
+    return tl.where((tl.abs(near) < 2.0**64) & (near != 0.0), exact, near)  # -0 stays
+
+
+@triton.jit
+def encode(x, E: tl.constexpr, KNOWN: tl.constexpr = False):
+    """int32 codes of float32 in units of the element: nearest, ties to even, saturated. KNOWN: what
+    becomes of NaN does not matter.
+
+    A power of two that is 2^(23 - fraction) times that of x, added to it, rounds it to its last
+    bit: what is added so counts from that power's code on.
+    """
+    if E[10] == 1:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.int32)
+    elif E[10] == 2:
+        return x.to(tl.float8e5).to(tl.uint8, bitcast=True).to(tl.int32)
+    else:
+        if E[0]:
+            steps = tl.minimum(tl.maximum(x * E[7], -1.0 * E[5]), 1.0 * E[5])
+            code = whole_number(steps)
+            if not KNOWN:
+                code = tl.where(magnitude(x) > INF, 0, code)
+            return code & ((1 << E[1]) - 1)
+        else:
+            most = as_float(tl.full(x.shape, E[5], tl.int32))
+            size = tl.minimum(tl.abs(x) if E[2] else tl.maximum(x, 0.0), most)
+            power = tl.maximum(as_bits(size) & INF, E[6])
+            large = power + ((23 - E[3]) << 23)
+            code = as_bits(size + as_float(large)) - large
+            code += (power - E[6]) >> (23 - E[3])
+            if not KNOWN:
+                code = tl.where(magnitude(x) > INF, E[8] if E[8] >= 0 else 0, code)
+            if E[2]:
+                code |= (as_bits(x) >> (32 - E[1])) & (1 << (E[1] - 1))
+            return code
 
 
 @triton.jit
@@ -147,7 +183,10 @@ def rounded_scale(scale, S: tl.constexpr):
     """To the scale's format."""
     scale = below(scale, S[6])
     if S[12] == 2:
-        scale = decode(encode(scale, S[11]), S[11])
+        if S[11][10] == 1:
+            scale = scale.to(tl.float8e4nv).to(tl.float32)
+        else:
+            scale = decode(encode(scale, S[11]), S[11])
     return scale
 
 
@@ -162,6 +201,15 @@ def one_level(amax, S: tl.constexpr):
         scale = rounded_scale(tl.div_rn(amax, tl.full(amax.shape, S[3], tl.float32)), S)
         scale = tl.where(scale == 0.0, 1.0, scale)
     return tl.where(amax < float("inf"), scale, float("nan"))
+
+
+@triton.jit
+def reciprocal_power(scale):
+    """1/2^e of -127 ≤ e ≤ 127, exactly; NaN of NaN."""
+    bits = as_bits(scale)
+    found = tl.where(bits < _LEAST_NORMAL, _GREATEST_POWER, _GREATEST_POWER - bits)
+    found = tl.where(found == 0, _LEAST_POWER, found)
+    return tl.where(scale == scale, as_float(found), float("nan"))
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from scaleprop.backends.cuda.kernels.numbers import (
     as_bits,
     as_float,
     below,
+    divided,
     encode,
     magnitude,
     nearest_integer,
@@ -87,7 +88,7 @@ def affine(most, low, high, LEVELS: tl.constexpr, BOUND: tl.constexpr):
 @triton.jit
 def row_codes(values, scale, zero, E: tl.constexpr, LEVELS: tl.constexpr):
     """Codes of values, by scales and, where LEVELS is not 0, zero points of rows."""
-    units = tl.div_rn(values, tl.broadcast_to(scale[:, None], values.shape))
+    units = divided(values, scale[:, None])
     if LEVELS == 0:
         return encode(units, E)
     else:
