@@ -53,6 +53,12 @@ def whole_number(x):
 
 
 @triton.jit
+def float_of(x):
+    """float32 of integers within 2^22, as ``whole_number`` makes these of it."""
+    return as_float(x + _MAGIC_BITS) - _MAGIC
+
+
+@triton.jit
 def divided(x, scale):
     """x / scale, which broadcasts: rounded as division rounds it, wherever that is above 2^-30 and
     below 2^64, beyond which nothing else becomes of it as a code.
@@ -146,10 +152,9 @@ def encode_drawn(x, drawn, E: tl.constexpr, BITS: tl.constexpr, MODE: tl.constex
 
 @triton.jit
 def decode(code, E: tl.constexpr):
-    """float32 of float codes."""
+    """float32 of float codes: where its exponent and fraction are, times what the bias lacks."""
     size = code & ((1 << (E[1] - E[2])) - 1)
-    normal = as_float((size << (23 - E[3])) + ((127 - E[4]) << 23))
-    value = tl.where(size < (1 << E[3]), size.to(tl.float32) * (1.0 / E[7]), normal)
+    value = as_float(size << (23 - E[3])) * 2.0 ** (127 - E[4])
     if E[9]:
         special = INF | ((size & ((1 << E[3]) - 1)) << (23 - E[3]))
         value = tl.where(size >= (((1 << (E[1] - 1 - E[3])) - 1) << E[3]), as_float(special), value)

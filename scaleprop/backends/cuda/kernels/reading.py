@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from scaleprop.backends.cuda.kernels.numbers import NAN, as_float, decode
+from scaleprop.backends.cuda.kernels.numbers import NAN, as_float, decode, float_of
 
 _HALF_LEAST = tl.constexpr(0x00400000)  # bits of 2^-127, code 0 of E8M0
 
@@ -45,9 +45,9 @@ def load_codes(data, line, row_inside, first_column, width, COLUMNS: tl.constexp
 def values_of(codes, F: tl.constexpr):
     """float32 of element codes; of formats with zero points, the codes themselves."""
     if F[3]:
-        return codes.to(tl.float32)
+        return float_of(codes)
     elif F[0][0]:
-        return signed(codes, F[0][1]).to(tl.float32) * (1.0 / F[0][7])
+        return float_of(signed(codes, F[0][1])) * (1.0 / F[0][7])
     else:
         return decode(codes, F[0])
 
