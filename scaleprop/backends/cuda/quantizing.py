@@ -177,9 +177,9 @@ def tile_of(fmt: ScaledFormat, axes: Collection[int], rotated: int = 0) -> tuple
 
 
 def warps_of(rows: int, columns: int, stochastic: bool = False) -> int:
-    """For 32 elements a thread, so that addresses and masks are few instructions for each; 64 where
-    large tiles take random numbers, and the registers of twice as many threads."""
-    return min(max(rows * columns // 1024, 2), 8 if stochastic else 16)
+    """For 32 elements a thread: addresses and masks are then few instructions for each. For 16
+    where random numbers take registers."""
+    return min(max(rows * columns // (512 if stochastic else 1024), 2), 32 if stochastic else 16)
 
 
 def _layout(x: Tensor, m: int, k: int, fmt: ScaledFormat) -> tuple[Tensor, Tensor]:
