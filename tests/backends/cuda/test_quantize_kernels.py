@@ -216,6 +216,30 @@ def test_every_code_and_every_boundary(item):
     assert torch.equal(out[1].view(torch.float32), want)
 
 
+@triton.jit
+def _divide(x, scale, out, N: tl.constexpr):
+    place = tl.arange(0, N)
+    tl.store(out + place, numbers.divided(tl.load(x + place), tl.load(scale + place)))
+
+
+@pytest.mark.parametrize("exponents", [(-1, 1), (-149, -100), (-70, -50), (90, 119)])
+def test_quotients_are_those_of_division(exponents):
+    """Of numbers around those that lie between two codes, too."""
+    generator = torch.Generator().manual_seed(0)
+    count = 1 << 16
+    scale = torch.rand(count, generator=generator) + 1.0
+    scale *= torch.exp2(torch.randint(*exponents, (count,), generator=generator).float())
+    halves = torch.randint(-512, 513, (count,), generator=generator) * 0.5
+    near = torch.randint(-3, 4, (count,), generator=generator).float() * 2.0**-24
+    anywhere = torch.randn(count, generator=generator) * 100.0
+    for target in (halves * (1.0 + near), anywhere):
+        x = (target * scale).to(DEVICE)
+        out = torch.empty_like(x)
+        _divide[(1,)](x, scale.to(DEVICE), out, count, enable_fp_fusion=False)
+        want = x / scale.to(DEVICE)
+        assert torch.equal(out.view(torch.int32), want.view(torch.int32))
+
+
 @pytest.mark.parametrize(("name", "shape"), [
     ("nf4[1x64]*f32", (4, 64)), ("nvfp4:mse", (4, 64)), ("nvfp4:fouroversix", (4, 64)),
     ("int8[row]*f32", (4, 64)), ("mxfp4", (2, 4, 64)), ("int4[1x128]*f32+zp", (4, 128)),

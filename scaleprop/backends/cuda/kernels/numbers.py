@@ -63,9 +63,10 @@ def divided(x, scale):
     """x / scale, which broadcasts: rounded as division rounds it, wherever that is above 2^-30 and
     below 2^64, beyond which nothing else becomes of it as a code.
 
-    One division for each scale: a quotient by the reciprocal that is off by one is made right by
-    its remainder (Markstein, "Computation of elementary functions on the IBM RISC System/6000
-    processor", 1990, theorem 7.1), far from where remainders underflow.
+    One division for each scale: a quotient by the reciprocal is off by less than two in its last
+    place, and made right by its remainder before it is rounded again (Markstein, "Computation of
+    elementary functions on the IBM RISC System/6000 processor", 1990), far from where remainders
+    underflow.
     """
     lift = tl.where(scale < 2.0**-60, 2.0**80, tl.where(scale > 2.0**100, 2.0**-40, 1.0))
     scale *= lift
