@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import time
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("transformers")
 
-from benchmarks import cuda_harness, cuda_timing, harness
+from benchmarks import cuda_harness, cuda_timing, harness, kernel_instructions
 from tests.benchmarks import troubled_rows
 
 # every function that measures; --smoke without --only takes all rows, and longer
@@ -76,6 +77,27 @@ def test_rows_that_come_too_late_are_said_to_be(tmp_path):
     options = cuda_harness.options_of(script, ["--smoke", "--seconds", "0"])
     cuda_harness.measure_all(script, script.rows(True), options, results, time.monotonic())
     assert {row["error"] for row in results.sections.values()} == {"not begun: 0 s were over"}
+
+
+def test_instructions_of_the_longest_loop():
+    assert kernel_instructions.counted("""
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   FADD R0, R0, R1 ;
+        /*0020*/               @P0 BRA `(.L_x_1) ;
+.L_x_0:
+        /*0030*/                   FADD R0, R0, R1 ;
+        /*0040*/                   FMUL R0, R0, R1 ;
+        /*0050*/              @!P0 BRA `(.L_x_0) ;
+        /*0060*/               @P1 BRA `(.L_x_2) ;
+.L_x_2:
+        /*0070*/                   EXIT ;
+    """) == (8, 3)
+
+
+def test_hot_kernels_are_among_the_builds():
+    found = {build.name for build, _, _ in kernel_instructions.hot()}
+    assert all(any(re.fullmatch(name, each) for each in found) for name in kernel_instructions.HOT)
 
 
 def test_figures_are_of_the_same_round():
