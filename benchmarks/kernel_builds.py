@@ -120,7 +120,7 @@ def _groups(name: str, fmt: ScaledFormat, axes: tuple[int, ...], mode: str = "ne
     }, {"x": "*bf16", "bits": "*bf16", "signs": "*fp32", "amax": "*i32", "whole": "*fp32",
         "whole_t": "*fp32", **dict.fromkeys(("stream", "step", "stream_t"), "*i64"),
         **dict.fromkeys(("scales", "scales_t"), scales)},
-        quantizing.warps_of(*tile, mode == "stochastic" or block > 0))
+        quantizing.warps_of(*tile, axes, mode == "stochastic", block))
 
 
 def _lines() -> Iterator[Build]:

@@ -127,7 +127,7 @@ def quantize_groups(
         data.shape[1], *scales.shape, data_t.shape[1], *scales_t.shape, E=element, S=scaling, R=r,
         C=c, ROWS=height, COLUMNS=width, ALONG=1 in axes, ACROSS=0 in axes, BITS=rounding.bits,
         MODE=MODES.index(rounding.mode), PHILOX=isinstance(bits, Draw), PRESCALE=prescale, **turn,
-        num_warps=warps_of(height, width, rounding.stochastic or turn["H"] > 0))
+        num_warps=warps_of(height, width, axes, rounding.stochastic, turn["H"]))
     outer = (whole_t, whole)
     return [[*_typed(*sides[axis], fmt), *([outer[axis]] if fmt.two_level else [])]
             for axis in axes]
@@ -176,9 +176,10 @@ def tile_of(fmt: ScaledFormat, axes: Collection[int], rotated: int = 0) -> tuple
             max(r, *((long, 128) if 1 in axes else (32,))))
 
 
-def warps_of(rows: int, columns: int, more: bool = False) -> int:
-    """For 32 elements a thread: addresses and masks are then few instructions for each. more: for
-    16, where random numbers or rotations take registers."""
+def warps_of(rows: int, columns: int, axes: Collection[int], stochastic: bool, rotated: int) -> int:
+    """For 32 elements a thread: addresses and masks are then few instructions for each. For 16
+    where random numbers, or rotations along both axes, take registers."""
+    more = stochastic or (rotated > 0 and len(axes) > 1)
     return min(max(rows * columns // (512 if more else 1024), 2), 32 if more else 16)
 
 
