@@ -351,3 +351,41 @@ def test_a_training_step_is_the_cpus(recipe):
     assert abs(found[0][0] - found[1][0].cpu()) < 1e-3 * found[0][0]
     for want, got in zip(found[0][1:], found[1][1:], strict=True):
         assert got.is_cuda and cosine(got, want) > 0.999
+
+
+def llama() -> nn.Module:
+    """Two layers of a Llama, with grouped heads."""
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(hf.LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, vocab_size=512, tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize("recipe", ["int8-token", "int4-int8-token", "fp8", "mxfp8", "int4"])
+def test_a_llama_gives_what_the_reference_gives(recipe):
+    model, ids = llama().eval(), torch.randint(512, (2, 48))
+    inputs = (), {"input_ids": ids, "use_cache": False}
+    ours, reference = (scaleprop.compile(model, inputs, recipe=recipe, backend=backend)
+                       for backend in ("cuda", "reference"))
+    got, want = (each(**inputs[1])[0] for each in (ours, reference))
+    assert 1 - cosine(got, want) < 0.5 * (1 - cosine(want, model(**inputs[1])[0]))
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "fp8-current", "fp8-block", "mxfp8"])
+def test_a_training_step_of_a_llama_is_the_cpus(recipe):
+    made, ids = llama().train(), torch.randint(512, (2, 64))
+    found: list[list[Tensor]] = []
+    for device, inner in (("cpu", "eager"), ("cuda", "inductor")):
+        model = copy.deepcopy(made).to(device)
+        run = torch.compile(model, backend="scaleprop",
+                            options={"recipe": recipe, "inner": inner, "seed": 1})
+        loss = run(input_ids=ids.to(device), labels=ids.to(device), use_cache=False).loss
+        loss.backward()
+        found.append([loss.detach(), *(each.grad for each in model.parameters()
+                                       if each.grad is not None)])
+        torch._dynamo.reset()
+    assert len(found[0]) == len(found[1]) > 20
+    assert abs(found[0][0] - found[1][0].cpu()) < 1e-3 * found[0][0]
+    for want, got in zip(found[0][1:], found[1][1:], strict=True):
+        assert got.is_cuda and cosine(got, want) > 0.99
