@@ -53,7 +53,7 @@ def _in_a_kernel(mixed: bool) -> Callable[[Capability], tuple[How, str]]:
 _BFLOAT16 = "decoded in registers, multiplied as bfloat16, summed in float32"
 _IN_HARDWARE = "library, block scales in hardware"
 _OPERATIONS: Mapping[str, Callable[[Capability], tuple[How, str]]] = {
-    "quantize, dequantize": _always("integer arithmetic on float32, any format"),
+    "quantize, dequantize": _always("bit for bit, any format"),
     "stochastic rounding": _always("Philox, the reference's stream"),
     "INT8 × INT8": _always("sums in int32"),
     "INT8 × INT4": _always("INT4 widened in registers, sums in int32"),

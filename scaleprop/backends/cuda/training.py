@@ -38,7 +38,7 @@ _STREAMS = "streams"
 
 class _Stored(NamedTuple):
     """A factor: what makes its values, and their format. axis: of that, which is summed over.
-    drawn: arguments of random numbers; None where there are none."""
+    drawn: arguments of random numbers, none where it is rounded to nearest."""
 
     made: Node
     given: dict[str, Any]

@@ -94,7 +94,10 @@ def takes(fmt: ScaledFormat, k: int) -> bool:
     columns = 0 if fmt.block is None else fmt.block[1]
     if not known or fmt.granularity.kind == "channel" or columns & (columns - 1):
         return False
-    at = _place(fmt, k)
+    try:
+        at = _place(fmt, k)
+    except FormatError:  # what products refuse, these do
+        return False
     folds = at != products.FOLDED or isinstance(item, FloatElement)
     steps = columns == 0 or columns >= (8 if at == products.FOLDED else 32)
     bounded = columns <= 256 and not (fmt.zero_point and columns == 0)
@@ -102,10 +105,8 @@ def takes(fmt: ScaledFormat, k: int) -> bool:
 
 
 def _place(fmt: ScaledFormat, k: int) -> int:
-    try:
-        return products.way_of(torch.bfloat16, fmt, k).w_at
-    except FormatError:
-        return products.PART
+    """Where scales come in, as in other products."""
+    return products.way_of(torch.bfloat16, fmt, k).w_at
 
 
 def is_plain(parts: Sequence[Tensor], fmt: ScaledFormat, k: int) -> bool:
