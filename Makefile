@@ -21,10 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## compile a sentence encoder with every recipe; writes demo/
-	@$(BIN)/python -m examples.minilm
+	@$(BIN)/python -m benchmarks.demo
 
 readme: $(STAMP)  ## put the last demo's table into README.md
-	@$(BIN)/python -m examples.readme_table
+	@$(BIN)/python -m benchmarks.readme_table
 
 # One thread a worker: they would fight otherwise.
 test: lint  ## ruff, pyright, pytest

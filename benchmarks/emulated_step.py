@@ -23,7 +23,7 @@ from torch import nn
 
 import scaleprop
 from benchmarks import harness
-from examples import train_lm
+from examples import language_model
 
 LIMITS = {"mxfp8": 3.0, "nvfp4": 4.0}
 FASTER = 5.0
@@ -110,12 +110,12 @@ def stepper(model: nn.Module, ids: torch.Tensor) -> Callable[[], object]:
     return step
 
 
-def measure(settings: train_lm.Settings, plan: harness.Plan) -> dict[str, harness.Timing]:
+def measure(settings: language_model.Settings, plan: harness.Plan) -> dict[str, harness.Timing]:
     """Steps of all candidates, in turns."""
 
     def model() -> nn.Module:
         torch.manual_seed(0)
-        return train_lm.Language(settings)
+        return language_model.Language(settings)
 
     ids = torch.randint(settings.vocabulary, (settings.batch, settings.context + 1))
     models: dict[str, nn.Module] = {
@@ -137,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=harness.RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    settings = dataclasses.replace(train_lm.Settings(), width=options.width, layers=options.layers)
+    settings = dataclasses.replace(language_model.Settings(), width=options.width,
+                                   layers=options.layers)
     plan = harness.QUICK if options.quick else harness.Plan(rounds=15, min_seconds=0.2)
     timings = measure(settings, plan)
     good, rows = True, []

@@ -21,12 +21,12 @@ import torch
 
 import scaleprop
 from benchmarks import harness
-from examples import train_lm
+from examples import language_model
 from scaleprop.recipes.training import OPERANDS, Operand, TrainingRecipe
 from scaleprop.sweeps.tables import EFFECT_COLUMNS, effect_rows
 
-SETTINGS = train_lm.Settings(vocabulary=256, width=64, layers=2, context=64, batch=8, steps=150,
-                             rate=4e-3)
+SETTINGS = language_model.Settings(vocabulary=256, width=64, layers=2, context=64, batch=8,
+                                   steps=150, rate=4e-3)
 SHAPES = [(8192, 12288, 4096), (8192, 4096, 12288), (8192, 4096, 4096)]  # tokens, outputs, inputs
 BASE = TrainingRecipe(name="fp4", description="FP4 forward and backward, but for the head",
                       operands=dict.fromkeys(OPERANDS[:6], Operand(format="nvfp4")))
@@ -49,7 +49,7 @@ AXES = {
 
 def factory() -> torch.nn.Module:
     """The model, which returns its loss."""
-    return train_lm.Language(SETTINGS)
+    return language_model.Language(SETTINGS)
 
 
 def text() -> torch.Tensor:
@@ -61,12 +61,12 @@ def text() -> torch.Tensor:
 
 def data(seed: int) -> Iterator[torch.Tensor]:
     """Batches of the first nine tenths."""
-    return train_lm.batches(train_lm.split(text())[0], seed, SETTINGS)
+    return language_model.batches(language_model.split(text())[0], seed, SETTINGS)
 
 
 def held_out() -> list[torch.Tensor]:
     """Batches of the last tenth."""
-    found = train_lm.batches(train_lm.split(text())[1], 0, SETTINGS)
+    found = language_model.batches(language_model.split(text())[1], 0, SETTINGS)
     return [next(found) for _ in range(32)]
 
 

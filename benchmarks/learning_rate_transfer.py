@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
-from examples import train_lm
+from examples import language_model
 
 MOST = 2.0  # the best rates' ratio, widest to narrowest
 GRIDS: Mapping[str, tuple[int, ...]] = {  # log2 of the learning rates
@@ -30,18 +30,18 @@ GRIDS: Mapping[str, tuple[int, ...]] = {  # log2 of the learning rates
 
 
 def final_losses(
-    recipe: str, settings: train_lm.Settings, exponents: Sequence[int], seeds: int, text: Any
+    recipe: str, settings: language_model.Settings, exponents: Sequence[int], seeds: int, text: Any
 ) -> dict[int, float]:
     """Mean validation loss at the end of training, for every log2 of the learning rate."""
-    seen, held_out = train_lm.split(text)
-    model, starts = train_lm.prepared(train_lm.RECIPES[recipe], seeds, seen, settings)
+    seen, held_out = language_model.split(text)
+    model, starts = language_model.prepared(language_model.RECIPES[recipe], seeds, seen, settings)
     found: dict[int, float] = {}
     for exponent in exponents:
         tried = dataclasses.replace(settings, rate=2.0**exponent)
         losses: list[float] = []
         for seed, start in enumerate(starts):
             model.load_state_dict(start)
-            run = train_lm.train(model, train_lm.RECIPES[recipe], (recipe, seed), seen,
+            run = language_model.train(model, language_model.RECIPES[recipe], (recipe, seed), seen,
                                  held_out, tried)
             losses.append(run.validation[-1][1])
         found[exponent] = statistics.fmean(losses)
@@ -140,8 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=harness.RESULTS)
     options = parser.parse_args(arguments)
     results = harness.Results("learning_rate_transfer", options.results)
-    settings = train_lm.Settings(layers=2, steps=options.steps)
-    text = train_lm.tokens(settings.vocabulary)
+    settings = language_model.Settings(layers=2, steps=options.steps)
+    text = language_model.tokens(settings.vocabulary)
     for recipe in options.recipes.split(","):
         losses = {width: {str(key): loss for key, loss in final_losses(
             recipe, dataclasses.replace(settings, width=int(width)), GRIDS[recipe], options.seeds,

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import scaleprop
 from benchmarks import harness, minilm_fidelity, outliers, workloads
-from examples import train_lm
+from examples import language_model
 from scaleprop.errors import ScalePropError
 from scaleprop.recipes import Recipe, named_recipe
 
@@ -120,15 +120,15 @@ class _Logits(nn.Module):
 
 def language(windows: int, injected: bool, folder: Path) -> Task:
     """Perplexity of the small Llama on held-out text; trained once, and kept in ``folder``."""
-    settings = train_lm.Settings()
-    text = train_lm.tokens(settings.vocabulary)
-    training, held_out = train_lm.split(text)
+    settings = language_model.Settings()
+    text = language_model.tokens(settings.vocabulary)
+    training, held_out = language_model.split(text)
     model = trained(folder / "lm.pt", training, settings)
     if injected:
         outliers.into_llama(model)
-    draws = train_lm.batches(held_out, 0, settings)
+    draws = language_model.batches(held_out, 0, settings)
     evaluation = [next(draws) for _ in range(windows)]
-    calls = train_lm.batches(training, 1, settings)
+    calls = language_model.batches(training, 1, settings)
     calibration = [(next(calls)[:, :-1],) for _ in range(CALIBRATION)]
 
     task = _Logits(model).eval()
@@ -153,21 +153,22 @@ def _predictions(run: Callable[..., Any], ids: Tensor) -> Tensor:
     return run(ids[:, :-1]).float().flatten(0, 1).log_softmax(-1)
 
 
-def trained(path: Path, text: Tensor, settings: train_lm.Settings) -> nn.Module:
+def trained(path: Path, text: Tensor, settings: language_model.Settings) -> nn.Module:
     """The weights in ``path``; trained and written where there are none."""
     torch.manual_seed(0)
-    model = train_lm.Language(settings)
+    model = language_model.Language(settings)
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate,
-                                  weight_decay=train_lm.DECAY)
+                                  weight_decay=language_model.DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.rate,
                                                    total_steps=settings.steps)
-    for _, ids in zip(range(settings.steps), train_lm.batches(text, 0, settings), strict=False):
+    drawn = language_model.batches(text, 0, settings)
+    for _, ids in zip(range(settings.steps), drawn, strict=False):
         optimizer.zero_grad()
         model(ids).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), train_lm.CLIP)
+        nn.utils.clip_grad_norm_(model.parameters(), language_model.CLIP)
         optimizer.step()
         schedule.step()
     torch.save(model.state_dict(), path)

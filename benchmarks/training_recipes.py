@@ -25,11 +25,11 @@ import torch
 
 import scaleprop
 from benchmarks import harness
-from examples import train_lm
+from examples import language_model
 from scaleprop.recipes.training import OPERANDS, Operand, TrainingRecipe
 
 BASELINE = "bf16"
-SETTINGS = train_lm.Settings()
+SETTINGS = language_model.Settings()
 MUS = {"mus-bf16": "bf16", "mus-fp8": "mus-fp8"}  # of unit_scale(scheme="mus")
 MUS_RATE = 0.1  # half and twice that are worse
 # int4-cnn is for convolutions
@@ -38,13 +38,13 @@ RECIPES = ("fp32", "fp8", "fp8-current", "fp8-delayed", "fp8-block", "fp8-amax",
            "nvfp4", "nvfp4-quartet2", "ue5m3", "fp4-all-the-way", *MUS)
 
 
-def recipe_of(name: str) -> train_lm.Recipe:
+def recipe_of(name: str) -> language_model.Recipe:
     """A named recipe; ``mxfp4-plain``: MXFP4 rounded to nearest, nothing rotated."""
     if name in MUS:
-        return train_lm.Recipe(MUS[name], "mus")
+        return language_model.Recipe(MUS[name], "mus")
     if name != "mxfp4-plain":
-        return train_lm.Recipe(name)
-    return train_lm.Recipe(TrainingRecipe(
+        return language_model.Recipe(name)
+    return language_model.Recipe(TrainingRecipe(
         name=name, description="MXFP4, nearest, no rotation",
         operands=dict.fromkeys(OPERANDS[:6], Operand(format="mxfp4"))))
 
@@ -59,22 +59,24 @@ def rate_of(name: str) -> float:
     return MUS_RATE if name in MUS else SETTINGS.rate
 
 
-def run(name: str, seeds: int, text: torch.Tensor, settings: train_lm.Settings) -> dict[str, Any]:
+def run(
+    name: str, seeds: int, text: torch.Tensor, settings: language_model.Settings
+) -> dict[str, Any]:
     """Train a model a seed: validation losses at the end; and the time of a step."""
     recipe = recipe_of(name)
     settings = dataclasses.replace(settings, rate=rate_of(name))
-    seen, held_out = train_lm.split(text)
+    seen, held_out = language_model.split(text)
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=name != "fp32")
     with mixed:
-        model, starts = train_lm.prepared(recipe, seeds, seen, settings)
+        model, starts = language_model.prepared(recipe, seeds, seen, settings)
         losses: list[float] = []
         for seed, start in enumerate(starts):
             model.load_state_dict(start)
-            found = train_lm.train(model, recipe, (name, seed), seen, held_out, settings)
+            found = language_model.train(model, recipe, (name, seed), seen, held_out, settings)
             losses.append(found.validation[-1][1])
-    base, ids = baseline_of(name), next(train_lm.batches(seen, 0, settings))
+    base, ids = baseline_of(name), next(language_model.batches(seen, 0, settings))
     with mixed:
-        other = recipe_of(base).change(train_lm.Language(settings), ids)
+        other = recipe_of(base).change(language_model.Language(settings), ids)
     baseline = scaleprop.prepare_training(other, recipe_of(base).precision)
     steps = {base: stepper(baseline, ids), name: stepper(model, ids, name != "fp32")}
     timings = harness.measure(steps, harness.Plan(rounds=9))
@@ -156,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     settings = dataclasses.replace(SETTINGS, steps=options.steps)
     results = harness.Results("training_recipes", options.results, options.redo)
-    text = train_lm.tokens(settings.vocabulary)
+    text = language_model.tokens(settings.vocabulary)
     wanted = options.recipes.split(",")
     for name in dict.fromkeys((BASELINE, *map(baseline_of, wanted), *wanted)):
         done = results.sections.get(name)

@@ -1,12 +1,13 @@
 """The whole of scaleprop on a small model: compile, call, report, export, save, load.
 
-    python -m examples.quickstart            # writes demo/quickstart/
+    python -m examples.quickstart            # writes demo/quickstart/ (--out DIR)
     python -m examples.quickstart --short    # fewer recipes
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,15 +29,20 @@ class Block(torch.nn.Module):
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
 
 
-def main(folder: Path, short: bool) -> dict[str, float]:
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     """Compile with several recipes; returns each recipe's signal-to-noise ratio in dB."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("demo/quickstart"))
+    given = parser.parse_args(arguments)
     torch.manual_seed(0)
     model, x = Block().eval(), torch.randn(8, 256)
     with torch.no_grad():
         expected = model(x)
 
     found: dict[str, float] = {}
-    for recipe in ("int8-dynamic", "mxfp4") if short else ("int8-dynamic", "fp8", "mxfp8", "mxfp4"):
+    recipes = ("int8-dynamic", "mxfp4", "fp8", "mxfp8")
+    for recipe in recipes[:2] if given.short else recipes:
         compiled = scaleprop.compile(model, x, recipe=recipe)
         noise = (compiled(x) - expected).square().sum()
         found[recipe] = 10 * float(torch.log10(expected.square().sum() / noise))
@@ -48,15 +54,15 @@ def main(folder: Path, short: bool) -> dict[str, float]:
     compiled = scaleprop.compile(model, x, recipe="int8", calibration=batches, exclude=["down"])
     compiled.report.show()
 
-    folder.mkdir(parents=True, exist_ok=True)
-    compiled.report.save(folder / "report.html")
-    compiled.export(folder / "block.onnx")  # runs anywhere ONNX Runtime does
-    compiled.save(folder / "saved")
-    loaded = scaleprop.load(folder / "saved")
+    given.out.mkdir(parents=True, exist_ok=True)
+    compiled.report.save(given.out / "report.html")
+    compiled.export(given.out / "block.onnx")  # runs anywhere ONNX Runtime does
+    compiled.save(given.out / "saved")
+    loaded = scaleprop.load(given.out / "saved")
     torch.testing.assert_close(loaded(torch.ones(3, 256)), compiled(torch.ones(3, 256)))
-    print(f"wrote {folder}")
+    print(f"wrote {given.out}")
     return found
 
 
 if __name__ == "__main__":
-    main(Path("demo/quickstart"), "--short" in sys.argv)
+    main()

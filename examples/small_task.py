@@ -1,7 +1,8 @@
 """What the training examples train: a small classifier, and data that it can learn.
 
-Every example takes ``--recipe``, ``--inner`` and ``--out``, trains with gradient accumulation and
-clipping, stops in the middle, resumes from its checkpoint, and returns what it measured.
+Every example takes ``--recipe``, ``--inner``, ``--short`` and ``--out``, trains with gradient
+accumulation and clipping, stops in the middle, resumes from its checkpoint, and returns what it
+measured.
 """
 
 from __future__ import annotations
@@ -93,5 +94,7 @@ def options(about: str | None, arguments: Sequence[str] | None) -> Options:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="fp8")
     parser.add_argument("--inner", default="inductor", help="or eager: no compilation")
+    parser.add_argument("--short", dest="inner", action="store_const", const="eager",
+                        help="the same as --inner eager")
     parser.add_argument("--out", type=Path, default=Path("demo/training"), help="for checkpoints")
     return parser.parse_args(arguments, namespace=Options())

@@ -1,6 +1,6 @@
 """Accelerate's loop, with scaleprop's ``prepare`` in place of the accelerator's.
 
-    accelerate launch -m examples.train_accelerate [--recipe fp8]
+    accelerate launch -m examples.train_accelerate [--recipe fp8] [--short]
 """
 
 from __future__ import annotations
@@ -12,20 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from examples.small_task import (
-    ACCUMULATED,
-    BATCH,
-    CLIP,
-    RATE,
-    STEPS,
-    STOP,
-    Measured,
-    Options,
-    classifier,
-    held_out,
-    options,
-    training_data,
-)
+from examples import small_task
+from examples.small_task import ACCUMULATED, BATCH, CLIP, RATE, STEPS, STOP, Measured, Options
 from scaleprop.adapters.accelerate import prepare
 
 
@@ -34,11 +22,11 @@ class Run:
 
     def __init__(self, given: Options) -> None:
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
-        model = classifier()
+        model = small_task.classifier()
         optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0)
         self.model, self.optimizer, self.train_data, self.test_data = prepare(
-            self.accelerator, model, optimizer, DataLoader(training_data(), BATCH),  # type: ignore[arg-type]
-            DataLoader(held_out(), BATCH), recipe=given.recipe, inner=given.inner)  # type: ignore[arg-type]
+            self.accelerator, model, optimizer, DataLoader(small_task.training_data(), BATCH),  # type: ignore[arg-type]
+            DataLoader(small_task.held_out(), BATCH), recipe=given.recipe, inner=given.inner)  # type: ignore[arg-type]
 
     def train(self, steps: range) -> list[float]:
         """Loss of each micro-batch."""
@@ -66,7 +54,7 @@ class Run:
 
 def main(arguments: Sequence[str] | None = None) -> Measured:
     """Train, evaluate; then resume from the checkpoint that was written on the way."""
-    given = options(__doc__, arguments)
+    given = small_task.options(__doc__, arguments)
     folder = str(given.out / "accelerate")
     run = Run(given)
     losses = run.train(range(STOP))

@@ -1,6 +1,6 @@
 """Hugging Face ``Trainer`` with scaleprop's callback.
 
-    python -m examples.train_hf_trainer [--recipe fp8]
+    python -m examples.train_hf_trainer [--recipe fp8] [--short]
 """
 
 from __future__ import annotations
@@ -9,20 +9,8 @@ from collections.abc import Sequence
 
 from transformers import Trainer, TrainingArguments
 
-from examples.small_task import (
-    ACCUMULATED,
-    BATCH,
-    CLIP,
-    RATE,
-    STEPS,
-    STOP,
-    Measured,
-    Options,
-    classifier,
-    held_out,
-    options,
-    training_data,
-)
+from examples import small_task
+from examples.small_task import ACCUMULATED, BATCH, CLIP, RATE, STEPS, STOP, Measured, Options
 from scaleprop.adapters.transformers import Callback
 
 
@@ -34,8 +22,9 @@ def trainer(given: Options) -> Trainer:
         per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH,
         gradient_accumulation_steps=ACCUMULATED, train_sampling_strategy="sequential",
         save_steps=STOP, logging_steps=1, disable_tqdm=True, report_to="none")
-    return Trainer(model=classifier(), args=arguments, train_dataset=training_data(),  # type: ignore[arg-type]
-                   eval_dataset=held_out(),  # type: ignore[arg-type]
+    return Trainer(model=small_task.classifier(), args=arguments,
+                   train_dataset=small_task.training_data(),  # type: ignore[arg-type]
+                   eval_dataset=small_task.held_out(),  # type: ignore[arg-type]
                    callbacks=[Callback(given.recipe, inner=given.inner)])
 
 
@@ -46,7 +35,7 @@ def logged(finished: Trainer) -> list[float]:
 
 def main(arguments: Sequence[str] | None = None) -> Measured:
     """Train, evaluate; then resume from the checkpoint that was written on the way."""
-    given = options(__doc__, arguments)
+    given = small_task.options(__doc__, arguments)
     straight = trainer(given)
     straight.train()
     evaluated = straight.evaluate()["eval_loss"]

@@ -1,6 +1,6 @@
 """A Lightning ``Trainer`` with scaleprop's precision plugin.
 
-    python -m examples.train_lightning [--recipe fp8]
+    python -m examples.train_lightning [--recipe fp8] [--short]
 """
 
 from __future__ import annotations
@@ -15,20 +15,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from examples.small_task import (
-    ACCUMULATED,
-    BATCH,
-    CLIP,
-    RATE,
-    STEPS,
-    STOP,
-    Measured,
-    Options,
-    classifier,
-    held_out,
-    options,
-    training_data,
-)
+from examples import small_task
+from examples.small_task import ACCUMULATED, BATCH, CLIP, RATE, STEPS, STOP, Measured, Options
 from scaleprop.adapters.lightning import Precision
 
 
@@ -37,7 +25,7 @@ class Task(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = classifier()
+        self.model = small_task.classifier()
         self.losses: list[float] = []
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
@@ -48,10 +36,10 @@ class Task(LightningModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """STOP steps' samples an epoch: Lightning does not go on in the middle of one."""
         size = STOP * ACCUMULATED * BATCH
-        return DataLoader(training_data()[self.current_epoch * size:][:size], BATCH)  # type: ignore[arg-type]
+        return DataLoader(small_task.training_data()[self.current_epoch * size:][:size], BATCH)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(held_out(), BATCH)  # type: ignore[arg-type]
+        return DataLoader(small_task.held_out(), BATCH)  # type: ignore[arg-type]
 
     def validation_step(self, batch: dict[str, Tensor]) -> None:
         self.log("held_out", self.model(**batch)["loss"], batch_size=BATCH)
@@ -74,7 +62,7 @@ def trainer(given: Options, folder: Path) -> Trainer:
 
 def main(arguments: Sequence[str] | None = None) -> Measured:
     """Train, evaluate; then resume from the checkpoint that was written on the way."""
-    given = options(__doc__, arguments)
+    given = small_task.options(__doc__, arguments)
     folder = given.out / "lightning"
     task, straight = Task(), trainer(given, folder)
     straight.fit(task)

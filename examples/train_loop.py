@@ -1,6 +1,6 @@
 """A training loop of one's own: accumulation, clipping, evaluation, a checkpoint.
 
-    python -m examples.train_loop [--recipe fp8]
+    python -m examples.train_loop [--recipe fp8] [--short]
 """
 
 from __future__ import annotations
@@ -11,33 +11,20 @@ import torch
 from torch.utils.data import DataLoader
 
 import scaleprop
-from examples.small_task import (
-    ACCUMULATED,
-    BATCH,
-    CLIP,
-    RATE,
-    STEPS,
-    STOP,
-    Classifier,
-    Measured,
-    Options,
-    classifier,
-    held_out,
-    options,
-    training_data,
-)
+from examples import small_task
+from examples.small_task import ACCUMULATED, BATCH, CLIP, RATE, STEPS, STOP, Measured, Options
 
 
-def start(given: Options) -> tuple[Classifier, torch.optim.AdamW]:
+def start(given: Options) -> tuple[small_task.Classifier, torch.optim.AdamW]:
     """A model that trains by the recipe, and its optimizer."""
-    model = classifier()
+    model = small_task.classifier()
     scaleprop.prepare_training(model, given.recipe, inner=given.inner)
     return model, torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0)
 
 
-def train(model: Classifier, optimizer: torch.optim.AdamW, steps: range) -> list[float]:
+def train(model: small_task.Classifier, optimizer: torch.optim.AdamW, steps: range) -> list[float]:
     """Loss of each micro-batch."""
-    batches = list(DataLoader(training_data(), BATCH))  # type: ignore[arg-type]
+    batches = list(DataLoader(small_task.training_data(), BATCH))  # type: ignore[arg-type]
     losses: list[float] = []
     for step in steps:
         optimizer.zero_grad()
@@ -50,18 +37,18 @@ def train(model: Classifier, optimizer: torch.optim.AdamW, steps: range) -> list
     return losses
 
 
-def evaluate(model: Classifier) -> float:
+def evaluate(model: small_task.Classifier) -> float:
     """Mean loss on held-out data."""
     model.eval()
     with torch.no_grad():
-        losses = [model(**batch)["loss"] for batch in DataLoader(held_out(), BATCH)]  # type: ignore[arg-type]
+        losses = [model(**batch)["loss"] for batch in DataLoader(small_task.held_out(), BATCH)]  # type: ignore[arg-type]
     model.train()
     return torch.stack(losses).mean().item()
 
 
 def main(arguments: Sequence[str] | None = None) -> Measured:
     """Train, evaluate; then resume from the checkpoint that was written on the way."""
-    given = options(__doc__, arguments)
+    given = small_task.options(__doc__, arguments)
     given.out.mkdir(parents=True, exist_ok=True)
     model, optimizer = start(given)
     losses = train(model, optimizer, range(STOP))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.readme_table import END, START, refresh
+from benchmarks.readme_table import END, START, refresh
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = [

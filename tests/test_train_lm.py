@@ -1,4 +1,4 @@
-"""The training example at the smallest size: its recipes, figures, pictures and files."""
+"""The language model at its smallest size: its recipes, figures, pictures and files."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 import scaleprop
-from examples import train_lm
-from examples.train_lm import Run, Settings
+from examples import language_model, train_lm
+from examples.language_model import Run, Settings
 
-TINY = Settings(vocabulary=300, width=32, layers=1, context=16, batch=2, steps=3, rate=1e-3)
+TINY = train_lm.SHORT
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly() -> Iterator[None]:
     """Operator by operator: nothing to compile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_lm.scaleprop, "prepare_training",
+        patch.setattr(language_model.scaleprop, "prepare_training",
                       functools.partial(scaleprop.prepare_training, inner="eager"))
-        patch.setattr(train_lm, "HELD_OUT", 4)
+        patch.setattr(language_model, "HELD_OUT", 4)
         yield
 
 
@@ -43,18 +43,18 @@ def found(text: torch.Tensor) -> list[Run]:
 
 def by_hand(text: torch.Tensor) -> list[float]:
     """The same three steps, without the backend."""
-    seen, _ = train_lm.split(text)
+    seen, _ = language_model.split(text)
     torch.manual_seed(0)
-    model = train_lm.Language(TINY)
+    model = language_model.Language(TINY)
     optimizer = torch.optim.AdamW(model.parameters(), TINY.rate, betas=(0.9, 0.95),
-                                  weight_decay=train_lm.DECAY)
+                                  weight_decay=language_model.DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TINY.rate, TINY.steps, pct_start=0.1)
     losses = []
-    for _, ids in zip(range(TINY.steps), train_lm.batches(seen, 0, TINY), strict=False):
+    for _, ids in zip(range(TINY.steps), language_model.batches(seen, 0, TINY), strict=False):
         loss = model(ids)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), train_lm.CLIP)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), language_model.CLIP)
         optimizer.step()
         schedule.step()
         losses.append(float(loss.detach()))
@@ -73,13 +73,13 @@ def test_recipes_train_from_the_same_start(found: list[Run], text: torch.Tensor)
 
 
 def test_batches_are_windows_of_the_text(text: torch.Tensor):
-    ids = next(train_lm.batches(torch.arange(1000), 3, TINY))
+    ids = next(language_model.batches(torch.arange(1000), 3, TINY))
     assert ids.shape == (2, 17)
     assert torch.equal(ids - ids[:, :1], torch.arange(17).expand(2, 17))
-    one, two = (next(train_lm.batches(text, 5, TINY)) for _ in range(2))
+    one, two = (next(language_model.batches(text, 5, TINY)) for _ in range(2))
     assert torch.equal(one, two)
-    assert not torch.equal(one, next(train_lm.batches(text, 6, TINY)))
-    seen, held_out = train_lm.split(text)
+    assert not torch.equal(one, next(language_model.batches(text, 6, TINY)))
+    seen, held_out = language_model.split(text)
     assert torch.equal(torch.cat([seen, held_out]), text) and len(held_out) == len(text) // 10
 
 
@@ -88,7 +88,7 @@ def run(recipe: str, seed: int, loss: float, seconds: float = 0.5) -> Run:
 
 
 def test_the_table_compares_with_float32_of_the_same_model():
-    shown = train_lm.table([run("fp32", 0, 2.0), run("fp32", 1, 4.0), run("fp8", 0, 2.0),
+    shown = language_model.table([run("fp32", 0, 2.0), run("fp32", 1, 4.0), run("fp8", 0, 2.0),
                             run("fp8", 1, 4.06), run("unit-fp32", 0, 5.0), run("unit-fp32", 1, 5.0),
                             run("unit-fp8", 0, 4.9), run("unit-fp8", 1, 4.9)])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
@@ -103,7 +103,7 @@ def test_the_picture_has_every_recipe(found: list[Run], tmp_path: Path):
     pytest.importorskip("matplotlib")
     paths = [tmp_path / "one.svg", tmp_path / "two.svg"]
     for path in paths:
-        train_lm.plot(found, path)
+        language_model.plot(found, path)
     text = paths[0].read_text()
     assert text == paths[1].read_text()
     for said in ("<!-- fp32 -->", "<!-- fp8 -->", "<!-- training -->", "<!-- validation -->"):
@@ -111,7 +111,7 @@ def test_the_picture_has_every_recipe(found: list[Run], tmp_path: Path):
 
 
 def test_runs_are_saved(found: list[Run], tmp_path: Path):
-    train_lm.save(found, TINY, tmp_path / "runs.json")
+    language_model.save(found, TINY, tmp_path / "runs.json")
     data = json.loads((tmp_path / "runs.json").read_text())
     assert Settings(**data["settings"]) == TINY
     for item, want in zip(data["runs"], found, strict=True):
@@ -130,11 +130,12 @@ def test_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: torch.Tensor,
     tmp_path: Path,
 ):
-    monkeypatch.setattr(train_lm, "tokens", lambda vocabulary: text)
-    sizes = [f"--{name}={value}" for name, value in vars(TINY).items()]
+    monkeypatch.setattr(language_model, "tokens", lambda vocabulary: text)
     path = tmp_path / "runs.json"
-    (only,) = train_lm.main(["--recipes", "fp32", "--json", str(path), *sizes])
-    assert only.recipe == "fp32" and json.loads(path.read_text())["runs"]
+    (only,) = train_lm.main(["--short", "--steps", "2", "--recipes", "fp32", "--json", str(path)])
+    assert only.recipe == "fp32" and len(only.training) == 2
+    saved = json.loads(path.read_text())
+    assert saved["runs"] and saved["settings"] == {**vars(TINY), "steps": 2}
     assert "4000 tokens" in (shown := capsys.readouterr().out) and "| fp32 |" in shown
     with pytest.raises(SystemExit):
         train_lm.main(["--recipes", "fp7"])

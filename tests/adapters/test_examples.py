@@ -20,7 +20,7 @@ LIBRARIES = {"train_hf_trainer": "transformers", "train_lightning": "pytorch_lig
 def run(name: str, recipe: str, folder: Path) -> Measured:
     torch._dynamo.reset()
     module = importlib.import_module(f"examples.{name}")
-    return module.main(["--recipe", recipe, "--inner", "eager", "--out", str(folder)])
+    return module.main(["--recipe", recipe, "--short", "--out", str(folder)])
 
 
 @pytest.fixture(scope="module")

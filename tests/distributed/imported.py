@@ -8,7 +8,8 @@ import torch._inductor.lowering
 import torch.export._trace
 import torch.export._unlift
 
-import examples.train_distributed
+import examples.train_ddp
+import examples.train_fsdp2
 import tests.distributed.test_agreement
 import tests.distributed.test_data_parallel
 import tests.distributed.test_quantized

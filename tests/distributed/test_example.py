@@ -1,24 +1,34 @@
-"""``examples/train_distributed``: what it prints is what it says."""
+"""``examples/train_ddp`` and ``train_fsdp2``: what they print is what they say."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import pytest
 import torch
 
-from examples import train_distributed
+from examples import small_ranks, train_ddp, train_fsdp2
 
 from .ranks import spawn
 
 
-def test_processes_train_as_one(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train_distributed.mp, "spawn", spawn)
+@pytest.fixture(scope="module")
+def alone() -> list[float]:
     torch._dynamo.reset()
-    found = train_distributed.main(["--inner", "eager"])
-    assert list(found) == ["one process", "DDP, 2 processes", "FSDP2, 2 processes"]
-    expected, *others = found.values()
-    assert expected[-1] < 0.9 * expected[0]
-    for losses in others:  # resumed in FP8: exponents are measured anew
-        torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=0.01, atol=0)
-    assert capsys.readouterr().out.count("\n") == 3
+    return small_ranks.alone(small_ranks.options("", ["--short"]))
+
+
+@pytest.mark.parametrize(("example", "label"), [(train_ddp, "DDP, 2 processes"),
+                                                (train_fsdp2, "FSDP2, 2 processes")])
+def test_processes_train_as_one(
+    example: ModuleType, label: str, alone: list[float], capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(small_ranks.mp, "spawn", spawn)
+    monkeypatch.setattr(small_ranks, "alone", lambda _: alone)
+    found = example.main(["--short"])
+    assert list(found) == ["one process", label]
+    assert alone[-1] < 0.9 * alone[0]
+    # resumed in FP8: exponents are measured anew
+    torch.testing.assert_close(torch.tensor(found[label]), torch.tensor(alone), rtol=0.01, atol=0)
+    assert capsys.readouterr().out.count("\n") == 2

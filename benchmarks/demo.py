@@ -1,8 +1,8 @@
 """A real sentence encoder with every recipe: size, speed and fidelity in one table.
 
     make demo                                    # every recipe; writes demo/
-    python -m examples.minilm --recipe mxfp4     # chosen ones; repeatable
-    python -m examples.minilm --quick            # two recipes, few sentences
+    python -m benchmarks.demo --recipe mxfp4     # chosen ones; repeatable
+    python -m benchmarks.demo --quick            # two recipes, few sentences
 
 The model is all-MiniLM-L6-v2 as released, unmodified, compiled in one call per recipe and run from
 the written ONNX files by stock ONNX Runtime. Speed is against ONNX Runtime on the float32 export

@@ -1,9 +1,7 @@
-"""DDP and FSDP2 on this machine's processes, against one process.
+"""What the examples of several processes train: residual blocks under activation checkpointing.
 
-    python -m examples.train_distributed [--ranks 2] [--recipe fp8]
-
-Blocks run under activation checkpointing. FSDP2 shards the blocks one by one, so they are compiled
-one by one; its sharded checkpoint is loaded again half-way.
+Blocks are compiled one by one, as FSDP2 shards them. Every rank has its part of the same batch, so
+any number of processes trains as one does.
 """
 
 from __future__ import annotations
@@ -17,18 +15,13 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import scaleprop
 
-WIDTH, ROWS, STEPS, STOP = 64, 32, 8, 4
+WIDTH, ROWS, STEPS = 64, 32, 8
 
 
 class Options(argparse.Namespace):
@@ -104,68 +97,40 @@ def alone(given: Options) -> list[float]:
     return train(model, adamw(model), range(STEPS))
 
 
-def replicated(given: Options, folder: Path) -> list[float]:
-    """DDP: every rank has the whole model."""
-    model = DistributedDataParallel(by_block(given))
-    return train(model, adamw(model), range(STEPS))
-
-
-def sharded(given: Options) -> Model:
-    """FSDP2: every rank has its part of each parameter."""
-    model = by_block(given)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
-
-
-def interrupted(given: Options, folder: Path) -> list[float]:
-    """FSDP2, going on half-way from a sharded checkpoint."""
-    model = sharded(given)
-    optimizer = adamw(model)
-    losses = train(model, optimizer, range(STOP))
-    weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder / "checkpoint")
-
-    model = sharded(given)
-    optimizer = adamw(model)
-    weights, state = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder / "checkpoint")
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    return losses + train(model, optimizer, range(STOP, STEPS))
+def launch(how: Callable[[Options, Path], list[float]], given: Options) -> list[float]:
+    """What ``how`` returns on the first of ``given.ranks`` processes, which share a folder."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        mp.spawn(functools.partial(_rank, how, given, folder), nprocs=given.ranks)
+        return torch.load(folder / "losses.pt")
 
 
 def _rank(
     how: Callable[[Options, Path], list[float]], given: Options, folder: Path, rank: int
 ) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / how.__name__}", rank=rank,
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'ranks'}", rank=rank,
                             world_size=given.ranks)
     losses = how(given, folder)
     if rank == 0:
-        torch.save(losses, folder / f"{how.__name__}.pt")
+        torch.save(losses, folder / "losses.pt")
     dist.destroy_process_group()
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
-    """Losses by what trained."""
-    parser = argparse.ArgumentParser(description=__doc__,
+def options(about: str | None, arguments: Sequence[str] | None) -> Options:
+    """The command line of an example."""
+    parser = argparse.ArgumentParser(description=about,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--recipe", default="fp8")
     parser.add_argument("--inner", default="inductor", help="or eager: no compilation")
-    given = parser.parse_args(arguments, namespace=Options())
-    found = {"one process": alone(given)}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for how, label in ((replicated, "DDP"), (interrupted, "FSDP2")):
-            mp.spawn(functools.partial(_rank, how, given, folder), nprocs=given.ranks)
-            found[f"{label}, {given.ranks} processes"] = torch.load(folder / f"{how.__name__}.pt")
+    parser.add_argument("--short", dest="inner", action="store_const", const="eager",
+                        help="the same as --inner eager")
+    return parser.parse_args(arguments, namespace=Options())
+
+
+def shown(found: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Print each step's loss, by what trained."""
     for label, losses in found.items():
         print(f"{label:20}", *(f"{loss:.5f}" for loss in losses))
     return found
-
-
-if __name__ == "__main__":
-    main()

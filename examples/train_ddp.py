@@ -1,0 +1,34 @@
+"""DDP on this machine's processes, against one process.
+
+    python -m examples.train_ddp [--ranks 2] [--recipe fp8] [--short]
+
+Ranks agree on the scales: with DDP, as with one process, a value has one exponent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.nn.parallel import DistributedDataParallel
+
+from examples import small_ranks
+from examples.small_ranks import STEPS, Options
+
+
+def replicated(given: Options, folder: Path) -> list[float]:
+    """Every rank has the whole model."""
+    model = DistributedDataParallel(small_ranks.by_block(given))
+    return small_ranks.train(model, small_ranks.adamw(model), range(STEPS))
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
+    """Losses by what trained."""
+    given = small_ranks.options(__doc__, arguments)
+    return small_ranks.shown({
+        "one process": small_ranks.alone(given),
+        f"DDP, {given.ranks} processes": small_ranks.launch(replicated, given)})
+
+
+if __name__ == "__main__":
+    main()
