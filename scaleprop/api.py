@@ -26,6 +26,7 @@ from scaleprop.signature import Signature, split_example
 
 if TYPE_CHECKING:
     from scaleprop.backends.onnxruntime import OnnxRuntimeBackend
+    from scaleprop.report.graph import Block
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,23 @@ class CompiledModel:
                       transforms=self.program.transforms, trials=self.program.trials,
                       nbytes_before=self.nbytes_before, nbytes_after=self.nbytes,
                       notes=self.program.notes)
+
+    def graph_view(self, block: str | None = None, depth: int | None = None) -> Block:
+        """A picture of one block, with scales on its edges: ``.save("block.svg")``.
+
+        Dynamic scales are measured on the example inputs.
+
+        Args:
+            block: a module's path; "" for the whole model; None for the most typical block.
+            depth: levels of modules below the block that are drawn operator by operator; deeper
+                modules are one box each. None: all levels.
+
+        Raises:
+            ConfigError: where no operator is in a module of this path, naming those that are.
+        """
+        from scaleprop.analysis.graph_view import program_block
+
+        return program_block(self.program, block, depth, f"{self.recipe.name}, {self.backend}")
 
     def verify(self) -> Fidelity:
         """Compare this backend with the reference on the example inputs.

@@ -16,6 +16,7 @@ import torch.fx
 
 from scaleprop._torch_compat import OpOverload
 from scaleprop.errors import ConfigError, UnsupportedOpError, describe
+from scaleprop.passes.outline import stack_of
 
 _SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"operator.{name}": getattr(operator, name) for name in
@@ -54,6 +55,7 @@ def _node_to_json(node: torch.fx.Node) -> dict[str, Any]:
         "args": _encode(node.args, node),
         "kwargs": _encode(dict(node.kwargs), node),
         "source": node.meta.get("stack_trace"),
+        **({"modules": [list(pair) for pair in modules]} if (modules := stack_of(node)) else {}),
     }
 
 
@@ -108,6 +110,8 @@ def graph_from_json(nodes: list[dict[str, Any]]) -> torch.fx.Graph:
         node = graph.create_node(entry["op"], target, args, kwargs, entry["name"])
         if entry["source"]:
             node.meta["stack_trace"] = entry["source"]
+        if "modules" in entry:
+            node.meta["nn_module_stack"] = {path: (path, kind) for path, kind in entry["modules"]}
         made[entry["name"]] = node
     graph.lint()
     return graph

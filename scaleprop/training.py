@@ -9,7 +9,7 @@ import logging
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,6 +34,9 @@ from scaleprop.passes.training.operands import Operands
 from scaleprop.passes.training.rewrite import Quantized
 from scaleprop.recipes.training import TrainingRecipe
 from scaleprop.recipes.training_named import training_recipe
+
+if TYPE_CHECKING:
+    from scaleprop.report.graph import Block
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,22 @@ class ScaleReports(tuple[Report, ...]):
             console.print(_table(f"graph {place}: {title}", names, rows, graph.high))
         if self.unread:
             console.print(f"not compiled, as it was: {', '.join(self.unread)}")
+
+    def graph_view(
+        self, block: str | None = None, depth: int | None = None, graph: int = 0
+    ) -> Block:
+        """A picture of one block of a graph, by its number: what products read, forward and
+        backward; ``block`` and ``depth`` as for ``CompiledModel.graph_view``.
+
+        Raises:
+            ConfigError: where there is no such graph or block; or every value was truncated.
+        """
+        from scaleprop.analysis.training_view import prepared_block
+
+        if not 0 <= graph < len(self):
+            raise ConfigError(f"graph={graph}: {len(self)} graphs were compiled so far. Remedy: "
+                              "call the model once, and choose one of them")
+        return prepared_block(self[graph], block, depth)
 
 
 def _table(

@@ -45,7 +45,7 @@ def look_at_training(
             raise ConfigError(f"{name} has no use with loss_fn: one step on example_inputs is "
                               "measured")
     args, kwargs = split_example(example_inputs)
-    step = capture_training(model, args, kwargs, _loss_of(loss_fn))
+    step = capture_training(model, args, kwargs, loss_function(loss_fn))
     limits = [_float(name).max for name in FORMATS]
     run = measure(step.joint, step.inputs, step.parameters, attention_entropy, limits)
     _check(step, run)
@@ -74,7 +74,7 @@ def _check(step: TrainingStep, run: Run) -> None:
                 "Remedy: pass inputs and a loss with finite gradients.")
 
 
-def _loss_of(loss_fn: Any) -> Callable[[Any], Any]:
+def loss_function(loss_fn: Any) -> Callable[[Any], Any]:
     """A function of the model's output; one of another kind is refused."""
     if loss_fn == "output":
         return _own_loss

@@ -15,12 +15,14 @@ import torch
 import torch.fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from scaleprop import _torch_compat as compat
 from scaleprop.backends.graphs import Inner, compile_joint, given_inputs
 from scaleprop.backends.quantized import compile_quantized
 from scaleprop.backends.state import TrainingState
 from scaleprop.errors import ConfigError
 from scaleprop.passes.statistics.peaks import predicted_amax
 from scaleprop.passes.training import Lowered, lower_products
+from scaleprop.passes.training.layers import step_outline
 from scaleprop.passes.training.operands import Operands
 from scaleprop.passes.training.solved import solved
 from scaleprop.passes.training.statistics import Sizes, measured_amax
@@ -167,6 +169,9 @@ def compile_with(
 
     def transform(joint: torch.fx.GraphModule) -> None:
         parameters, inputs = given_inputs(joint.graph, example_inputs)
+        names = map(compat.source_name, module.graph.find_nodes(op="placeholder"))
+        outline = step_outline(joint.graph, parameters, dict(zip(
+            joint.graph.find_nodes(op="placeholder"), names, strict=False)))
         lowered = lower_products(joint, parameters, formats, inputs, _SIZES[options.exponents])
         logger.info("%d products in %s, %d high; %d values cast, %d exponents for nothing; "
                     "%d rescales", len(lowered.products), recipe.name, len(lowered.high),
@@ -175,7 +180,7 @@ def compile_with(
             if cast.why:
                 logger.info("%s, %s: %s", cast.value, cast.kind, cast.why)
         if report is not None:
-            report(lowered)
+            report(dataclasses.replace(lowered, outline=outline))
 
     return compile_joint(module, example_inputs, transform, options.inner)
 

@@ -22,6 +22,7 @@ from scaleprop.backends.state import GraphState, TrainingState
 from scaleprop.extras import install_command
 from scaleprop.passes.training.attention import ROLES, spell_attention
 from scaleprop.passes.training.high import keep_high
+from scaleprop.passes.training.layers import step_outline
 from scaleprop.passes.training.memory import Memory, Row, Streams
 from scaleprop.passes.training.operands import Operands, quantize_operands
 from scaleprop.passes.training.rewrite import Settings
@@ -137,10 +138,12 @@ class _Work:
             int(node.meta["val"].shape[0])  # a constant, not a size to generate code for
         given = joint.graph.find_nodes(op="placeholder")[len(_INPUTS):]
         memory, streams = Memory(used, (seen[0], seen[1])), Streams(table)
+        names = dict(zip(given, self.names, strict=False))
+        outline = step_outline(joint.graph, parameters, names)
         products = keep_high(joint.graph, find_products(joint.graph, parameters), parameters,
                              recipe.high, recipe.convolutions)
         found = quantize_operands(joint, products, parameters, Settings(
-            operands=operands, names=dict(zip(given, self.names, strict=False)),
+            operands=operands, names=names,
             seed=self.state.seed, step=step, memory=memory, streams=streams, rank=_rank()),
             recipe.convolutions)
         _keep_stored(joint, self.device)
@@ -149,7 +152,7 @@ class _Work:
             phase.streams = streams.values(self.device)
         phase.layer = found.quantized[0].layer if found.quantized else ""
         if self.report is not None:
-            self.report(found)
+            self.report(dataclasses.replace(found, outline=outline))
 
 
 def _keep_stored(joint: torch.fx.GraphModule, device: torch.device) -> None:

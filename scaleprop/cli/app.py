@@ -252,6 +252,26 @@ def analyze_command(
     _finish(scales, [], report, emit)
 
 
+@app.command("graph")
+@_model
+@_one_recipe
+@_decisions
+@click.option("--loss", metavar="MODULE:FUNCTION",
+              help="Draw a training step instead: as for analyze.")
+@click.option("--training", metavar="RECIPE",
+              help="With --loss: what that recipe casts; else RMS of values and gradients.")
+@click.option("--block", help="A module's path, or '' for all; else the most typical block.")
+@click.option("--depth", type=int, help="Levels of modules drawn operator by operator.")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path),
+              help="A .svg file, or .dot for GraphViz.")
+@_common
+def graph_command(emit: Any, **options: Any) -> None:
+    """Draw one block of MODEL, with scales on its edges."""
+    from scaleprop.cli.graph import draw
+
+    draw(emit=emit, compile_model=_compile, **options)
+
+
 @app.command("bench")
 @_model
 @click.option("--recipe", "recipes", multiple=True, default=(_RECIPE,), show_default=True,
@@ -456,40 +476,11 @@ def doctor_command(emit: Any) -> int:
 
     Exit status 1 where a backend that is installed fails.
     """
-    from scaleprop.cli.doctor import examine
+    from scaleprop.cli.doctor import examine, show
 
     found = examine()
     if emit:
         emit(found)
     else:
-        _print_doctor(found)
+        show(found)
     return int(any(test["status"] == "failed" for test in found["self_test"]))
-
-
-def _print_doctor(found: dict[str, Any]) -> None:
-    from scaleprop.cli.output import print_pairs, print_table
-
-    cpu, providers = found["cpu"], found["onnxruntime_providers"]
-    features = "unknown" if cpu["features"] is None else ", ".join(cpu["features"]) or "none known"
-    print_pairs({
-        "scaleprop": found["scaleprop"] or "not installed",
-        "python": found["python"],
-        "torch": found["torch"] or "not installed",
-        "platform": found["platform"],
-        "processor": f"{cpu['model'] or 'unknown'}, {found['cores']} cores",
-        "features": features,
-        "onnxruntime": ", ".join(providers) if providers else "not installed",
-        "CUDA": ", ".join(device["name"] for device in found["cuda_devices"]) or "no device",
-    })
-    for device in found["cuda_devices"]:
-        print_table((f"{device['name']}, {device['capability']}", "how", "detail"),
-                    [tuple(row.values()) for row in device["support"]])
-    print_table(
-        ("package", "version"),
-        [(row["name"], row["version"] or f"missing: {row['install']}")
-         for row in found["packages"]],
-    )
-    print_table(
-        ("backend", "self-test", "detail"),
-        [(test["backend"], test["status"], test["detail"]) for test in found["self_test"]],
-    )

@@ -122,3 +122,33 @@ def self_test(backend: str) -> SelfTest:
         return SelfTest(backend, "missing", str(error))
     except Exception as error:  # noqa: BLE001 - whatever fails is what the user asks about
         return SelfTest(backend, "failed", f"{type(error).__name__}: {error}")
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print what ``examine`` found."""
+    from scaleprop.cli.output import print_pairs, print_table
+
+    cpu, providers = found["cpu"], found["onnxruntime_providers"]
+    features = "unknown" if cpu["features"] is None else ", ".join(cpu["features"]) or "none known"
+    print_pairs({
+        "scaleprop": found["scaleprop"] or "not installed",
+        "python": found["python"],
+        "torch": found["torch"] or "not installed",
+        "platform": found["platform"],
+        "processor": f"{cpu['model'] or 'unknown'}, {found['cores']} cores",
+        "features": features,
+        "onnxruntime": ", ".join(providers) if providers else "not installed",
+        "CUDA": ", ".join(device["name"] for device in found["cuda_devices"]) or "no device",
+    })
+    for device in found["cuda_devices"]:
+        print_table((f"{device['name']}, {device['capability']}", "how", "detail"),
+                    [tuple(row.values()) for row in device["support"]])
+    print_table(
+        ("package", "version"),
+        [(row["name"], row["version"] or f"missing: {row['install']}")
+         for row in found["packages"]],
+    )
+    print_table(
+        ("backend", "self-test", "detail"),
+        [(test["backend"], test["status"], test["detail"]) for test in found["self_test"]],
+    )

@@ -13,6 +13,7 @@ import torch
 import torch.fx
 
 from scaleprop import _torch_compat as compat
+from scaleprop.passes.outline import module_path
 from scaleprop.passes.statistics.measure import Measured, own_random_state
 from scaleprop.report.scales import Listing, Visit
 
@@ -95,14 +96,6 @@ def module_of(node: torch.fx.Node, *, users: bool = False) -> str:
 def _is_torch_class(given: Any) -> bool:
     name = given if isinstance(given, str) else f"{given.__module__}.{given.__qualname__}"
     return name.startswith("torch.")
-
-
-def module_path(name: str) -> str:
-    """``L['self']._modules['blocks']._modules['0'].up`` → ``blocks.0.up``."""
-    path = name.replace("._modules['", ".").replace("']", "").replace('"', "")
-    path = path.replace("L['", "").replace("G['", "").replace("[", ".").replace("]", "")
-    parts = [part for part in path.split(".") if part]
-    return ".".join(parts[1:])
 
 
 def listings(found: Sequence[Visit]) -> list[Listing]:

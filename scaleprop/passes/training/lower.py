@@ -41,6 +41,7 @@ from scaleprop.passes.training.choice import (
 )
 from scaleprop.passes.training.drift import addends, drifts
 from scaleprop.passes.training.head import keep_head_high
+from scaleprop.passes.training.layers import StepOutline
 from scaleprop.passes.training.reduction import agree
 from scaleprop.passes.training.roles import Factor, Product, find_products, is_tangent, source_of
 from scaleprop.passes.training.statistics import Sizes, measured_amax
@@ -107,7 +108,8 @@ class Lowered:
 
     products: node → role; high: node → why it stays in high precision; rescales: multiplications
     that are left in the graph; unruled: operators that had to be given unscaled values; sizes:
-    node → the largest magnitude that exponents were chosen by, None where none was known.
+    node → the largest magnitude that exponents were chosen by, None where none was known. outline:
+    what the graph was before.
     """
 
     products: Mapping[str, str]
@@ -116,6 +118,7 @@ class Lowered:
     rescales: int
     unruled: Mapping[str, int]
     sizes: Mapping[str, float] | None = None
+    outline: StepOutline | None = None
 
 
 def lower_products(

@@ -15,6 +15,7 @@ import torch.fx
 
 from scaleprop.passes.training.attention import quantize_attention
 from scaleprop.passes.training.convolutions import OPERATORS, quantize_convolutions
+from scaleprop.passes.training.layers import StepOutline
 from scaleprop.passes.training.matrices import find_layers
 from scaleprop.passes.training.rewrite import Quantized, Rewrite, Settings
 from scaleprop.passes.training.roles import BATCHED, CONVOLUTION, Products, is_tangent
@@ -23,11 +24,12 @@ from scaleprop.passes.training.roles import BATCHED, CONVOLUTION, Products, is_t
 @dataclasses.dataclass(frozen=True)
 class Operands:
     """What was done to a graph; high: node → why it stays in high precision. truncated: how many
-    values were, where a recipe truncates every one instead."""
+    values were, where a recipe truncates every one instead. outline: what the graph was before."""
 
     quantized: tuple[Quantized, ...]
     high: Mapping[str, str]
     truncated: int = 0
+    outline: StepOutline | None = None
 
 
 def quantize_operands(
