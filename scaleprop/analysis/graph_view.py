@@ -11,10 +11,9 @@ import torch.fx
 
 from scaleprop import ops
 from scaleprop.analysis.blocks import block_of, chosen_block
-from scaleprop.formats.scaled import PLAIN, parse
-from scaleprop.formats.scales import decoded_scale
 from scaleprop.passes.base import Program
-from scaleprop.passes.operators import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE, SCALED_MM
+from scaleprop.passes.known_scales import known_scales, positive_scales, static_scales, summary
+from scaleprop.passes.operators import FAKE_QUANTIZE, QUANTIZE, SCALED_MM
 from scaleprop.passes.outline import Outline, Read, Step, op_name, outline_of
 from scaleprop.report.graph import Block, Scale
 from scaleprop.report.graph.model import power_of_two
@@ -22,7 +21,6 @@ from scaleprop.report.records import TensorRecord
 
 _MEANING = ("→ what the data are divided by: scales as stored, least…greatest of several; of those "
             "that are found at run time, the median on the example inputs. Grey: high precision")
-_SCALES = 5  # the argument of ``quantize`` that has static scales
 
 
 def program_block(
@@ -60,11 +58,11 @@ class _Facts:
 
     def __init__(self, program: Program, wanted: Collection[str]) -> None:
         self._records = {(record.node, record.operand): record for record in program.records}
-        quantized = [node for node in program.module.graph.nodes
-                     if node.name in wanted and node.target in (QUANTIZE, FAKE_QUANTIZE)]
-        self._dynamic = {node.name for node in quantized
-                         if len(node.args) <= _SCALES or node.args[_SCALES] is None}
-        self._scales = {**_measured(program, quantized), **_stored(program.module, wanted)}
+        dynamic = [node for node in program.module.graph.nodes
+                   if node.name in wanted and node.target in (QUANTIZE, FAKE_QUANTIZE)
+                   and static_scales(node) is None]
+        self._dynamic = {node.name for node in dynamic}
+        self._scales = {**_measured(program, dynamic), **known_scales(program.module, wanted)}
 
     def __call__(
         self, source: Step, read: Read, reader: Step
@@ -78,14 +76,16 @@ class _Facts:
                                f"{reason or ''}"
         if not found.numel():
             return Scale(None, format=source.format), None, "every value is zero"
-        low, middle, high = (float(each) for each in (found.min(), found.median(), found.max()))
-        is_dynamic = source.name in self._dynamic
-        scale = Scale(middle, format=source.format) if is_dynamic else \
-            Scale(middle, low, high, source.format)
-        several = f", least {low:.6g}, greatest {high:.6g} of {found.numel()}" \
+        scale = summary(found, source.format)
+        assert scale.value is not None
+        several = f", least {scale.low:.6g}, greatest {scale.high:.6g} of {found.numel()}" \
             if found.numel() > 1 else ""
+        is_dynamic = source.name in self._dynamic
         how = "found at run time" if is_dynamic else "as stored"
-        parts = [f"{source.format}, scale {how}: {power_of_two(middle)} = {middle:.6g}{several}"]
+        parts = [f"{source.format}, scale {how}: {power_of_two(scale.value)} = "
+                 f"{scale.value:.6g}{several}"]
+        if is_dynamic:  # of the example's data: no ends that hold for others
+            scale = Scale(scale.value, format=source.format)
         if record is not None:
             quality = "" if record.sqnr_db is None else f"SQNR {record.sqnr_db:.1f} dB, "
             parts.append(f"{quality}decided by {record.decided_by}")
@@ -119,51 +119,5 @@ class _Watch(torch.fx.Interpreter):
         if n in self._nodes:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             parts = value if n.target is QUANTIZE else ops.quantize(*args, **kwargs)
-            self.scales[n.name] = _positive(parts, str(n.args[1]))
+            self.scales[n.name] = positive_scales(parts[1:], str(n.args[1]))
         return value
-
-
-def _stored(module: torch.fx.GraphModule, wanted: Collection[str]) -> dict[str, torch.Tensor]:
-    """Scales of stored parameters: name of the node that has the codes → positive scales."""
-    found: dict[str, torch.Tensor] = {}
-    for node in module.graph.nodes:
-        for parts, format_ in _stored_operands(node):
-            roots = [_root(part) for part in parts]
-            if format_ in PLAIN or roots[0].op != "get_attr" or roots[0].name not in wanted:
-                continue
-            tensors = [_tensor(module, root) for root in roots]
-            found[roots[0].name] = _positive(tensors, format_)
-    return found
-
-
-def _stored_operands(node: torch.fx.Node) -> list[tuple[Sequence[torch.fx.Node], str]]:
-    args: Any = node.args
-    if node.target is DEQUANTIZE:
-        return [(args[0], args[1])]
-    return [(args[1], args[4])] if node.target is SCALED_MM and isinstance(args[1], list | tuple) \
-        else []
-
-
-def _root(node: Any) -> torch.fx.Node:
-    """What stored parts are rows of."""
-    while node.op == "call_function" and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _tensor(module: torch.fx.GraphModule, node: torch.fx.Node) -> torch.Tensor:
-    found: Any = module
-    for part in str(node.target).split("."):
-        found = getattr(found, part)
-    return found.detach()
-
-
-def _positive(parts: Sequence[torch.Tensor], format_: str) -> torch.Tensor:
-    """Scales as float32, those of nothing but zeros left out."""
-    fmt = parse(format_)
-    scales = decoded_scale(parts[1], fmt)
-    if fmt.two_level:
-        scales = scales * parts[2]
-    return scales[scales > 0]
-
-

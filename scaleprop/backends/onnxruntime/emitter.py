@@ -19,6 +19,7 @@ import torch.fx
 from torch.utils import _pytree as pytree
 
 from scaleprop.backends.onnxruntime import aten, quantized, shapes
+from scaleprop.backends.onnxruntime.annotations import annotate
 from scaleprop.backends.onnxruntime.aten.constants import fold
 from scaleprop.backends.onnxruntime.builder import GraphBuilder
 from scaleprop.backends.onnxruntime.context import Context, is_symbolic
@@ -76,7 +77,8 @@ class Emitted:
 def emit(program: Program, metadata: Mapping[str, str] | None = None) -> Emitted:
     """The ONNX model of ``program``; weights are references to the program's tensors.
 
-    metadata: entries of the model's ``metadata_props``, stored as ``scaleprop.<key>``.
+    metadata: entries of the model's ``metadata_props``, stored as ``scaleprop.<key>``; with any,
+    nodes and values say how they are quantized, see ``annotations``.
 
     Raises:
         UnsupportedOpError: an operator without a lowering.
@@ -115,8 +117,11 @@ class _Emitter:
         self.builder.remove_unused()
         model = ir.Model(self.builder.graph, ir_version=IR_VERSION, producer_name="scaleprop")
         model.metadata_props.update(self._model_metadata(metadata))
+        values = self._values()
+        if metadata:  # a file is written, for others to look at
+            annotate(self.program, self.builder.graph, values)
         return Emitted(model, tuple(self.inputs), tuple(self.outputs),
-                       dict(self.context.lowerings), self._values(), dict(self.context.bounds))
+                       dict(self.context.lowerings), values, dict(self.context.bounds))
 
     def _values(self) -> dict[str, str]:
         kept = {value for node in self.builder.graph for value in node.outputs}
