@@ -359,7 +359,7 @@ def formats_command(names: tuple[str, ...], emit: Any) -> None:
 @_common
 def recipes_command(name: str | None, training: bool, emit: Any) -> None:
     """List the recipes, or one by NAME or file."""
-    from scaleprop.cli.listing import recipes, training_recipes
+    from scaleprop.cli.listing import recipes, role_text, training_recipes
 
     rows = [row for row in training_recipes() if name in (None, row["name"])] if training \
         else recipes(name)
@@ -379,42 +379,21 @@ def recipes_command(name: str | None, training: bool, emit: Any) -> None:
     roles = list(dict.fromkeys(role for row in rows for role in row["roles"]))
     print_table(
         ("name", *roles, "description"),
-        [(row["name"], *(_role(row["roles"].get(role)) for role in roles), row["description"])
+        [(row["name"], *(role_text(row["roles"].get(role)) for role in roles), row["description"])
          for row in rows],
     )
 
 
 def _print_training_recipes(rows: list[dict[str, Any]]) -> None:
+    from scaleprop.cli.listing import operand_text
     from scaleprop.cli.output import print_table
     from scaleprop.recipes.training import OPERANDS
 
     roles = [role for role in OPERANDS if any(role in row["operands"] for row in rows)]
     print_table(
         ("name", *roles, "description", "source"),
-        [(row["name"], *(_operand(row["operands"].get(role)) for role in roles),
+        [(row["name"], *(operand_text(row["operands"].get(role)) for role in roles),
           row["description"], row["source"]) for row in rows])
-
-
-def _operand(operand: dict[str, Any] | None) -> str:
-    """Format, and what is not as it is by default."""
-    if operand is None:
-        return "–"
-    more = [operand["rounding"] if operand["rounding"] != "nearest" else "",
-            f"rotated {operand['hadamard']}" if operand["hadamard"] else "",
-            operand["scaling"] if operand["scaling"] != "current" else "",
-            f"×{operand['prescale']:g}" if operand["prescale"] != 1.0 else "",
-            "of fprop's" if operand["of"] == "quantized" else "",
-            operand["estimator"] if operand["estimator"] != "ste" else ""]
-    return ", ".join([operand["format"], *filter(None, more)])
-
-
-def _role(role: dict[str, Any] | None) -> str:
-    if role is None:
-        return "high"
-    extras = [value for key, usual in (("scaling", "dynamic"), ("clipping", "amax"),
-                                       ("rounding", "nearest"))
-              if (value := role[key]) != usual]
-    return " ".join([role["format"], *extras])
 
 
 @app.command("passes")

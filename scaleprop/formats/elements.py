@@ -10,10 +10,7 @@ What all of them share:
 - NaN becomes NaN where the format has one, else 0. With scales that are found from the data a NaN
   makes its whole block NaN, whatever the element: see ``scaleprop.formats.scales``.
 
-Sources: OCP 8-bit floating point (OFP8) 1.0 and OCP Microscaling (MX) 1.0 for E4M3, E5M2, E3M2,
-E2M3, E2M1, E8M0 and MX INT8; "UE5M3" is the unsigned block scale of FP4 training, published with
-two maxima; NF4 is QLoRA's (arXiv:2305.14314); log2 and log√2 are those of RepQ-ViT
-(arXiv:2212.08254), which rounds in the logarithm.
+Every literal says its source: OFP8 is OCP's 8-bit floating point, MX its Microscaling formats.
 """
 
 from __future__ import annotations
@@ -36,9 +33,10 @@ def float32(value: float) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ElementFormat(abc.ABC):
-    """One stored number: ``bits`` wide, between ``min`` and ``max``."""
+    """One stored number: ``bits`` wide, between ``min`` and ``max``; ``source``: who says so."""
 
     name: str
+    source: str = ""
 
     @property
     @abc.abstractmethod
@@ -258,13 +256,13 @@ class CodebookElement(ElementFormat):
 
 def _float(name: str, exponent: int, fraction: int, *, reserved: int = 0, signed: bool = True,
            bias: int | None = None, has_inf: bool = False, has_zero: bool = True,
-           native: torch.dtype | None = None) -> FloatElement:
+           native: torch.dtype | None = None, source: str = "") -> FloatElement:
     """A float literal; ``reserved``: how many magnitude codes at the top are not finite."""
     return FloatElement(
         name=name, exponent_bits=exponent, fraction_bits=fraction, signed=signed,
         bias=(1 << (exponent - 1)) - 1 if bias is None else bias,
         max_code=(1 << (exponent + fraction)) - 1 - reserved,
-        has_inf=has_inf, has_zero=has_zero, native=native)
+        has_inf=has_inf, has_zero=has_zero, native=native, source=source)
 
 
 _E4M3, _E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -273,32 +271,46 @@ _NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
         0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
+_OFP8, _MX, _IEEE = "OCP OFP8 1.0", "OCP MX 1.0", "IEEE 754-2019"
+_UE5M3 = "the unsigned block scale of FP4 training, published with two maxima; this one's is "
+_REPQ = "RepQ-ViT, arXiv:2212.08254; rounds in the logarithm"
+
 _LITERALS: tuple[ElementFormat, ...] = (
-    _float("e4m3", 4, 3, reserved=1, native=_E4M3),  # OFP8 E4M3 (FN): max 448
-    _float("e5m2", 5, 2, reserved=4, has_inf=True, native=_E5M2),  # max 57344
-    _float("e3m2", 3, 2),  # MX FP6: max 28
-    _float("e2m3", 2, 3),  # MX FP6: max 7.5
-    _float("e2m1", 2, 1),  # MX FP4: 0 .5 1 1.5 2 3 4 6
+    _float("e4m3", 4, 3, reserved=1, native=_E4M3,  # (FN): max 448
+           source=f"{_OFP8}, tables 1 and 2; {_MX}, section 5.3.1"),
+    _float("e5m2", 5, 2, reserved=4, has_inf=True, native=_E5M2,  # max 57344
+           source=f"{_OFP8}, tables 1 and 2; {_MX}, section 5.3.1"),
+    _float("e3m2", 3, 2, source=f"{_MX}, section 5.3.2"),  # max 28
+    _float("e2m3", 2, 3, source=f"{_MX}, section 5.3.2"),  # max 7.5
+    _float("e2m1", 2, 1, source=f"{_MX}, section 5.3.3"),  # 0 .5 1 1.5 2 3 4 6
     _float("e8m0", 8, 0, reserved=1, signed=False, bias=127, has_zero=False,
-           native=torch.float8_e8m0fnu),  # MX scale: 2^-127 … 2^127
-    _float("ue5m3", 5, 3, reserved=8, signed=False),  # top exponent reserved: max 61440
-    _float("ue5m3x", 5, 3, reserved=1, signed=False),  # extended: only 0xFF is NaN: max 114688
-    _float("f32", 8, 23, reserved=1 << 23, has_inf=True, native=torch.float32),
-    _float("bf16", 8, 7, reserved=1 << 7, has_inf=True, native=torch.bfloat16),
-    _float("f16", 5, 10, reserved=1 << 10, has_inf=True, native=torch.float16),
+           native=torch.float8_e8m0fnu, source=f"{_MX}, section 5.4.1"),  # 2^-127 … 2^127
+    _float("ue5m3", 5, 3, reserved=8, signed=False,  # top exponent reserved
+           source=f"{_UE5M3}61440"),
+    _float("ue5m3x", 5, 3, reserved=1, signed=False,  # extended: only 0xFF is NaN
+           source=f"{_UE5M3}114688"),
+    _float("f32", 8, 23, reserved=1 << 23, has_inf=True, native=torch.float32,
+           source=f"{_IEEE}, binary32"),
+    _float("bf16", 8, 7, reserved=1 << 7, has_inf=True, native=torch.bfloat16,
+           source="the upper half of binary32"),
+    _float("f16", 5, 10, reserved=1 << 10, has_inf=True, native=torch.float16,
+           source=f"{_IEEE}, binary16"),
     IntegerElement(name="int8", width=8, high=127),
     IntegerElement(name="int4", width=4, high=7),
     IntegerElement(name="int3", width=3, high=3),
     IntegerElement(name="int2", width=2, high=1),
-    IntegerElement(name="mxint8", width=8, high=127, unit=2.0**-6),  # MX INT8, ±1.984375
-    IntegerElement(name="ternary", width=2, high=1),  # -1 0 1; BitNet b1.58 with :absmean
-    CodebookElement(name="binary", values=(-1.0, 1.0)),  # 0 is a tie: -1
-    CodebookElement(name="nf4", values=_NF4),
+    IntegerElement(name="mxint8", width=8, high=127, unit=2.0**-6,  # ±1.984375
+                   source=f"{_MX}, section 5.3.4"),
+    IntegerElement(name="ternary", width=2, high=1,  # -1 0 1
+                   source="BitNet b1.58, arXiv:2402.17764, with :absmean"),
+    CodebookElement(name="binary", values=(-1.0, 1.0),  # 0 is a tie: -1
+                    source="XNOR-Net, arXiv:1603.05279, with :absmean"),
+    CodebookElement(name="nf4", values=_NF4, source="QLoRA, arXiv:2305.14314"),
     CodebookElement(name="log2u4", values=tuple(2.0**-k for k in range(15, -1, -1)),
-                    logarithmic=True),
+                    logarithmic=True, source=_REPQ),
     CodebookElement(name="log2s4", logarithmic=False,
                     values=(*(-(2.0**-k) for k in range(8)), *(2.0**-k for k in range(7, -1, -1)))),
-    CodebookElement(name="logsqrt2u4", logarithmic=True,
+    CodebookElement(name="logsqrt2u4", logarithmic=True, source=_REPQ,
                     values=tuple(float32(2.0 ** (-k / 2)) for k in range(15, -1, -1))),
 )
 

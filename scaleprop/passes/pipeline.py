@@ -189,6 +189,11 @@ class PassInfo:
     options: tuple[tuple[str, str, str], ...]
 
 
+def pass_types() -> tuple[type[Pass], ...]:
+    """Every pass that has a name on the command line, in the order in which they usually run."""
+    return _PASSES
+
+
 def describe_passes() -> tuple[PassInfo, ...]:
     """One entry per pass; options are (name, type, default or ``required``)."""
     return tuple(

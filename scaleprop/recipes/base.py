@@ -77,12 +77,15 @@ class Recipe:
         absent stays in high precision.
     tolerance: the largest error that a backend may add to a product for speed, relative to the
         product's largest value.
+    source: where formats and method are from; when: what it is good for.
     """
 
     name: str
     description: str
     roles: Mapping[str, Role]
     tolerance: float = TOLERANCE
+    source: str = ""
+    when: str = ""
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.roles) - set(ROLES)):

@@ -30,6 +30,8 @@ _INT4_TOLERANCE = 2.0**-5
 INT8 = Recipe(
     name="int8",
     description="W8A8: weights per output channel, activations per tensor, scales calibrated",
+    source="Jacob et al., 2017, arXiv:1712.05877",
+    when="fastest 8 bits on a CPU where inputs look like the calibration data; vision models",
     roles={
         "fprop.w": _INT8_ROWS,
         "fprop.x": Role(format=_INT8_TENSOR, scaling="static"),
@@ -41,6 +43,8 @@ INT8 = Recipe(
 INT8_DYNAMIC = Recipe(
     name="int8-dynamic",
     description="W8A8: weights per output channel, activations per tensor at run time",
+    source="ONNX Runtime, quantize_dynamic",
+    when="the first to try on a CPU: no calibration, as fast as static scales in most models",
     roles={
         "fprop.w": _INT8_ROWS,
         "fprop.x": Role(format=_INT8_TENSOR),
@@ -52,6 +56,8 @@ INT8_DYNAMIC = Recipe(
 INT8_TOKEN = Recipe(
     name="int8-token",
     description="W8A8: weights per output channel, activations per token at run time",
+    source="Yao et al., ZeroQuant, 2022, arXiv:2206.01861",
+    when="tokens that differ much in size; nearer to float32 than int8-dynamic, a little slower",
     roles={
         "fprop.w": _INT8_ROWS,
         "fprop.x": _INT8_ROWS,
@@ -63,11 +69,14 @@ INT8_TOKEN = Recipe(
 INT8_WEIGHT = Recipe(
     name="int8-weight",
     description="weights in INT8 per output channel, activations as they were",
+    when="a file of a quarter of the size, and next to no loss; little speed",
     roles={"fprop.w": _INT8_ROWS, "conv.w": _INT8_ROWS, "embedding": _INT8_ROWS},
 )
 INT4 = Recipe(
     name="int4",
     description="weights in INT4, blocks of 128, activations as they were (within tolerance)",
+    source="blocks as in Frantar et al., GPTQ, 2022, arXiv:2210.17323",
+    when="few rows at a time, as in decoding: weights are what is read",
     roles={
         "fprop.w": Role(format="int4[1x128]*f32+zp"),
         "conv.w": _INT8_ROWS,
@@ -78,6 +87,8 @@ INT4 = Recipe(
 INT4_G32 = Recipe(
     name="int4-g32",
     description="weights in INT4, blocks of 32, activations as they were (within tolerance)",
+    source="blocks as in Frantar et al., GPTQ, 2022, arXiv:2210.17323",
+    when="as int4, nearer to float32 for a slightly larger file",
     roles={
         "fprop.w": Role(format="int4[1x32]*f32+zp"),
         "conv.w": _INT8_ROWS,
@@ -88,6 +99,8 @@ INT4_G32 = Recipe(
 INT4_G32_COMPENSATED = Recipe(
     name="int4-g32-compensated",
     description="weights in INT4, blocks of 32, rounded with compensated errors; calibrated",
+    source="Frantar et al., GPTQ, 2022, arXiv:2210.17323",
+    when="the best 4-bit weights; compiling takes longer and wants calibration data",
     roles={
         "fprop.w": Role(format="int4[1x32]*f32+zp", rounding="compensated", clipping="mse"),
         "conv.w": _INT8_ROWS,
@@ -98,6 +111,8 @@ INT4_G32_COMPENSATED = Recipe(
 INT4_INT8 = Recipe(
     name="int4-int8",
     description="W4A8: weights in INT4 and activations in INT8 at run time, blocks of 128",
+    source="Lin et al., QServe, 2024, arXiv:2405.04532, for the bits",
+    when="integer products for certain, where int4 leaves that to the backend",
     roles={
         "fprop.w": Role(format="int4[1x128]*f32+zp"),
         "fprop.x": Role(format="int8[1x128]*f32"),
@@ -109,6 +124,8 @@ INT4_INT8 = Recipe(
 INT4_INT8_TOKEN = Recipe(
     name="int4-int8-token",
     description="W4A8: weights in INT4, blocks of 128; activations in INT8 per token at run time",
+    source="Lin et al., QServe, 2024, arXiv:2405.04532, for the bits",
+    when="as int4-int8, for kernels that take one scale a token",
     roles={
         "fprop.w": Role(format="int4[1x128]*f32+zp"),
         "fprop.x": _INT8_ROWS,
@@ -121,6 +138,8 @@ _INT4_ROWS = Role(format="int4[row]*f32", clipping="mse")
 INT4_INT4 = Recipe(
     name="int4-int4",
     description="W4A4: weights per output channel, activations per token at run time, both INT4",
+    source="Ashkboos et al., QuaRot, 2024, arXiv:2404.00456, for the bits",
+    when="a target for methods: with rotate or recipe='auto', never by itself",
     roles={
         "fprop.w": _INT4_ROWS,
         "fprop.x": Role(format="int4[row]*f32"),
@@ -131,6 +150,8 @@ INT4_INT4 = Recipe(
 INT4_INT4_STATIC = Recipe(
     name="int4-int4-static",
     description="W4A4: weights per output channel, activations per tensor, scales calibrated",
+    source="MergeQuant, arXiv:2503.07654, for the bits",
+    when="a target for merge-quant or recipe='auto', never by itself",
     roles={
         "fprop.w": _INT4_ROWS,
         "fprop.x": Role(format="int4[tensor]*f32", scaling="static"),
@@ -142,6 +163,8 @@ INT4_INT4_STATIC = Recipe(
 INT4_FP8 = Recipe(
     name="int4-fp8",
     description="INT4 weights in blocks of 128 with E4M3 scales, E4M3 activations per token",
+    source="FireQ, arXiv:2505.20839",
+    when="devices that multiply FP8: 4-bit weights with FP8 activations",
     roles={
         "fprop.w": Role(format="int4[1x128]*e4m3*f32", clipping="mse"),
         "fprop.x": _FP8_ROWS,
@@ -153,6 +176,8 @@ INT4_FP8 = Recipe(
 FP8 = Recipe(
     name="fp8",
     description="E4M3 weights per output channel and activations per token at run time",
+    source="Micikevicius et al., 2022, arXiv:2209.05433, for E4M3",
+    when="devices that multiply FP8; on a CPU for its size alone",
     roles={
         "fprop.w": _FP8_ROWS,
         "fprop.x": _FP8_ROWS,
@@ -163,12 +188,14 @@ FP8 = Recipe(
 FP8_WEIGHT = Recipe(
     name="fp8-weight",
     description="E4M3 weights per output channel, activations as they were",
+    source="Micikevicius et al., 2022, arXiv:2209.05433, for E4M3",
+    when="8-bit weights whose sizes differ within a row",
     roles={"fprop.w": _FP8_ROWS, "conv.w": _FP8_ROWS, "embedding": _FP8_ROWS},
 )
 
 
 def _block(name: str, long_name: str, embedding: Role, clipping: Clipping = "amax",
-           rule: str = "") -> tuple[Recipe, Recipe]:
+           rule: str = "", *, source: str, when: str) -> tuple[Recipe, Recipe]:
     """A block format for weights and activations, and its weight-only form."""
     weight_only = {
         "fprop.w": Role(format=name + rule, clipping=clipping),
@@ -179,26 +206,44 @@ def _block(name: str, long_name: str, embedding: Role, clipping: Clipping = "ama
         Recipe(
             name=name,
             description=f"{long_name} weights, and activations at run time",
+            source=source,
+            when=when,
             roles={**weight_only, "fprop.x": Role(format=name + rule)},
         ),
         Recipe(
             name=f"{name}-weight",
             description=f"{long_name} weights, activations as they were",
+            source=source,
+            when=f"a smaller file with the weights of {name}; activations lose nothing",
             roles=weight_only,
         ),
     )
 
 
-MXFP8, MXFP8_WEIGHT = _block("mxfp8", "MXFP8", Role(format="mxfp8"))
-MXFP6, MXFP6_WEIGHT = _block("mxfp6", "MXFP6 (E2M3)", Role(format="mxfp8"))
+_MX = "Rouhani et al., 2023, arXiv:2310.10537; OCP MX 1.0"
+MXFP8, MXFP8_WEIGHT = _block(
+    "mxfp8", "MXFP8", Role(format="mxfp8"), source=_MX,
+    when="devices with units for MX blocks; outliers cost only their own 32 neighbours")
+MXFP6, MXFP6_WEIGHT = _block(
+    "mxfp6", "MXFP6 (E2M3)", Role(format="mxfp8"), source=_MX,
+    when="nearly the fidelity of mxfp8 for three quarters of its bits")
 # The specification's scale, a power of two below amax, saturates what lies above 6/8 of a block's
 # range; "even" rounds amax as the element would be rounded first.
-MXFP4, MXFP4_WEIGHT = _block("mxfp4", "MXFP4", Role(format="mxfp8"), rule=":even")
-NVFP4, NVFP4_WEIGHT = _block("nvfp4", "NVFP4", _FP8_ROWS, clipping="mse")
+MXFP4, MXFP4_WEIGHT = _block(
+    "mxfp4", "MXFP4", Role(format="mxfp8"), rule=":even", source=_MX,
+    when="four bits throughout: integer kernels on a CPU, block-scaled units on a device; add a "
+         "method, or recipe='auto', where its loss shows")
+NVFP4, NVFP4_WEIGHT = _block(
+    "nvfp4", "NVFP4", _FP8_ROWS, clipping="mse",
+    source="NVIDIA, 2025, arXiv:2509.25149",
+    when="four bits throughout on devices that multiply NVFP4; nearer to float32 than mxfp4, for "
+         "a quarter of a bit a value more")
 
 MXFP8_WEIGHT_COMPENSATED = Recipe(
     name="mxfp8-weight-compensated",
     description="MXFP8 weights, rounded with compensated errors; calibrated",
+    source="Frantar et al., GPTQ, 2022, arXiv:2210.17323",
+    when="the nearest to float32 of the FP8 files; compiling wants calibration data",
     roles={
         "fprop.w": Role(format="mxfp8:rceil", rounding="compensated"),
         "conv.w": _FP8_ROWS,

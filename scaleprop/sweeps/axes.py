@@ -31,7 +31,7 @@ Axes = Mapping[str, Sequence[Any] | Mapping[str, Mapping[str, Any]]]
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Operand))
 _OWN = ("high", "convolutions", "phases", "every")  # fields of a recipe that say what it does
-_SAYS_NOTHING = ("name", "description", "source")
+_SAYS_NOTHING = ("name", "description", "source", "when")
 
 
 @dataclasses.dataclass(frozen=True)
