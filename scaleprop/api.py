@@ -131,9 +131,18 @@ class CompiledModel:
         metadata = {"recipe": self.recipe.name}
         return exporter.export(self.program, path, external_data, metadata, check)
 
-    def save(self, directory: str | Path) -> Path:
-        """Write ``config.json``, ``graph.json`` and ``*.safetensors`` to ``directory``."""
-        return storage.save(self, Path(directory))
+    def save(self, directory: str | Path, shard_bytes: int = storage.SHARD_BYTES) -> Path:
+        """Write JSON and safetensors files with their checksums to ``directory``, see ``storage``.
+
+        The folder is written beside its destination and takes its place when it is complete; what a
+        killed ``save`` of the same model had finished is not written again. ``shard_bytes``: of one
+        safetensors file, at most.
+
+        Raises:
+            ConfigError: where ``directory`` holds anything but a saved model, or cannot be written.
+            UnsupportedOpError: where the graph holds what JSON cannot name.
+        """
+        return storage.save(self, Path(directory), shard_bytes)
 
 
 def compile(
@@ -222,15 +231,19 @@ def _plan(
     return named_recipe(target), (AUTO,)
 
 
-def load(directory: str | Path, backend: str | None = None) -> CompiledModel:
+def load(
+    directory: str | Path, backend: str | None = None, *, verify: bool = True
+) -> CompiledModel:
     """The model that ``CompiledModel.save`` wrote, lowered to its backend or to another one.
 
-    Reads JSON and safetensors only; nothing is unpickled.
+    Reads JSON and safetensors only; nothing is unpickled. Parameters are pages of the files, read
+    when they are first used. ``verify``: compare all of them with their checksums before that.
 
     Raises:
-        ConfigError: where the directory is not a saved model, or was written by another version.
+        ConfigError: where the directory is not a saved model, was written by another version, or
+            is damaged: the message names the file and the tensor.
     """
-    saved = storage.load(Path(directory))
+    saved = storage.load(Path(directory), verify)
     name = backend or saved.backend
     return CompiledModel(
         program=saved.program, recipe=saved.recipe, backend=name,

@@ -111,7 +111,7 @@ def test_saved_models_load_without_pickle_and_compute_the_same(
     compiled = scaleprop.compile(model, inputs(), recipe="mxfp4", backend=backend)
     compiled.save(tmp_path / "saved")
     assert sorted(path.suffix for path in (tmp_path / "saved").iterdir()) == [
-        ".json", ".json", ".safetensors", ".safetensors"]
+        ".json", ".json", ".json", ".safetensors", ".safetensors"]
     loaded = scaleprop.load(tmp_path / "saved")
     assert loaded.recipe == compiled.recipe and loaded.backend == backend
     assert loaded.report.to_dict() == compiled.report.to_dict()
@@ -130,15 +130,16 @@ def test_damaged_and_foreign_folders_are_refused(model: torch.nn.Module, tmp_pat
     compiled = scaleprop.load(folder)
     with pytest.raises(ConfigError, match="not a saved model"):
         compiled.save(tmp_path / "mine")
-    config = json.loads((folder / "config.json").read_text())
+    text = (folder / "config.json").read_text()
+    config = json.loads(text)
     for version in (1, 99):
         (folder / "config.json").write_text(json.dumps({**config, "format_version": version}))
         with pytest.raises(ConfigError, match=rf"another version .*{version}, .*compile and save"):
             scaleprop.load(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = (folder / "tensors.safetensors").read_bytes()
-    (folder / "tensors.safetensors").write_bytes(tensors[: len(tensors) // 2])
-    with pytest.raises(ConfigError, match=r"tensors\.safetensors"):
+    (folder / "config.json").write_text(text)
+    tensors = (folder / "tensors-00001.safetensors").read_bytes()
+    (folder / "tensors-00001.safetensors").write_bytes(tensors[: len(tensors) // 2])
+    with pytest.raises(ConfigError, match=r"tensors-00001\.safetensors"):
         scaleprop.load(folder)
 
 
@@ -151,7 +152,7 @@ def test_an_interrupted_save_leaves_the_old_one(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scaleprop.storage._write_tensors", interrupt)
+    monkeypatch.setattr("scaleprop.storage.tensorfile.write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         compiled.save(tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]

@@ -1,17 +1,22 @@
-"""Saved models: ``config.json``, ``graph.json``, ``tensors.safetensors``, ``example.safetensors``.
+"""Saved models, format 3: folders of JSON and safetensors; nothing is pickled.
 
-Nothing is pickled. A directory is written under a temporary name and renamed when complete; an
-older version is renamed aside first and deleted last, so a crash leaves a complete one.
+    config.json                recipe, signature, dimensions, records, notes, tied names
+    graph.json                 the nodes in order, see ``graph_json``
+    tensors-00001.safetensors  parameters and buffers, in shards of at most ``shard_bytes`` (a
+                               larger tensor has one of its own)
+    example.safetensors        the example inputs, and the unquantized model's outputs on them
+    manifest.json              SHA-256 of the JSON files, of each shard's header and of each tensor
+
+Tensors are written one at a time. The folder is filled beside its destination, flushed to the disk
+and takes its place in one rename; a killed save goes on with the shards that it had finished.
+Format 2, which has one ``tensors.safetensors`` and no manifest, is read as well.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,19 +25,24 @@ import torch
 import torch.fx
 from torch.utils import _pytree as pytree
 
+from scaleprop import durable
 from scaleprop import ops as _ops  # registers scaleprop::*, which saved graphs name
-from scaleprop.errors import BackendUnavailable, ConfigError
-from scaleprop.extras import install_command
+from scaleprop.errors import ConfigError
 from scaleprop.graph_json import graph_from_json, graph_to_json
 from scaleprop.passes.base import Program
 from scaleprop.passes.values import propagate_values
 from scaleprop.recipes import Recipe
 from scaleprop.report.records import TensorRecord, transforms_from, trials_from
+from scaleprop.storage import tensorfile
+from scaleprop.storage.reading import Folder
+from scaleprop.storage.writing import EXAMPLES, fill, shards
 
 if TYPE_CHECKING:
     from scaleprop.api import CompiledModel
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+SHARD_BYTES = 1 << 29
+_READ = (2, 3)
 
 del _ops
 
@@ -48,18 +58,34 @@ class SavedModel:
     nbytes_before: int
 
 
-def save(compiled: CompiledModel, directory: Path) -> Path:
+def save(compiled: CompiledModel, directory: Path, shard_bytes: int = SHARD_BYTES) -> Path:
     """Write ``compiled`` to ``directory``, which must not exist or be a saved model.
 
     Raises:
-        ConfigError: where the directory holds something else or cannot be written.
+        ConfigError: where the directory holds something else or cannot be written, or
+            ``shard_bytes`` is no positive number.
         UnsupportedOpError: where the graph holds what JSON cannot name.
     """
+    check_replaceable(directory)
+    if shard_bytes < 1:
+        raise ConfigError(f"shard_bytes={shard_bytes}: a shard has at least 1 byte")
     program = compiled.program
-    if not _replaceable(directory):
-        raise ConfigError(f"{directory} exists and is not a saved model; choose another path")
-    leaves = program.example_leaves
-    config = {
+    tensors, aliases = _unique({**dict(program.module.named_parameters()),
+                                **dict(program.module.named_buffers())})
+    texts = {"config.json": json.dumps(_config(compiled, aliases), indent=1),
+             "graph.json": json.dumps(graph_to_json(program.module.graph))}
+    examples = _indexed("example", program.example_leaves) | _indexed("baseline", compiled.baseline)
+    files = {**shards(tensors, shard_bytes), EXAMPLES: examples}
+    make_parents(directory)
+    with durable.scratch(directory, "saving") as folder:
+        fill(folder, FORMAT_VERSION, texts, files)
+        durable.install(folder, directory)
+    return directory
+
+
+def _config(compiled: CompiledModel, aliases: Mapping[str, str]) -> dict[str, Any]:
+    program = compiled.program
+    return {
         "format_version": FORMAT_VERSION,
         "backend": compiled.backend,
         "recipe": compiled.recipe.to_dict(),
@@ -75,30 +101,34 @@ def save(compiled: CompiledModel, directory: Path) -> Path:
         "records": [dataclasses.asdict(record) for record in program.records],
         "transforms": [dataclasses.asdict(record) for record in program.transforms],
         "trials": [dataclasses.asdict(trial) for trial in program.trials],
-        "example": [None if isinstance(leaf, torch.Tensor) else {"constant": leaf}
-                    for leaf in leaves],
-        "baseline": [None if isinstance(leaf, torch.Tensor) else {"constant": leaf}
-                     for leaf in compiled.baseline],
+        "example": [_constant(leaf) for leaf in program.example_leaves],
+        "baseline": [_constant(leaf) for leaf in compiled.baseline],
+        "aliases": dict(aliases),
     }
-    tensors, aliases = _unique({**dict(program.module.named_parameters()),
-                                **dict(program.module.named_buffers())})
-    config["aliases"] = aliases
+
+
+def _constant(leaf: Any) -> dict[str, Any] | None:
+    return None if isinstance(leaf, torch.Tensor) else {"constant": leaf}
+
+
+def make_parents(directory: Path) -> None:
+    """Make the folder that ``directory`` is to be in.
+
+    Raises:
+        ConfigError: where it cannot be made, or nothing can be written to it.
+    """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     except OSError as error:
         raise ConfigError(f"cannot write {directory}: {error}") from error
-    try:
-        graph = graph_to_json(program.module.graph)
-        (scratch / "graph.json").write_text(json.dumps(graph))
-        (scratch / "config.json").write_text(json.dumps(config, indent=1))
-        _write_tensors(scratch / "tensors.safetensors", tensors)
-        _write_tensors(scratch / "example.safetensors", _indexed("example", leaves)
-                       | _indexed("baseline", compiled.baseline))
-        _install(scratch, directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return directory
+    if not os.access(directory.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write {directory}: nothing can be made in {directory.parent}")
+
+
+def check_replaceable(directory: Path) -> None:
+    """Raise ``ConfigError`` where something is lost but a model that ``save`` wrote."""
+    if not _replaceable(directory):
+        raise ConfigError(f"{directory} exists and is not a saved model; choose another path")
 
 
 def _replaceable(directory: Path) -> bool:
@@ -120,52 +150,51 @@ def _replaceable(directory: Path) -> bool:
             and (directory / "graph.json").is_file())
 
 
-def _install(scratch: Path, directory: Path) -> None:
-    """Rename ``scratch`` to ``directory``; what was there is kept aside until that is done."""
-    if not directory.exists():
-        os.replace(scratch, directory)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-    os.replace(directory, aside)  # onto an empty folder
-    try:
-        os.replace(scratch, directory)
-    except BaseException:
-        os.replace(aside, directory)
-        raise
-    shutil.rmtree(aside)
+def load(directory: Path, verify: bool = True) -> SavedModel:
+    """Read what ``save`` wrote. Tensors are the files' own pages, read when they are touched.
 
-
-def load(directory: Path) -> SavedModel:
-    """Read what ``save`` wrote.
+    verify: compare every file and tensor with its SHA-256 first, which reads all of them.
 
     Raises:
-        ConfigError: where a file is missing, damaged, or of another version.
+        ConfigError: where a file is missing, damaged (naming it, and the tensor), or of another
+            version.
     """
-    try:
-        config = json.loads((directory / "config.json").read_text())
-        nodes = json.loads((directory / "graph.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{directory} is not a saved model: {error}") from error
+    config = _json(directory, "config.json")
     if not isinstance(config, dict):
         raise ConfigError(f"{directory} is not a saved model: its config.json holds no object")
-    if config.get("format_version") != FORMAT_VERSION:
+    if config.get("format_version") not in _READ:
         raise ConfigError(
             f"{directory} was saved by another version of scaleprop: its format_version is "
-            f"{config.get('format_version')!r}, this one reads {FORMAT_VERSION}; compile and save "
-            f"again"
+            f"{config.get('format_version')!r}, this one reads {' and '.join(map(str, _READ))}; "
+            "compile and save again"
         )
+    if config["format_version"] == FORMAT_VERSION:
+        folder = Folder(directory, verify)
+        tensors, examples = folder.tensors(), folder.examples()
+    else:
+        tensors, examples = (tensorfile.mapped(directory / f"{name}.safetensors")
+                             for name in ("tensors", "example"))
+    nodes = _json(directory, "graph.json")
     try:
-        return _restored(directory, config, nodes)
+        return _restored(config, nodes, tensors, examples)
     except ConfigError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{directory} is damaged: {type(error).__name__}: {error}") from error
 
 
-def _restored(directory: Path, config: dict[str, Any], nodes: Any) -> SavedModel:
-    tensors = _read_tensors(directory / "tensors.safetensors")
+def _json(directory: Path, name: str) -> Any:
+    try:
+        return json.loads((directory / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{directory} is not a saved model: {error}") from error
+
+
+def _restored(
+    config: dict[str, Any], nodes: Any, tensors: dict[str, torch.Tensor],
+    stored: Mapping[str, torch.Tensor],
+) -> SavedModel:
     tensors |= {name: tensors[first] for name, first in config["aliases"].items()}
-    stored = _read_tensors(directory / "example.safetensors")
     in_spec, out_spec = (_spec(config[key]) for key in ("in_spec", "out_spec"))
     args, kwargs = pytree.tree_unflatten(_leaves("example", config, stored), in_spec)
     axes = {name: {int(axis): dim for axis, dim in sizes.items()}
@@ -236,25 +265,3 @@ def _indexed(kind: str, leaves: Sequence[Any]) -> dict[str, torch.Tensor]:
 def _leaves(kind: str, config: Mapping[str, Any], stored: Mapping[str, torch.Tensor]) -> list[Any]:
     return [stored[f"{kind}.{i}"] if entry is None else entry["constant"]
             for i, entry in enumerate(config[kind])]
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    # clone: safetensors refuses tensors that share memory, as views of one parameter do
-    flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    _safetensors("safetensors.torch").save_file(flat, path)
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return _safetensors("safetensors.torch").load_file(path)
-    except (OSError, _safetensors("safetensors").SafetensorError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def _safetensors(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"saving and loading need safetensors: {install_command('safetensors')}"
-        ) from error
