@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from scaleprop.monitors import Monitor
     from scaleprop.recipes import Recipe, Role
     from scaleprop.report import Report
+    from scaleprop.streaming import compile_from_safetensors
     from scaleprop.sweeps import Sweep, sweep
     from scaleprop.training import prepare_training, scale_report
     from scaleprop.unit_scaling import parameter_groups, unit_scale
@@ -43,6 +44,7 @@ _HOME = {
     "Monitor": "scaleprop.monitors",
     **dict.fromkeys(("Recipe", "Role"), "scaleprop.recipes"),
     "Report": "scaleprop.report",
+    "compile_from_safetensors": "scaleprop.streaming",
     **dict.fromkeys(("Sweep", "sweep"), "scaleprop.sweeps"),
     **dict.fromkeys(("prepare_training", "scale_report"), "scaleprop.training"),
     **dict.fromkeys(("parameter_groups", "unit_scale"), "scaleprop.unit_scaling"),
@@ -62,6 +64,7 @@ __all__ = [
     "adapters",
     "analyze",
     "compile",
+    "compile_from_safetensors",
     "dequantize",
     "fake_quantize",
     "load",

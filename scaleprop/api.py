@@ -76,11 +76,7 @@ class CompiledModel:
             for record in self.program.records
         )
         fidelity = {} if self.fidelity is None else dataclasses.asdict(self.fidelity)
-        return Report(recipe=self.recipe.name, backend=self.backend, records=records,
-                      fidelity=fidelity,
-                      transforms=self.program.transforms, trials=self.program.trials,
-                      nbytes_before=self.nbytes_before, nbytes_after=self.nbytes,
-                      notes=self.program.notes)
+        return dataclasses.replace(report_of(self), records=records, fidelity=fidelity)
 
     def graph_view(self, block: str | None = None, depth: int | None = None) -> Block:
         """A picture of one block, with scales on its edges: ``.save("block.svg")``.
@@ -251,6 +247,15 @@ def load(
         executable=backend_named(name).lower(saved.program),
         baseline=saved.baseline, nbytes_before=saved.nbytes_before,
     )
+
+
+def report_of(model: CompiledModel | storage.SavedModel) -> Report:
+    """What the passes did, before any backend has seen it."""
+    program = model.program
+    return Report(recipe=model.recipe.name, backend=model.backend, records=program.records,
+                  transforms=program.transforms, trials=program.trials,
+                  nbytes_before=model.nbytes_before, nbytes_after=stored_bytes(program.module),
+                  notes=program.notes)
 
 
 def stored_bytes(module: torch.nn.Module) -> int:

@@ -102,7 +102,8 @@ def scratch(target: Path, purpose: str, *, keep: bool = False) -> Generator[Path
         yield folder
         done = True
     finally:
-        if (done or not keep) and _is(folder, handle):  # else it is installed
+        keep = keep and not done and any(folder.iterdir())
+        if not keep and _is(folder, handle):  # else it is installed
             shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
 

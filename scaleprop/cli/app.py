@@ -88,14 +88,17 @@ _inputs = click.option(
 )
 
 
-def _model(command: Command) -> Command:
-    """MODEL, and its inputs."""
+def _data(command: Command) -> Command:
     command = _inputs(command)
-    command = click.option(
+    return click.option(
         "--calibration", metavar="MODULE:FUNCTION",
         help="Returns an iterable of example inputs; or takes the model and runs it.",
     )(command)
-    return click.argument("model", metavar="MODEL")(command)
+
+
+def _model(command: Command) -> Command:
+    """MODEL, and its inputs."""
+    return click.argument("model", metavar="MODEL")(_data(command))
 
 
 def _one_recipe(command: Command) -> Command:
@@ -171,16 +174,36 @@ def _finish(report: Any, files: Sequence[Path], report_path: Path | None, emit: 
 
 
 @app.command("compile")
-@_model
+@click.argument("model", metavar="[MODEL]", required=False)
+@_data
 @_one_recipe
 @_decisions
+@click.option("--from-safetensors", "source", metavar="DIR",
+              type=click.Path(path_type=Path, exists=True, file_okay=False),
+              help="Parameters come from these files, a layer at a time: for models larger than "
+                   "memory. MODEL makes the module; without it, DIR's config.json does.")
+@click.option("--ignore", multiple=True, metavar="PATTERN",
+              help="Tensors that DIR may have and the model has not; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path),
               help="A folder for scaleprop.load, or a .onnx file.")
 @_report
 @_common
-def compile_command(out: Path | None, report: Path | None, emit: Any, **options: Any) -> None:
+def compile_command(
+    source: Path | None, ignore: tuple[str, ...], out: Path | None, report: Path | None, emit: Any,
+    **options: Any,
+) -> None:
     """Compile MODEL, and report on every tensor."""
     _check_suffix(report)
+    if source is not None:
+        from scaleprop.cli.streaming import compile_from_files
+
+        options["calibration"] = _calibration(options["calibration"])
+        found = compile_from_files(source, out, ignore=ignore, **options)
+        _finish(found, [] if out is None else [out], report, emit)
+        return
+    if options["model"] is None or ignore:
+        raise click.UsageError("--ignore goes with --from-safetensors" if ignore
+                               else "MODEL is missing; or pass --from-safetensors DIR")
     compiled = _compile(**options)
     files: list[Path] = []
     if out is not None:
@@ -370,6 +393,7 @@ def recipes_command(name: str | None, training: bool, emit: Any) -> None:
     if emit:
         emit({"recipes": rows})
         return
+    from scaleprop.cli.listing import role_text
     from scaleprop.cli.output import print_table
 
     if training:

@@ -170,3 +170,26 @@ def rules_markdown(rows: Sequence[dict[str, Any]], model: str | None = None) -> 
         columns, table = rule_table([{**row, "family": ""} for row in group])
         sections += [f"## {family}\n", markdown_table(columns, table, _CODE)]
     return "\n".join(sections)
+
+
+def operand_text(operand: dict[str, Any] | None) -> str:
+    """Format, and what is not as it is by default."""
+    if operand is None:
+        return "–"
+    more = [operand["rounding"] if operand["rounding"] != "nearest" else "",
+            f"rotated {operand['hadamard']}" if operand["hadamard"] else "",
+            operand["scaling"] if operand["scaling"] != "current" else "",
+            f"×{operand['prescale']:g}" if operand["prescale"] != 1.0 else "",
+            "of fprop's" if operand["of"] == "quantized" else "",
+            operand["estimator"] if operand["estimator"] != "ste" else ""]
+    return ", ".join([operand["format"], *filter(None, more)])
+
+
+def role_text(role: dict[str, Any] | None) -> str:
+    """Format, and what is not as it is by default; ``high`` without one."""
+    if role is None:
+        return "high"
+    extras = [value for key, usual in (("scaling", "dynamic"), ("clipping", "amax"),
+                                       ("rounding", "nearest"))
+              if (value := role[key]) != usual]
+    return " ".join([role["format"], *extras])

@@ -84,6 +84,7 @@ class AssignFormats(Pass):
 
     name: ClassVar[str] = "assign-formats"
     preserves_function: ClassVar[bool] = True
+    one_by_one: ClassVar[bool] = True
 
     def run(self, program: Program) -> PassResult:
         """The same graph with decisions in ``node.meta`` and records of what stays high."""

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from scaleprop.calibration.statistics import TensorStatistics
 from scaleprop.errors import PostconditionError
+from scaleprop.passes.shelf import Shelf
 from scaleprop.recipes.base import TOLERANCE
 from scaleprop.report.records import TensorRecord, TransformRecord, TrialRecord
 
@@ -56,6 +57,7 @@ class Program:
     is_assigned: whether formats have been assigned, be it to nothing.
     tolerance: the largest error a backend may add to a product, relative to its largest value.
     notes: what a reader should know of capture and passes: dimensions that were fixed, say.
+    shelf: where passes leave what they make of parameters; None: in memory.
     """
 
     module: torch.fx.GraphModule
@@ -73,6 +75,7 @@ class Program:
     is_assigned: bool = False
     tolerance: float = TOLERANCE
     notes: tuple[str, ...] = ()
+    shelf: Shelf | None = None
 
     def fork(self) -> Program:
         """A program with its own graph and the same tensors."""
@@ -118,6 +121,7 @@ class Pass(abc.ABC):
     name: ClassVar[str]
     preserves_function: ClassVar[bool] = False
     rewrites_parameters: ClassVar[bool] = False  # so it is verified on parameters in float64
+    one_by_one: ClassVar[bool] = False  # it needs no two whole parameters in memory at once
 
     def requires(self, program: Program) -> None:  # noqa: B027 (most passes take any program)
         """Raise ``PreconditionError`` where ``program`` is not something this pass can take."""

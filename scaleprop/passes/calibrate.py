@@ -51,6 +51,7 @@ class Calibrate(Pass):
 
     name: ClassVar[str] = "calibrate"
     preserves_function: ClassVar[bool] = True
+    one_by_one: ClassVar[bool] = True
 
     def run(self, program: Program) -> PassResult:
         """The same graph, with ``statistics``."""

@@ -37,6 +37,7 @@ class CleanUp(Pass):
 
     name: ClassVar[str] = "clean-up"
     preserves_function: ClassVar[bool] = True
+    one_by_one: ClassVar[bool] = True
 
     def run(self, program: Program) -> PassResult:
         """The same function with fewer nodes."""

@@ -20,6 +20,7 @@ class Finish(Pass):
 
     name: ClassVar[str] = "finish"
     preserves_function: ClassVar[bool] = True
+    one_by_one: ClassVar[bool] = True
 
     def run(self, program: Program) -> PassResult:
         """The program as backends take it."""

@@ -32,6 +32,7 @@ class QuantizeActivations(Pass):
     """Insert the quantization of every assigned activation."""
 
     name: ClassVar[str] = "quantize-activations"
+    one_by_one: ClassVar[bool] = True
 
     def requires(self, program: Program) -> None:
         """Weights come first: they make the operators that take quantized activations."""

@@ -44,6 +44,7 @@ from scaleprop.report.records import TensorRecord
 logger = logging.getLogger(__name__)
 
 aten = torch.ops.aten
+VERSION = 1  # of what weights become; what an older one left on a shelf is made anew
 _CHUNK = 1 << 18  # elements quantized at a time
 _PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -65,6 +66,7 @@ class QuantizeWeights(Pass):
     seed: int = 0
 
     name: ClassVar[str] = "quantize-weights"
+    one_by_one: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Raise ``ConfigError`` for a damping that is no number from 0."""
@@ -119,7 +121,7 @@ class _Weights:
         self.rewriter = rewriter
         self.options = options
         self.records: list[TensorRecord] = []
-        self._stored: dict[Any, tuple[list[torch.fx.Node], ScaledTensor, dict[str, Any]]] = {}
+        self._stored: dict[Any, tuple[list[torch.fx.Node], int, dict[str, Any]]] = {}
         self._generator = torch.Generator().manual_seed(options.seed)
         self._moments: dict[Any, torch.Tensor] = {}
         self.compensated = self.solved = 0
@@ -238,26 +240,47 @@ class _Weights:
         fmt = parse(role.format)
         key = self._key(node, w, role)
         if key not in self._stored:
-            tensor = self.rewriter.tensor(w)
-            if tensor is None:
-                raise PreconditionError(f"{describe(node)}: its weight is no parameter any more")
-            matrix = tensor.detach().reshape(tensor.shape[0], -1)
-            if (solved := solved_of(node)) is not None:
-                scaled = self._as_solved(node, matrix, fmt, solved)
-            elif role.rounding == "compensated":
-                scaled = self._compensate(node, matrix, fmt, role, key)
-            else:
-                scaled = self._quantize(matrix, fmt, role)
+            tensors, errors = self._shelved(node, w, role, key)
             names = _part_names(fmt)
-            how = "solved" if solved is not None else f"rounding {role.rounding}"
+            how = "solved" if solved_of(node) is not None else f"rounding {role.rounding}"
             why = f"{w.target} in {fmt}, {how}"
             parts = [
                 self.rewriter.constant(part, f"{w.target}_{part_name}", at=node, why=why)
-                for part, part_name in zip(scaled.parts, names, strict=True)
+                for part, part_name in zip(tensors, names, strict=True)
             ]
-            self._stored[key] = (parts, scaled, weight_error(matrix, scaled))
+            self._stored[key] = (parts, sum(part.nbytes for part in tensors), errors)
             logger.debug("%s: %s", w.target, fmt)
         return self._stored[key][0], str(fmt)
+
+    def _shelved(
+        self, node: torch.fx.Node, w: torch.fx.Node, role: Role, key: Any
+    ) -> tuple[list[torch.Tensor], dict[str, float]]:
+        """The stored parts and their errors; from the program's shelf where it has them."""
+        tensor, shelf = self.rewriter.tensor(w), self.rewriter.program.shelf
+        if tensor is None:
+            raise PreconditionError(f"{describe(node)}: its weight is no parameter any more")
+        if shelf is None or role.rounding != "nearest" or solved_of(node) is not None:
+            return self._made(node, tensor, role, key)
+        clipping = self.options.clipping or role.clipping
+        how = f"{parse(role.format).long_name} {clipping} {VERSION}"
+        found = shelf.find(tensor, how)
+        if found is None:
+            parts, errors = self._made(node, tensor, role, key)
+            found = shelf.keep(tensor, how, parts, errors), errors
+        return found
+
+    def _made(
+        self, node: torch.fx.Node, tensor: torch.Tensor, role: Role, key: Any
+    ) -> tuple[list[torch.Tensor], dict[str, float]]:
+        """The stored parts that a weight becomes, and their errors."""
+        matrix, fmt = tensor.detach().reshape(tensor.shape[0], -1), parse(role.format)
+        if (solved := solved_of(node)) is not None:
+            scaled = self._as_solved(node, matrix, fmt, solved)
+        elif role.rounding == "compensated":
+            scaled = self._compensate(node, matrix, fmt, role, key)
+        else:
+            scaled = self._quantize(matrix, fmt, role)
+        return scaled.parts, weight_error(matrix, scaled)
 
     def _key(self, node: torch.fx.Node, w: torch.fx.Node, role: Role) -> Any:
         tensor = self.rewriter.tensor(w)
@@ -310,7 +333,7 @@ class _Weights:
     ) -> None:
         if role is None:
             return
-        _, scaled, errors = self._stored[self._key(original, w, role)]
+        _, nbytes, errors = self._stored[self._key(original, w, role)]
         value = w.meta["val"]
         self.records.append(
             TensorRecord(
@@ -322,7 +345,7 @@ class _Weights:
                 decided_by=self.options.name,
                 format=str(parse(role.format)),
                 scale_kind="weight",
-                nbytes=scaled.nbytes,
+                nbytes=nbytes,
                 nbytes_high=value.numel() * value.element_size(),
                 source=source_line(original),
                 **errors,

@@ -60,7 +60,8 @@ class Rewriter:
         owner = _submodule(self.module, path)
         while hasattr(owner, leaf):
             leaf += "_"
-        owner.register_buffer(leaf, tensor)
+        shelf = self.program.shelf
+        owner.register_buffer(leaf, tensor if shelf is None else shelf.put(tensor))
         with self.graph.inserting_before(at):
             node = self.graph.get_attr(f"{path}.{leaf}" if path else leaf)
         self._describe(node, at, why)

@@ -49,7 +49,7 @@ del _ops
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SavedModel:
-    """What a saved directory holds, before it is lowered."""
+    """What a saved directory holds: a compiled model that no backend has seen."""
 
     program: Program
     recipe: Recipe
@@ -58,7 +58,9 @@ class SavedModel:
     nbytes_before: int
 
 
-def save(compiled: CompiledModel, directory: Path, shard_bytes: int = SHARD_BYTES) -> Path:
+def save(
+    compiled: CompiledModel | SavedModel, directory: Path, shard_bytes: int = SHARD_BYTES
+) -> Path:
     """Write ``compiled`` to ``directory``, which must not exist or be a saved model.
 
     Raises:
@@ -83,7 +85,7 @@ def save(compiled: CompiledModel, directory: Path, shard_bytes: int = SHARD_BYTE
     return directory
 
 
-def _config(compiled: CompiledModel, aliases: Mapping[str, str]) -> dict[str, Any]:
+def _config(compiled: CompiledModel | SavedModel, aliases: Mapping[str, str]) -> dict[str, Any]:
     program = compiled.program
     return {
         "format_version": FORMAT_VERSION,

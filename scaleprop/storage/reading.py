@@ -72,11 +72,8 @@ class Folder:
         path = self.path / name
         header, digests = self._shards[name]
         tensors = tensorfile.mapped(path)
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(0)
-            if hashlib.sha256(file.read(8 + length)).hexdigest() != header:
-                raise ConfigError(f"{path} is damaged in its header. {_REMEDY}")
+        if hashlib.sha256(tensorfile.header_bytes(path)).hexdigest() != header:
+            raise ConfigError(f"{path} is damaged in its header. {_REMEDY}")
         if tensors.keys() != digests.keys():
             raise ConfigError(f"{path} has other tensors than {MANIFEST} says. {_REMEDY}")
         for tensor in digests if self._verify else ():

@@ -30,11 +30,13 @@ class StoredTensor(torch.Tensor):
     """Bytes ``start`` and on of a file, as a contiguous tensor of ``dtype`` and ``shape``.
 
     Any operator gets its values, read anew. Two that are one tensor (tied weights) are the same
-    object; ``data_ptr`` tells others apart.
+    object; ``data_ptr`` tells others apart. identity: tells its values from others', also in
+    another process.
     """
 
     path: Path
     start: int
+    identity: str
 
     @staticmethod
     def __new__(
@@ -43,7 +45,7 @@ class StoredTensor(torch.Tensor):
         """Nothing is read yet."""
         made: StoredTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
             cls, tuple(shape), dtype=dtype, device=torch.device("cpu"))
-        made.path, made.start = path, start
+        made.path, made.start, made.identity = path, start, f"{path.name} {start}"
         return made
 
     def load(self) -> torch.Tensor:

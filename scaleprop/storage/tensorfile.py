@@ -51,6 +51,15 @@ def read_entries(path: Path) -> dict[str, Entry]:
     Raises:
         ConfigError: where the file is missing, cut short, or no safetensors file.
     """
+    return read_header(path)[0]
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """``read_entries``, and the file's metadata.
+
+    Raises:
+        As ``read_entries``.
+    """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -58,6 +67,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
             if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
                 raise ValueError(f"its header would have {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
+        metadata: dict[str, str] = dict(header.get("__metadata__") or {})
         entries = {name: _entry(name, found, 8 + length) for name, found in header.items()
                    if name != "__metadata__"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -67,7 +77,14 @@ def read_entries(path: Path) -> dict[str, Entry]:
     if end != size:
         raise ConfigError(f"{path} has {size} bytes, its header speaks of {end}. Remedy: fetch or "
                           "write it again")
-    return entries
+    return entries, metadata
+
+
+def header_bytes(path: Path) -> bytes:
+    """What comes before the tensors of a safetensors file."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return length + file.read(int.from_bytes(length, "little"))
 
 
 def _entry(name: str, found: Mapping[str, Any], base: int) -> Entry:

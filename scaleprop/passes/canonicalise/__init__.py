@@ -27,6 +27,7 @@ class Canonicalise(Pass):
 
     name: ClassVar[str] = "canonicalise"
     preserves_function: ClassVar[bool] = True
+    one_by_one: ClassVar[bool] = True
 
     def run(self, program: Program) -> PassResult:
         """The same function in canonical operators."""
