@@ -12,9 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scaleprop import adapters, optim, qat
+    from scaleprop import adapters, interchange, optim, qat
     from scaleprop.analysis import analyze
-    from scaleprop.api import CompiledModel, compile, load
+    from scaleprop.api import CompiledModel, compile, from_pretrained, load
     from scaleprop.formats import (
         ElementFormat,
         ScaledFormat,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(("CompiledModel", "compile", "load"), "scaleprop.api"),
+    **dict.fromkeys(("CompiledModel", "compile", "from_pretrained", "load"), "scaleprop.api"),
     "analyze": "scaleprop.analysis",
     **dict.fromkeys(
         ("ElementFormat", "ScaledFormat", "ScaledTensor",
@@ -49,7 +49,7 @@ _HOME = {
     **dict.fromkeys(("prepare_training", "scale_report"), "scaleprop.training"),
     **dict.fromkeys(("parameter_groups", "unit_scale"), "scaleprop.unit_scaling"),
 }
-_MODULES = ("adapters", "optim", "qat")
+_MODULES = ("adapters", "interchange", "optim", "qat")
 
 __all__ = [
     "CompiledModel",
@@ -67,6 +67,8 @@ __all__ = [
     "compile_from_safetensors",
     "dequantize",
     "fake_quantize",
+    "from_pretrained",
+    "interchange",
     "load",
     "optim",
     "parameter_groups",

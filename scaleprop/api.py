@@ -17,7 +17,7 @@ from scaleprop.backends.base import Executable
 from scaleprop.backends.registry import backend_named
 from scaleprop.errors import ConfigError
 from scaleprop.fidelity import Fidelity, compare
-from scaleprop.passes.base import Program
+from scaleprop.passes.base import PassManager, Program
 from scaleprop.passes.capture import capture
 from scaleprop.passes.pipeline import build
 from scaleprop.recipes import Recipe, named_recipe
@@ -140,6 +140,36 @@ class CompiledModel:
         """
         return storage.save(self, Path(directory), shard_bytes)
 
+    def save_pretrained(
+        self, directory: str | Path, like: torch.nn.Module, *, tokenizer: Any = None,
+        max_shard_size: int | str = "5GB", embeddings: bool = False, check: bool = True,
+    ) -> Path:
+        """Write a folder for ``transformers`` and vLLM: weights as compressed-tensors.
+
+        Codes and scales are this model's, bit for bit; so are parameters that transforms changed.
+
+        Args:
+            directory: new, empty, or one that this wrote; it is complete or not there.
+            like: the transformers model that was compiled. Its configuration, and parameters that
+                the graph does not read, are written along.
+            tokenizer: anything with ``save_pretrained``; else the tokenizer's files of the folder
+                that ``like`` was loaded from are copied.
+            max_shard_size: bytes of a safetensors file, or text such as ``"5GB"``.
+            embeddings: write embeddings in codes, too, which ``transformers`` takes; else decoded.
+            check: compare ``like`` with the written parameters to this model on the example inputs,
+                activations unquantized.
+
+        Raises:
+            ConfigError: where something does not fit (naming the tensor, and what does not), or
+                ``like`` is another model, or the directory holds something else.
+            BackendUnavailable: where transformers or safetensors is missing.
+        """
+        from scaleprop.interchange import writing
+
+        return writing.save_pretrained(
+            self, Path(directory), like, tokenizer=tokenizer, max_shard_size=max_shard_size,
+            embeddings=embeddings, check=check)
+
 
 def compile(
     model: torch.nn.Module | ExportedProgram,
@@ -188,13 +218,20 @@ def compile(
     """
     args, kwargs = split_example(example_inputs)
     plan, chosen = _plan(recipe, target)
-    lowering = backend_named(backend)  # a misspelt backend must not cost a capture
+    backend_named(backend)  # a misspelt backend must not cost a capture
     captured = capture(model, args, kwargs, dynamic_shapes)
     Signature.of(captured).flatten(args, kwargs)  # tracing may have chosen other sizes
-    with torch.no_grad():
-        output = captured.module(*captured.example_args, **captured.example_kwargs)
     manager = build(plan, exclude=exclude, include=include, calibration=calibration,
                     extra=[*passes, *chosen], verify=verify, progress=progress)
+    return _compiled(captured, manager, plan, backend, verify)
+
+
+def _compiled(
+    captured: Program, manager: PassManager, plan: Recipe, backend: str, verify: bool
+) -> CompiledModel:
+    """A captured model, through the passes, lowered."""
+    with torch.no_grad():
+        output = captured.module(*captured.example_args, **captured.example_kwargs)
     nbytes_before = stored_bytes(captured.module)
     program = manager.run(captured)
     compiled = CompiledModel(
@@ -202,7 +239,7 @@ def compile(
         recipe=plan,
         backend=backend,
         signature=Signature.of(program),
-        executable=lowering.lower(program),
+        executable=backend_named(backend).lower(program),
         baseline=tuple(pytree.tree_leaves(output)),
         nbytes_before=nbytes_before,
     )
@@ -210,6 +247,41 @@ def compile(
         compiled = dataclasses.replace(compiled, fidelity=compiled.verify())
         logger.info("%s: %s", backend, compiled.fidelity)
     return compiled
+
+
+def from_pretrained(
+    directory: str | Path, example_inputs: Any, backend: str = "onnxruntime", *,
+    dynamic_shapes: Any = None, verify: bool = False,
+) -> CompiledModel:
+    """A quantized checkpoint of ``transformers`` as a scaled graph, in its own codes and scales.
+
+    Reads compressed-tensors, GPTQ and AWQ (``quant_method`` in ``config.json``), from JSON and
+    safetensors only; ``transformers`` builds the model. Nothing is rounded again: weights are what
+    the checkpoint holds, bit for bit, and activations are quantized as it says.
+
+    Args:
+        directory: a folder as ``save_pretrained`` writes it.
+        example_inputs, backend, dynamic_shapes, verify: as ``compile`` takes them. ``baseline`` of
+            the result, which ``verify`` compares with, is of the decoded weights.
+
+    Raises:
+        ConfigError: where something is missing, damaged, pickled, or stored in a way that there are
+            no words for, naming it.
+        CaptureError: where ``torch.export`` cannot trace the model.
+        BackendUnavailable: where transformers or safetensors is missing.
+    """
+    from scaleprop.interchange.assigning import AssignStored, OrderStored
+    from scaleprop.interchange.reading import read_checkpoint
+
+    args, kwargs = split_example(example_inputs)
+    backend_named(backend)
+    checkpoint = read_checkpoint(Path(directory))
+    captured = capture(checkpoint.model, args, kwargs, dynamic_shapes)
+    Signature.of(captured).flatten(args, kwargs)
+    stored = checkpoint.weights
+    passes = (OrderStored(weights=stored), AssignStored(recipe=checkpoint.recipe, weights=stored))
+    manager = build(checkpoint.recipe, extra=passes, verify=verify)
+    return _compiled(captured, manager, checkpoint.recipe, backend, verify)
 
 
 def _plan(

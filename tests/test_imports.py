@@ -25,7 +25,7 @@ LAYERS = (
     ("passes", "calibration", "signature"),
     ("backends",),
     ("fidelity", "graph_json", "storage", "analysis", "api", "optim", "qat", "training",
-     "monitors", "unit_scaling", "sweeps", "adapters", "streaming", ""),
+     "monitors", "unit_scaling", "sweeps", "adapters", "interchange", "streaming", ""),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -48,6 +48,8 @@ class Assignment:
 
     extremes: of the activation, that its static scale is made for; None: those that calibration
         saw. A transform of the activation's channels drops them.
+    scales: of the activation, where they are given: the scale (and zero point), or that of the
+        whole tensor where blocks have scales of their own, found at run time.
     """
 
     contraction: Contraction
@@ -55,6 +57,7 @@ class Assignment:
     weight: Role | None
     op: str
     extremes: tuple[float, float] | None = None
+    scales: tuple[float, ...] | None = None
 
     def argument(self, node: torch.fx.Node, role: str) -> Any:
         """The node's argument in ``role`` (activation, weight or bias); None if absent."""
@@ -197,7 +200,8 @@ def _unfit(role: Role, contraction: Contraction, operand: Operand) -> str | None
         return f"{fmt} is not per tensor; a convolution's input needs one scale"
     if contraction.kind == "linear" and kind == "channel":
         return f"{fmt} has a scale per summed index, which cannot leave the sum"
-    if role.scaling == "static" and operand.role == "activation" and kind != "tensor":
+    static = role.scaling == "static" and operand.role == "activation"
+    if static and kind != "tensor" and not fmt.two_level:
         return f"{fmt} cannot be static: only a per-tensor scale is known before run time"
     return None
 

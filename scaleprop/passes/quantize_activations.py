@@ -4,8 +4,9 @@
     conv(x, ŵ, b)         →  conv(fake_quantize(x, format), ŵ, b)
 
 Dynamic scales are found at run time, by the format's own rule, per tensor, token or block. Static
-ones come from calibration and become buffers. Operators that read the same value in the same
-format share one quantization.
+ones come from calibration, or are given, and become buffers; of formats with two levels the scale
+of the whole tensor is static, those of blocks follow the data. Operators that read the same value
+in the same format share one quantization.
 """
 
 from __future__ import annotations
@@ -80,9 +81,10 @@ class _Activations:
         operator = QUANTIZE if is_mm else FAKE_QUANTIZE
         is_static = role.scaling == "static"
         extremes = assignment.extremes if is_static else None
-        key = (x, operator, name, role.rounding, role.scaling, extremes)
+        given = assignment.scales if is_static else None
+        key = (x, operator, name, role.rounding, role.scaling, extremes, given)
         if key not in self._quantized:
-            scales = self._static_scales(node, x, role, extremes) if is_static else None
+            scales = self._static_scales(node, x, role, extremes, given) if is_static else None
             why = f"{node.name} reads {x.name} in {name}, {role.scaling}"
             args = (x, name, -1, role.rounding, None, scales)
             self._quantized[key] = self.rewriter.call(operator, args, at=node, why=why)
@@ -96,19 +98,22 @@ class _Activations:
 
     def _static_scales(
         self, node: torch.fx.Node, x: torch.fx.Node, role: Role,
-        extremes: tuple[float, float] | None,
+        extremes: tuple[float, float] | None, given: tuple[float, ...] | None,
     ) -> list[torch.fx.Node]:  # fmt: skip
-        """Buffers with the scale (and zero point) that the format finds for ``extremes``, or else
-        for the seen range."""
-        key = (x, role.format, extremes)
+        """Buffers with the scale (and zero point) that are given, or that the format finds for
+        ``extremes``, or else for the seen range."""
+        key = (x, role.format, extremes, given)
         if key not in self._scales:
-            how = "a pass chose its range"
-            if extremes is None:
-                statistics = self._statistics(node, x)
-                extremes, how = (statistics.min, statistics.max), "in calibration"
-            _, *parts = quantize(torch.tensor(extremes, dtype=torch.float32), role.format).parts
-            names = ("scale", "zero_point")
-            why = f"{x.name} in [{extremes[0]:.4g}, {extremes[1]:.4g}]: {how}"
+            if given is not None:
+                parts, why = _given(given), f"the scale of {x.name}: given"
+            else:
+                how = "a pass chose its range"
+                if extremes is None:
+                    statistics = self._statistics(node, x)
+                    extremes, how = (statistics.min, statistics.max), "in calibration"
+                parts = _found(extremes, role)
+                why = f"{x.name} in [{extremes[0]:.4g}, {extremes[1]:.4g}]: {how}"
+            names = ("tensor_scale",) if parse(role.format).two_level else ("scale", "zero_point")
             self._scales[key] = [
                 self.rewriter.constant(part, f"{x.name}_{name}", at=node, why=why)
                 for part, name in zip(parts, names, strict=False)
@@ -143,3 +148,15 @@ class _Activations:
             scale_kind=role.scaling,
             source=source_line(node),
         )
+
+
+def _given(scales: tuple[float, ...]) -> list[torch.Tensor]:
+    scale, *zero_point = scales
+    return [torch.tensor(scale, dtype=torch.float32),
+            *(torch.tensor(int(zero), dtype=torch.uint8) for zero in zero_point)]
+
+
+def _found(extremes: tuple[float, float], role: Role) -> list[torch.Tensor]:
+    fmt = parse(role.format)
+    _, *parts = quantize(torch.tensor(extremes, dtype=torch.float32), fmt).parts
+    return parts[1:] if fmt.two_level else parts

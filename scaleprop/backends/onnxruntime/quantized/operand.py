@@ -55,7 +55,8 @@ class Limbs:
 class Quantized:
     """An activation [..., K] and the format it is quantized to (None: it stays float32).
 
-    static: given scales ([scale], [scale, zero point], [scale, tensor scale]); empty if dynamic.
+    static: given scales ([scale], [scale, zero point], [scale, tensor scale], or [tensor scale]
+        alone with block scales from the data); empty if dynamic.
     """
 
     def __init__(self, e: Emitter, x: ir.Value, fmt: ScaledFormat | None, rank: int, size: int,
@@ -131,6 +132,9 @@ class Quantized:
         assert self.format is not None
         if not self.static:
             return scales.find(self.e, self._grouped, self.format, self.rank)
+        if self.format.two_level and len(self.static) == 1:
+            return scales.find(self.e, self._grouped, self.format, self.rank,
+                               self.static[0].float())
         e, first = self.e, self.static[0].float()
         value = e.f32(first.numpy())
         if self.format.two_level:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
+import torch
 
 from scaleprop.backends.onnxruntime.quantized.emit import FLOAT, INT32, UINT8, Emitter
 from scaleprop.backends.onnxruntime.quantized.rounding import fineness, round_scale
@@ -48,14 +49,13 @@ def why_not(fmt: ScaledFormat, given: int) -> str | None:
     """
     if fmt.granularity.kind not in KINDS:
         return "2-D blocks of activations are not supported; use 1-D blocks, such as [1x32]"
-    if given == 0 and fmt.rule not in RULES:
+    found = given == 0 or (fmt.two_level and given == 1)
+    if found and fmt.rule not in RULES:
         return f"scale rule {fmt.rule!r} is not available at run time; use one of {list(RULES)}"
     if given == 0 and fmt.zero_point and fmt.granularity.kind == "channel":
         return "zero points per channel are not found at run time; use [tensor] or [row]"
     if fmt.zero_point and fmt.bits != 8 and fmt.granularity.kind == "block":
         return "zero points of activation blocks are not supported; use a symmetric format"
-    if given and fmt.two_level and given != 2:
-        return "a static tensor scale needs static block scales too; use dynamic scaling"
     return None
 
 
@@ -87,15 +87,19 @@ def grouped_axes(fmt: ScaledFormat, rank: int) -> tuple[Sequence[int] | None, bo
             return [-1], False
 
 
-def find(e: Emitter, grouped: ir.Value, fmt: ScaledFormat, rank: int) -> Scales:
-    """Dynamic scales of ``grouped`` ([..., nb, b] for blocks, else the tensor as it is)."""
+def find(e: Emitter, grouped: ir.Value, fmt: ScaledFormat, rank: int,
+         outer: torch.Tensor | None = None) -> Scales:
+    """Dynamic scales of ``grouped`` ([..., nb, b] for blocks, else the tensor as it is).
+
+    outer: the scale of the whole tensor, where it is given and those of blocks are not.
+    """
     axes, keep = grouped_axes(fmt, rank)
     if fmt.zero_point:
         return _find_affine(e, grouped, fmt, axes, keep)
     blocks = fmt.granularity.kind == "block"
     largest = block_amax(e, grouped) if blocks else amax(e, grouped, axes, keep)
     if fmt.two_level:
-        return _find_two_level(e, largest, fmt)
+        return _find_two_level(e, largest, fmt, outer)
     fine = fineness(fmt.element) if blocks and keeps_infinity(fmt) else 0
     return Scales(one_level(e, largest, fmt, fine), largest=largest, fine=fine)
 
@@ -155,19 +159,28 @@ def _round_scale(e: Emitter, scale: ir.Value, fmt: ScaledFormat,
     return round_scale(e, bounded, fmt.scale)
 
 
-def _find_two_level(e: Emitter, largest: ir.Value, fmt: ScaledFormat) -> Scales:
+def _find_two_level(e: Emitter, largest: ir.Value, fmt: ScaledFormat,
+                    given: torch.Tensor | None) -> Scales:
     """TransformerEngine's order of operations, see ``scaleprop.formats.scales``."""
     item, top = fmt.element, target(fmt)
-    whole = e.reduce("ReduceMax", largest, None)
+    if given is None:
+        whole = e.reduce("ReduceMax", largest, None)
+        bound = top
+    else:  # of other data: scales of blocks may go beyond the target
+        whole = e.f32((given * (top * item.max)).numpy())
+        bound = math.inf
     whole = e("Where", e("Equal", whole, 0.0), top * item.max, whole)
     encode = e("Min", e("Div", top * item.max, whole), FLT_MAX)
-    outer = e("Max", e("Div", whole, top * item.max), 2.0**-128)
-    outer = e("Add", outer, e("Sub", whole, whole))  # NaN, and so is all, where that is not finite
+    if given is None:
+        outer = e("Max", e("Div", whole, top * item.max), 2.0**-128)
+        outer = e("Add", outer, e("Sub", whole, whole))  # NaN, as is all, where that is not finite
+    else:
+        outer = e.f32(given.numpy())
     if fmt.rule in POWER_RULES or not fmt.scale.has_zero:
         scale = _power_scale(e, e("Mul", largest, encode), fmt)
     else:
         per_amax = e("Mul", encode, 1.0 / item.max)
-        scale = _round_scale(e, e("Mul", largest, per_amax), fmt, top)
+        scale = _round_scale(e, e("Mul", largest, per_amax), fmt, bound)
     data = e("Min", e("Reciprocal", e("Mul", scale, e("Reciprocal", encode))), FLT_MAX)
     return Scales(scale, encode=data, outer=outer, largest=largest)
 
