@@ -50,7 +50,8 @@ def app() -> None:
     """Rewrite PyTorch models to low-precision numbers, and see what that did.
 
     MODEL is package.module:factory, where the factory returns a module or
-    (module, example_inputs), or a .pt2 file from torch.export.save.
+    (module, example_inputs), a .pt2 file from torch.export.save, or a folder that
+    save_pretrained of transformers wrote.
     """
 
 
@@ -133,12 +134,12 @@ _report = click.option(
 
 
 def _compile(model: str, inputs: str | None, calibration: str | None, **options: Any) -> Any:
-    """``scaleprop.compile`` on what the arguments name."""
+    """The subject that the arguments name, and ``scaleprop.compile`` of it."""
     from scaleprop.api import compile as compile_model
     from scaleprop.cli.models import load_subject
 
     subject = load_subject(model, inputs)
-    return compile_model(
+    return subject, compile_model(
         subject.model, subject.inputs, calibration=_calibration(calibration),
         progress=sys.stderr.isatty(), **options,
     )
@@ -186,28 +187,45 @@ def _finish(report: Any, files: Sequence[Path], report_path: Path | None, emit: 
               help="Tensors that DIR may have and the model has not; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path),
               help="A folder for scaleprop.load, or a .onnx file.")
+@click.option("--format", "kind", type=click.Choice(["scaleprop", "onnx", "compressed-tensors"]),
+              help="What to write; compressed-tensors: a folder for transformers and vLLM. "
+                   "Default: by the name of --out.")
 @_report
 @_common
+@click.pass_context
 def compile_command(
-    source: Path | None, ignore: tuple[str, ...], out: Path | None, report: Path | None, emit: Any,
-    **options: Any,
+    context: click.Context, source: Path | None, ignore: tuple[str, ...], out: Path | None,
+    kind: str | None, report: Path | None, emit: Any, model: str | None, **options: Any,
 ) -> None:
-    """Compile MODEL, and report on every tensor."""
+    """Compile MODEL, and report on every tensor.
+
+    A folder whose weights are quantized already is taken as it is, without a recipe.
+    """
     _check_suffix(report)
     if source is not None:
         from scaleprop.cli.streaming import compile_from_files
 
+        if kind not in (None, "scaleprop"):
+            raise ConfigError(f"--format {kind} has no use with --from-safetensors, which writes a "
+                              "folder for scaleprop.load. Remedy: leave it out")
         options["calibration"] = _calibration(options["calibration"])
-        found = compile_from_files(source, out, ignore=ignore, **options)
+        found = compile_from_files(source, out, model=model, ignore=ignore, **options)
         _finish(found, [] if out is None else [out], report, emit)
         return
-    if options["model"] is None or ignore:
+    if model is None or ignore:
         raise click.UsageError("--ignore goes with --from-safetensors" if ignore
                                else "MODEL is missing; or pass --from-safetensors DIR")
-    compiled = _compile(**options)
-    files: list[Path] = []
-    if out is not None:
-        files.append(compiled.export(out) if out.suffix == ".onnx" else compiled.save(out))
+    from scaleprop.cli.checkpoints import compile_checkpoint, is_quantized, write
+
+    if kind is not None and out is None:
+        raise ConfigError(f"--format {kind}: say where to, with --out")
+    if is_quantized(model):
+        given = [name for name in options if context.get_parameter_source(name) is
+                 click.core.ParameterSource.COMMANDLINE]  # fmt: skip
+        subject, compiled = compile_checkpoint(model, given, **options)
+    else:
+        subject, compiled = _compile(model, **options)
+    files = [] if out is None else [write(compiled, out, kind, subject)]
     _finish(compiled.report, files, report, emit)
 
 
@@ -223,7 +241,7 @@ def export_command(out: Path, report: Path | None, emit: Any, **options: Any) ->
     _check_suffix(report)
     if out.suffix != ".onnx":
         raise ConfigError(f"--out {str(out)!r}: an export is a .onnx file")
-    compiled = _compile(**options)
+    _, compiled = _compile(**options)
     _finish(compiled.report, [compiled.export(out)], report, emit)
 
 

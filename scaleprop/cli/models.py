@@ -30,14 +30,18 @@ def load_subject(spec: str, inputs: str | None) -> Subject:
 
     Args:
         spec: ``package.module:factory``, where the factory returns a module or
-            ``(module, example_inputs)``; or the path of a ``.pt2`` file that
-            ``torch.export.save`` wrote, which has its example inputs with it.
+            ``(module, example_inputs)``; the path of a ``.pt2`` file that ``torch.export.save``
+            wrote, which has its example inputs with it; or a folder that ``save_pretrained``
+            wrote, whose model's own dummy inputs serve as example.
         inputs: ``package.module:function`` returning example inputs; overrides the factory's.
 
     Raises:
         ConfigError: naming what is missing or of the wrong type.
     """
-    subject = _load_exported(Path(spec)) if spec.endswith(".pt2") else _call_factory(spec)
+    if is_checkpoint(spec):
+        subject = _load_folder(Path(spec))
+    else:
+        subject = _load_exported(Path(spec)) if spec.endswith(".pt2") else _call_factory(spec)
     if inputs is not None:
         return dataclasses.replace(subject, inputs=call(inputs, "inputs"))
     if subject.inputs is None:
@@ -46,6 +50,18 @@ def load_subject(spec: str, inputs: str | None) -> Subject:
             "or pass --inputs package.module:function"
         )
     return subject
+
+
+def is_checkpoint(spec: str) -> bool:
+    """Whether this is a folder of ``save_pretrained``."""
+    return (Path(spec) / "config.json").is_file()
+
+
+def _load_folder(directory: Path) -> Subject:
+    from scaleprop.interchange.reading import read_model
+
+    model: Any = read_model(directory)
+    return Subject(model, getattr(model, "dummy_inputs", None))
 
 
 def _load_exported(path: Path) -> Subject:
@@ -100,7 +116,7 @@ def resolve(spec: str, what: str) -> Callable[..., Any]:
     if not (module_name and colon and name):
         raise ConfigError(
             f"{what} {spec!r}: expected package.module:function"
-            + (" or a .pt2 file" if what == "model" else "")
+            + (", a .pt2 file or a folder with config.json" if what == "model" else "")
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -69,6 +69,19 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(model, _aliases(model, weights), _recipe(method, weights))
 
 
+def read_model(directory: Path) -> nn.Module:
+    """The model of a checkpoint, quantized or not, with its weights as numbers, in eval mode.
+
+    Raises:
+        ConfigError, BackendUnavailable: as ``read_checkpoint``.
+    """
+    if "quantization_config" in _config(directory):
+        return read_checkpoint(directory).model
+    tensors = ShardReader(directory)
+    _, build = _class(directory)
+    return build({name: tensors[name] for name in tensors.names}, set())
+
+
 def decoded(directory: str | Path) -> nn.Module:
     """The model of a quantized checkpoint with its weights as numbers, in eval mode.
 
