@@ -3,11 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 Role = Literal["fprop.x", "fprop.w", "bias", "embedding", "output", "other"]
 ScaleKind = Literal["weight", "static", "dynamic"]
+
+
+def _no_counts() -> dict[int, int]:
+    return {}
+
+
+def _no_figures() -> dict[str, float]:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Values:
+    """What the numbers of a tensor are, in the model's own units.
+
+    count: how many were looked at. amax, rms, mean, and kurtosis (3 for a normal; None where all
+    are the same or there are none): of the finite ones. zeros, nonfinite: shares in [0, 1].
+    exponents: ⌊log2 |x|⌋ → count, of finite values other than 0. scaled: the same of x / scale, by
+    the tensor's own scales in its format; empty where it stayed high. scales: the least and the
+    greatest scale. predicted: RMS by the operators' rules; None where nothing is known of it.
+    """
+
+    count: int
+    amax: float
+    rms: float
+    mean: float
+    kurtosis: float | None = None
+    zeros: float = 0.0
+    nonfinite: float = 0.0
+    exponents: Mapping[int, int] = dataclasses.field(default_factory=_no_counts)
+    scaled: Mapping[int, int] = dataclasses.field(default_factory=_no_counts)
+    scales: tuple[float, float] | None = None
+    predicted: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaleProvenance:
+    """Where the scale of a tensor is from.
+
+    by: the pass that found it, or has the backend find it. statistic: of which numbers, e.g. ``amax
+    of each 1×32 block``. batches: how many calibration batches they were; None where no
+    calibration was used. value: the graph value whose numbers they are. neighbours: values and
+    parameters that carry the same scale, or that a transform moved scales to or from.
+    """
+
+    by: str
+    statistic: str
+    batches: int | None = None
+    value: str = ""
+    neighbours: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,12 +64,14 @@ class TensorRecord:
     """One operand of one operator: what became of it, who decided, and why.
 
     node, op, operand: where it is: graph node, ATen operator, and the operand's place or name.
+    module: dotted path of the module that the operator is in. source: line of the model's source.
     format: name of the scaled format; None where the tensor stayed in high precision.
     scale_kind: how its scale is found: with the weight, calibrated once, or at run time.
     reason: why it stayed high; None where it was quantized.
     sqnr_db: 10·log10(Σx² / Σ(x−x̂)²) in decibels. saturated, underflowed: shares in [0, 1].
     nbytes, nbytes_high: stored bytes in this format, and before.
     lowering: what the backend runs for the operator, e.g. ``MatMulIntegerToFloat u8×s8``.
+    values: what its numbers are. provenance: where its scale is from.
     """
 
     node: str
@@ -39,6 +90,9 @@ class TensorRecord:
     nbytes_high: int | None = None
     source: str = ""
     lowering: str | None = None
+    module: str = ""
+    values: Values | None = None
+    provenance: ScaleProvenance | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +104,9 @@ class TransformRecord:
     readers: the operators to be quantized that read a transformed value.
     runtime: what is left to do at run time, each with its reason; none where it costs nothing.
     refused: why it was not applied; None where it was.
+    before, after: measure → number, of what is read by ``readers`` in the model that was given and
+    in the one that was made, on the example inputs: ``kurtosis``, ``difficulty`` (the root of the
+    sum of squares of the channels' norms), ``sqnr_db`` in the format that reads it.
     """
 
     by: str
@@ -61,6 +118,8 @@ class TransformRecord:
     runtime: tuple[str, ...] = ()
     refused: str | None = None
     source: str = ""
+    before: Mapping[str, float] = dataclasses.field(default_factory=_no_figures)
+    after: Mapping[str, float] = dataclasses.field(default_factory=_no_figures)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,15 +138,18 @@ class TrialRecord:
     chosen: bool = False
 
 
-def transforms_from(items: Iterable[Mapping[str, Any]]) -> tuple[TransformRecord, ...]:
-    """The records that ``dataclasses.asdict`` made plain."""
-    return tuple(TransformRecord(**_with_tuples(item)) for item in items)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What one recipe made of the model, for a comparison of several.
 
+    nbytes: stored bytes of parameters and buffers; size_ratio: ÷ those before. speed: median time
+    of the model that was given ÷ that of this one, runs interleaved; None where not timed.
+    fidelity: measure → number against the model that was given.
+    """
 
-def trials_from(items: Iterable[Mapping[str, Any]]) -> tuple[TrialRecord, ...]:
-    """The same of trials."""
-    return tuple(TrialRecord(**_with_tuples(item)) for item in items)
-
-
-def _with_tuples(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in item.items()}
+    recipe: str
+    backend: str
+    nbytes: int
+    size_ratio: float | None = None
+    speed: float | None = None
+    fidelity: Mapping[str, float] = dataclasses.field(default_factory=_no_figures)

@@ -1,28 +1,13 @@
 """The report: what happened to every tensor, as a table, as one HTML file, and as JSON.
 
-JSON schema, version 1 (``Report.save("x.json")``, ``to_dict``)::
-
-    schema          "scaleprop.report"
-    schema_version  1
-    recipe          name of the recipe, or null (nothing was quantized: an analysis)
-    backend         name of the backend, or null
-    nbytes_before   bytes of parameters and buffers before; null where unknown
-    nbytes_after    bytes stored after
-    fidelity        measure → number, e.g. {"cosine": 0.9993}; empty unless verified
-    notes           list of sentences
-    records         list of objects with the fields of ``TensorRecord``
-    transforms      list of objects with the fields of ``TransformRecord``; may be left out
-    trials          list of objects with the fields of ``TrialRecord``; may be left out
-    outliers        object with the fields of ``OutlierTable``; there for an analysis only
-
-JSON has no infinities: they are written as the strings ``"inf"``, ``"-inf"`` and ``"nan"``.
+JSON, version 2 (``Report.save("x.json")``, ``to_dict``): ``assets/report.schema.json`` is its JSON
+Schema, and says what each field is; version 1, which had fewer, is read too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -32,19 +17,24 @@ from typing import TYPE_CHECKING, Any, cast
 from scaleprop.errors import ConfigError
 from scaleprop.report.files import write_text
 from scaleprop.report.outliers import OutlierTable
-from scaleprop.report.records import (
-    TensorRecord,
-    TransformRecord,
-    TrialRecord,
+from scaleprop.report.plain import (
+    plain,
+    record_from_plain,
+    record_to_plain,
     transforms_from,
     trials_from,
+    variants_from,
 )
+from scaleprop.report.ranges import ranges_of
+from scaleprop.report.records import TensorRecord, TransformRecord, TrialRecord, Variant
+from scaleprop.report.scales import ScaleReport
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = "scaleprop.report"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READ = (1, 2)  # versions that are read: 2 has only more keys
 
 
 def _no_numbers() -> dict[str, float]:
@@ -62,6 +52,8 @@ class Report:
     fidelity: measure → number against the model that was given; empty unless verified.
     outliers: of an analysis: what stands out in activations, weights and attention.
     transforms: of channels, applied or refused. trials: chains that were tried, and what they gave.
+    scales: how large values are through depth, forward, and backward where a loss was given.
+    variants: what several recipes made of the model, side by side.
     """
 
     recipe: str | None = None
@@ -74,6 +66,8 @@ class Report:
     outliers: OutlierTable | None = None
     transforms: tuple[TransformRecord, ...] = ()
     trials: tuple[TrialRecord, ...] = ()
+    scales: ScaleReport | None = None
+    variants: tuple[Variant, ...] = ()
 
     @property
     def quantized(self) -> tuple[TensorRecord, ...]:
@@ -143,13 +137,17 @@ class Report:
             "backend": self.backend,
             "nbytes_before": self.nbytes_before,
             "nbytes_after": self.nbytes_after,
-            "fidelity": {key: _to_json(float(value)) for key, value in self.fidelity.items()},
+            "fidelity": plain({key: float(value) for key, value in self.fidelity.items()}),
             "notes": list(self.notes),
-            "records": [_record_to_dict(record) for record in self.records],
-            **({} if self.outliers is None else {"outliers": self.outliers.to_dict()}),
-            **{name: [dataclasses.asdict(item) for item in items]
-               for name, items in (("transforms", self.transforms), ("trials", self.trials))
-               if items},
+            "formats": {name: plain(dataclasses.asdict(range_))
+                        for name, range_ in ranges_of(self.records).items()},
+            "records": [record_to_plain(record) for record in self.records],
+            **{name: part.to_dict()
+               for name, part in (("outliers", self.outliers), ("scales", self.scales))
+               if part is not None},
+            **{name: [plain(dataclasses.asdict(item)) for item in items]
+               for name, items in (("transforms", self.transforms), ("trials", self.trials),
+                                   ("variants", self.variants)) if items},
         }
 
     @classmethod
@@ -159,20 +157,24 @@ class Report:
         Raises:
             ConfigError: on another schema or version, or on unknown or missing keys.
         """
-        if data.get("schema") != SCHEMA or data.get("schema_version") != SCHEMA_VERSION:
+        if data.get("schema") != SCHEMA or data.get("schema_version") not in READ:
             raise ConfigError(
                 f"schema {data.get('schema')!r} version {data.get('schema_version')!r}; "
-                f"this version reads {SCHEMA!r} version {SCHEMA_VERSION}"
+                f"this version reads {SCHEMA!r} versions {', '.join(map(str, READ))}"
             )
-        fields = {k: v for k, v in data.items() if k not in ("schema", "schema_version")}
+        # formats say what a reader without this library needs: here their names do
+        fields = {k: v for k, v in data.items() if k not in ("schema", "schema_version", "formats")}
         try:
             fields["fidelity"] = {key: float(value) for key, value in fields["fidelity"].items()}
             fields["notes"] = tuple(fields["notes"])
-            fields["records"] = tuple(_record_from_dict(item) for item in fields["records"])
+            fields["records"] = tuple(map(record_from_plain, fields["records"]))
             fields["transforms"] = transforms_from(fields.get("transforms", []))
             fields["trials"] = trials_from(fields.get("trials", []))
+            fields["variants"] = variants_from(fields.get("variants", []))
             if "outliers" in fields:
                 fields["outliers"] = OutlierTable.from_dict(fields["outliers"])
+            if "scales" in fields:
+                fields["scales"] = ScaleReport.from_dict(fields["scales"])
             return cls(**fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"not a report: {type(error).__name__}: {error}") from error
@@ -191,28 +193,3 @@ class Report:
         if not isinstance(data, dict):
             raise ConfigError(f"{os.fspath(path)!r} is not a report: expected a JSON object")
         return cls.from_dict(cast(dict[str, Any], data))
-
-
-_NUMBERS = ("sqnr_db", "saturated", "underflowed")  # the record fields that may not be finite
-
-
-def _to_json(value: float | None) -> float | str | None:
-    if value is None or math.isfinite(value):
-        return value
-    return str(value)
-
-
-def _record_to_dict(record: TensorRecord) -> dict[str, Any]:
-    fields = dataclasses.asdict(record)
-    fields["shape"] = list(record.shape)
-    fields.update({name: _to_json(fields[name]) for name in _NUMBERS})
-    return fields
-
-
-def _record_from_dict(item: Mapping[str, Any]) -> TensorRecord:
-    fields = dict(item)
-    fields["shape"] = tuple(fields["shape"])
-    for name in _NUMBERS:
-        if fields.get(name) is not None:
-            fields[name] = float(fields[name])
-    return TensorRecord(**fields)

@@ -32,7 +32,13 @@ from scaleprop.graph_json import graph_from_json, graph_to_json
 from scaleprop.passes.base import Program
 from scaleprop.passes.values import propagate_values
 from scaleprop.recipes import Recipe
-from scaleprop.report.records import TensorRecord, transforms_from, trials_from
+from scaleprop.report.plain import (
+    plain,
+    record_from_plain,
+    record_to_plain,
+    transforms_from,
+    trials_from,
+)
 from scaleprop.storage import tensorfile
 from scaleprop.storage.reading import Folder
 from scaleprop.storage.writing import EXAMPLES, fill, shards
@@ -100,9 +106,9 @@ def _config(compiled: CompiledModel | SavedModel, aliases: Mapping[str, str]) ->
         "nbytes_before": compiled.nbytes_before,
         "tolerance": program.tolerance,
         "notes": list(program.notes),
-        "records": [dataclasses.asdict(record) for record in program.records],
-        "transforms": [dataclasses.asdict(record) for record in program.transforms],
-        "trials": [dataclasses.asdict(trial) for trial in program.trials],
+        "records": [record_to_plain(record) for record in program.records],
+        "transforms": [plain(dataclasses.asdict(record)) for record in program.transforms],
+        "trials": [plain(dataclasses.asdict(trial)) for trial in program.trials],
         "example": [_constant(leaf) for leaf in program.example_leaves],
         "baseline": [_constant(leaf) for leaf in compiled.baseline],
         "aliases": dict(aliases),
@@ -206,7 +212,7 @@ def _restored(
         in_spec=in_spec, out_spec=out_spec, example_args=tuple(args), example_kwargs=kwargs,
         arguments=tuple(config["arguments"]),
         dynamic_axes=axes, guards=tuple(config["guards"]),
-        records=tuple(_record(entry) for entry in config["records"]),
+        records=tuple(map(record_from_plain, config["records"])),
         transforms=transforms_from(config.get("transforms", ())),
         trials=trials_from(config.get("trials", ())),
         tolerance=config["tolerance"], notes=tuple(config["notes"]),
@@ -217,11 +223,6 @@ def _restored(
         baseline=tuple(_leaves("baseline", config, stored)),
         nbytes_before=config["nbytes_before"],
     )
-
-
-def _record(entry: dict[str, Any]) -> TensorRecord:
-    entry["shape"] = tuple(entry["shape"])
-    return TensorRecord(**entry)
 
 
 def _spec(text: str) -> pytree.TreeSpec:
