@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from scaleprop import storage
+from scaleprop.analysis.compiled import look_at_compiled
+from scaleprop.analysis.origin import Origin, readers_of, with_effects
 from scaleprop.backends.base import Executable
 from scaleprop.backends.registry import backend_named
 from scaleprop.errors import ConfigError
@@ -21,8 +24,9 @@ from scaleprop.passes.base import PassManager, Program
 from scaleprop.passes.capture import capture
 from scaleprop.passes.pipeline import build
 from scaleprop.recipes import Recipe, named_recipe
-from scaleprop.report import Report
+from scaleprop.report import Report, ScaleReport
 from scaleprop.signature import Signature, split_example
+from scaleprop.storage import Known
 
 if TYPE_CHECKING:
     from scaleprop.backends.onnxruntime import OnnxRuntimeBackend
@@ -42,6 +46,8 @@ class CompiledModel:
     program: the scaled graph; recipe: what it was made with; backend: where it runs.
     baseline: the unquantized model's flat outputs on the example inputs, for verification.
     fidelity: what ``compile(verify=True)`` measured; None without. It is not saved.
+    origin: what transforms are compared with; None where there were none. It is not saved.
+    scales: the values through depth, of a model that was measured before it was saved.
     """
 
     program: Program
@@ -52,6 +58,8 @@ class CompiledModel:
     baseline: tuple[Any, ...]
     nbytes_before: int
     fidelity: Fidelity | None = None
+    origin: Origin | None = dataclasses.field(default=None, repr=False, compare=False)
+    scales: ScaleReport | None = dataclasses.field(default=None, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on inputs shaped as the example inputs; returns the model's own output structure.
@@ -69,14 +77,20 @@ class CompiledModel:
 
     @property
     def report(self) -> Report:
-        """What happened to every tensor, who decided it, and why."""
+        """What happened to every tensor, who decided it, and why.
+
+        ``measured``, ``save`` and ``to_dict`` add what the numbers are: for that the model runs
+        once, on the reference and the example inputs, when they are first called.
+        """
         lowerings = self.executable.lowerings
         records = tuple(
             dataclasses.replace(record, lowering=lowerings.get(record.node, record.lowering))
-            for record in self.program.records
+            for record in self.known.records
         )
         fidelity = {} if self.fidelity is None else dataclasses.asdict(self.fidelity)
-        return dataclasses.replace(report_of(self), records=records, fidelity=fidelity)
+        measure = self._measured if self.known.scales is None else None
+        return dataclasses.replace(report_of(self), records=records, fidelity=fidelity,
+                                   measure=measure)
 
     def graph_view(self, block: str | None = None, depth: int | None = None) -> Block:
         """A picture of one block, with scales on its edges: ``.save("block.svg")``.
@@ -94,6 +108,33 @@ class CompiledModel:
         from scaleprop.analysis.graph_view import program_block
 
         return program_block(self.program, block, depth, f"{self.recipe.name}, {self.backend}")
+
+    @property
+    def known(self) -> Known:
+        """Records and transforms with all that was measured so far; ``save`` keeps that."""
+        if "_numbers" in self.__dict__:  # what functools.cached_property fills
+            return self._numbers
+        return Known(self.program.records, self.program.transforms, self.scales)
+
+    @functools.cached_property
+    def _numbers(self) -> Known:
+        """What one run tells; see ``analysis.compiled``."""
+        if self.scales is not None:
+            return Known(self.program.records, self.program.transforms, self.scales)
+        readers = readers_of(self.program.transforms)
+        found = look_at_compiled(self.program, f"the model, as {self.recipe.name}", readers)
+        transforms = with_effects(self.program, self.origin, found)
+        return Known(found.records, transforms, found.scales)
+
+    def _measured(self, report: Report) -> Report:
+        """``report`` with what ``_numbers`` has of its records."""
+        known = self._numbers
+        found = {(one.node, one.operand, one.role): one for one in known.records}
+        records = tuple(
+            dataclasses.replace(found.get((one.node, one.operand, one.role), one),
+                                lowering=one.lowering) for one in report.records)
+        return dataclasses.replace(report, records=records, transforms=known.transforms,
+                                   scales=report.scales or known.scales, measure=None)
 
     def verify(self) -> Fidelity:
         """Compare this backend with the reference on the example inputs.
@@ -242,6 +283,7 @@ def _compiled(
         executable=backend_named(backend).lower(program),
         baseline=tuple(pytree.tree_leaves(output)),
         nbytes_before=nbytes_before,
+        origin=Origin.of(captured) if readers_of(program.transforms) else None,
     )
     if verify:
         compiled = dataclasses.replace(compiled, fidelity=compiled.verify())
@@ -317,15 +359,16 @@ def load(
         program=saved.program, recipe=saved.recipe, backend=name,
         signature=Signature.of(saved.program),
         executable=backend_named(name).lower(saved.program),
-        baseline=saved.baseline, nbytes_before=saved.nbytes_before,
+        baseline=saved.baseline, nbytes_before=saved.nbytes_before, scales=saved.scales,
     )
 
 
 def report_of(model: CompiledModel | storage.SavedModel) -> Report:
     """What the passes did, before any backend has seen it."""
     program = model.program
-    return Report(recipe=model.recipe.name, backend=model.backend, records=program.records,
-                  transforms=program.transforms, trials=program.trials,
+    return Report(recipe=model.recipe.name, backend=model.backend,
+                  records=model.known.records, transforms=model.known.transforms,
+                  trials=program.trials, scales=model.known.scales,
                   nbytes_before=model.nbytes_before, nbytes_after=stored_bytes(program.module),
                   notes=program.notes)
 

@@ -9,11 +9,10 @@ from typing import Any, Literal, cast
 import torch
 import torch.fx
 
+from scaleprop.analysis.ranges import LIMITS, is_moved, lost_above, lost_below
 from scaleprop.backends.joint import TrainingStep, capture_training
 from scaleprop.errors import CalibrationError, ConfigError, describe, source_line
-from scaleprop.formats.elements import FloatElement, element
 from scaleprop.passes.statistics import (
-    Measured,
     Run,
     attention_entropy,
     factors,
@@ -27,7 +26,6 @@ from scaleprop.passes.statistics import (
     visits,
 )
 from scaleprop.report.scales import FORMATS, Phase, ScaleReport, TensorScale
-from scaleprop.rules import rule_for
 from scaleprop.signature import split_example
 
 aten: Any = torch.ops.aten
@@ -46,8 +44,7 @@ def look_at_training(
                               "measured")
     args, kwargs = split_example(example_inputs)
     step = capture_training(model, args, kwargs, loss_function(loss_fn))
-    limits = [_float(name).max for name in FORMATS]
-    run = measure(step.joint, step.inputs, step.parameters, attention_entropy, limits)
+    run = measure(step.joint, step.inputs, step.parameters, attention_entropy, LIMITS)
     _check(step, run)
     refuse_nonfinite(run, step.loss, step.gradients, step.parameters)
     predicted = predict(step.joint.graph, run.given)
@@ -97,12 +94,6 @@ def _own_loss(output: Any) -> Any:
     return output[0] if isinstance(output, tuple | list) and output else output
 
 
-def _float(name: str) -> FloatElement:
-    found = element(name)
-    assert isinstance(found, FloatElement)
-    return found
-
-
 class _Rows:
     """Nodes of a joint graph as rows of the report."""
 
@@ -116,7 +107,7 @@ class _Rows:
     def nodes(self) -> list[torch.fx.Node]:
         """Every float value that does not only move another's elements."""
         return [node for node in self._run.measured
-                if not _moves(node) and node.target is not aten.copy_.default]
+                if not is_moved(node) and node.target is not aten.copy_.default]
 
     def row(self, node: torch.fx.Node, predicted: Mapping[torch.fx.Node, Any]) -> TensorScale:
         """One row; a parameter's gradient has its name."""
@@ -124,18 +115,18 @@ class _Rows:
         moments = predicted.get(node)
         value = node.meta["val"]
         made: Any = node.args[0] if node.target is operator.getitem else node
-        name = self._step.parameters.get(node) or self._gradients.get(node, "")
+        own = self._step.parameters.get(node) or self._gradients.get(node, "")
         return TensorScale(
             node=node.name, op="" if node.op == "placeholder" else str(made.target),
-            phase=self._phase(node), name=name, shape=tuple(int(size) for size in value.shape),
+            phase=self._phase(node), name=own, shape=tuple(int(size) for size in value.shape),
             dtype=str(value.dtype).removeprefix("torch."),
             source="" if node.op == "placeholder" else source_line(node),
             module=module_of(node), read_in=self._read.get(node, ()), count=seen.count,
             amax=seen.amax, rms=seen.rms, mean=seen.mean, kurtosis=seen.kurtosis, zeros=seen.zeros,
             masked=seen.masked, nonfinite=seen.nonfinite, exponents=seen.exponents,
             predicted=None if moments is None or node in self._run.given else moments.rms,
-            underflow={format_: _underflow(seen, format_) for format_ in FORMATS},
-            overflow={format_: seen.above.get(_float(format_).max, 0.0) for format_ in FORMATS})
+            underflow={name: lost_below(seen, name) for name in FORMATS},
+            overflow={name: lost_above(seen, name) for name in FORMATS})
 
     def _phase(self, node: torch.fx.Node) -> Phase:
         if node in self._step.parameters:
@@ -145,20 +136,9 @@ class _Rows:
         return "input" if node.op == "placeholder" else "forward"
 
 
-def _underflow(seen: Measured, name: str) -> float:
-    """The share of values other than 0 that are below the format's smallest positive number."""
-    fmt = _float(name)
-    return seen.below(fmt.emin - fmt.fraction_bits)
-
-
-def _moves(node: torch.fx.Node) -> bool:
-    rule = rule_for(node.target) if node.op == "call_function" else None
-    return rule is not None and rule.moves
-
-
 def _root(node: torch.fx.Node) -> torch.fx.Node:
     """The value that ``node`` is moved from."""
-    while _moves(node):
+    while is_moved(node):
         node = node.args[0]  # type: ignore[assignment]
     return node
 

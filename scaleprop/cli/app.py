@@ -411,7 +411,6 @@ def recipes_command(name: str | None, training: bool, emit: Any) -> None:
     if emit:
         emit({"recipes": rows})
         return
-    from scaleprop.cli.listing import role_text
     from scaleprop.cli.output import print_table
 
     if training:

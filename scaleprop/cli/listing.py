@@ -80,29 +80,6 @@ def training_recipes() -> list[dict[str, Any]]:
     return [recipe.to_dict() for recipe in NAMED]
 
 
-def operand_text(operand: dict[str, Any] | None) -> str:
-    """Format, and what is not as it is by default."""
-    if operand is None:
-        return "–"
-    more = [operand["rounding"] if operand["rounding"] != "nearest" else "",
-            f"rotated {operand['hadamard']}" if operand["hadamard"] else "",
-            operand["scaling"] if operand["scaling"] != "current" else "",
-            f"×{operand['prescale']:g}" if operand["prescale"] != 1.0 else "",
-            "of fprop's" if operand["of"] == "quantized" else "",
-            operand["estimator"] if operand["estimator"] != "ste" else ""]
-    return ", ".join([operand["format"], *filter(None, more)])
-
-
-def role_text(role: dict[str, Any] | None) -> str:
-    """Format, and what is not as it is by default."""
-    if role is None:
-        return "high"
-    extras = [value for key, usual in (("scaling", "dynamic"), ("clipping", "amax"),
-                                       ("rounding", "nearest"))
-              if (value := role[key]) != usual]
-    return " ".join([role["format"], *extras])
-
-
 def passes() -> list[dict[str, Any]]:
     """One row per pass, in the order in which they usually run: what it does, its options."""
     from scaleprop.passes.pipeline import describe_passes

@@ -43,18 +43,34 @@ def error_statistics(x: Tensor, scaled: ScaledTensor) -> tuple[float, float, flo
     return sqnr, saturated, underflowed
 
 
+def in_units(x: Tensor, scaled: ScaledTensor) -> Tensor:
+    """x / (scale · tensor_scale) in float64, [..., K] with the quantized axis last; x has the shape
+    that ``scaled`` was made from. Zero points are not added.
+    """
+    grouping, unit, _ = _units(scaled)
+    wide = x.detach().to(torch.float64).movedim(scaled.axis, -1)
+    return grouping.join(grouping.split(wide) / unit)
+
+
+def _units(scaled: ScaledTensor) -> tuple[Grouping, Tensor, Tensor | None]:
+    """How elements are grouped, and each one's scale and zero point, in the grouped view."""
+    fmt = scaled.format
+    grouping = Grouping(fmt.granularity, moved_shape(scaled.shape, scaled.axis))
+    scales = scales_of(scaled.parts, fmt, grouping, torch.float64)
+    unit = scales.scale if scales.tensor_scale is None else scales.scale * scales.tensor_scale
+    return grouping, unit.clamp(min=2.0**-1022), scales.zero_point
+
+
 def _saturated(x: Tensor, scaled: ScaledTensor) -> Tensor:
     """Where x lies further beyond the largest (or smallest) value than half its distance to the
     next smaller one; in the stored layout."""
     fmt = scaled.format
-    grouping = Grouping(fmt.granularity, moved_shape(scaled.shape, scaled.axis))
-    scales = scales_of(scaled.parts, fmt, grouping, torch.float64)
+    grouping, unit, zero_point = _units(scaled)
     step = top_step(scaled) / 2
-    unit = scales.scale if scales.tensor_scale is None else scales.scale * scales.tensor_scale
-    grouped = grouping.split(x.movedim(scaled.axis, -1)) / unit.clamp(min=2.0**-1022)
+    grouped = grouping.split(x.movedim(scaled.axis, -1)) / unit
     low, high = fmt.element.min, fmt.element.max
-    if scales.zero_point is not None and isinstance(fmt.element, IntegerElement):
-        grouped = grouped + scales.zero_point
+    if zero_point is not None and isinstance(fmt.element, IntegerElement):
+        grouped = grouped + zero_point
         low, high = 0.0, float(fmt.element.levels)
     beyond = grouped > high + step
     if not isinstance(fmt.element, FloatElement) or fmt.element.signed:

@@ -19,6 +19,7 @@ from scaleprop.errors import ConfigError, source_line
 from scaleprop.formats import parse
 from scaleprop.passes.base import Pass, PassResult, Program
 from scaleprop.passes.canonicalise.attention import ATTENTION
+from scaleprop.passes.provenance import innermost_module
 from scaleprop.passes.rewrite import Rewriter, module_paths, shape_of
 from scaleprop.recipes.base import Recipe, Role
 from scaleprop.report.records import Role as RecordRole
@@ -263,4 +264,5 @@ def high_record(
         nbytes=nbytes,
         nbytes_high=nbytes,
         source=source_line(node),
+        module=innermost_module(node),
     )

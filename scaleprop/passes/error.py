@@ -30,7 +30,7 @@ def weight_error(x: torch.Tensor, quantized: ScaledTensor) -> dict[str, float]:
     count = 0
     for start in groups[::stride]:
         part = x[start : start + rows]
-        piece = _rows_of(quantized, start, part.shape)
+        piece = rows_of(quantized, start, part.shape)
         sqnr, clipped, lost = error_statistics(part, piece)
         energy = float(part.double().square().sum())
         signal += energy
@@ -47,7 +47,7 @@ def weight_error(x: torch.Tensor, quantized: ScaledTensor) -> dict[str, float]:
     }
 
 
-def _rows_of(quantized: ScaledTensor, start: int, shape: torch.Size) -> ScaledTensor:
+def rows_of(quantized: ScaledTensor, start: int, shape: torch.Size) -> ScaledTensor:
     """Rows ``start`` to ``start + shape[0]``, a multiple of the tile's height."""
     tile = quantized.format.granularity.rows
     stored = [start // tile, -(-(start + shape[0]) // tile)]

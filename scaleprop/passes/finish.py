@@ -11,6 +11,7 @@ from scaleprop.errors import PostconditionError, describe
 from scaleprop.passes.assign import ASSIGNMENT
 from scaleprop.passes.base import Pass, PassResult, Program
 from scaleprop.passes.dimensions import spell, symbol_names
+from scaleprop.passes.provenance import with_neighbours
 from scaleprop.passes.rewrite import Rewriter
 
 
@@ -36,7 +37,8 @@ class Finish(Pass):
                 spell(size, names) if isinstance(size, str) else size for size in record.shape))
             for record in sorted(result.records, key=lambda r: place.get(r.node, len(place)))
         ]
-        return PassResult(result.replace(records=tuple(records)), True)
+        records = with_neighbours(records, result.transforms)
+        return PassResult(result.replace(records=records), True)
 
     def ensures(self, program: Program) -> None:
         """Every node has a fake value, and every record belongs to a node."""

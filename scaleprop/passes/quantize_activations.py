@@ -23,9 +23,10 @@ from scaleprop.formats import parse, quantize
 from scaleprop.passes.assign import Assignment, assignment_of
 from scaleprop.passes.base import PROVENANCE, Pass, PassResult, Program, Provenance
 from scaleprop.passes.operators import FAKE_QUANTIZE, QUANTIZE, SCALED_MM
+from scaleprop.passes.provenance import innermost_module, statistic_of
 from scaleprop.passes.rewrite import Rewriter, shape_of
 from scaleprop.recipes.base import Role
-from scaleprop.report.records import TensorRecord
+from scaleprop.report.records import ScaleProvenance, TensorRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,23 @@ class _Activations:
             format=str(parse(role.format)),
             scale_kind=role.scaling,
             source=source_line(node),
+            module=innermost_module(node),
+            provenance=self._provenance(x, assignment, role),
         )
+
+    def _provenance(
+        self, x: torch.fx.Node, assignment: Assignment, role: Role
+    ) -> ScaleProvenance:
+        """Where its scale is from; the names of those that share it come last, in ``finish``."""
+        statistic, batches = f"{statistic_of(parse(role.format))}, at run time", None
+        if role.scaling == "static" and assignment.scales is not None:
+            statistic = "given with the weights"
+        elif role.scaling == "static" and assignment.extremes is not None:
+            statistic = "a range that a pass chose"
+        elif role.scaling == "static":
+            seen = self._statistics(x, x)
+            statistic, batches = "min and max of calibration", seen.batches
+        return ScaleProvenance(by=self.by, statistic=statistic, batches=batches, value=x.name)
 
 
 def _given(scales: tuple[float, ...]) -> list[torch.Tensor]:

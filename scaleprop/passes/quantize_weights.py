@@ -35,11 +35,12 @@ from scaleprop.passes.base import Pass, PassResult, Program
 from scaleprop.passes.compensation import DAMPING, compensated
 from scaleprop.passes.error import weight_error
 from scaleprop.passes.operators import DEQUANTIZE, SCALED_MM
+from scaleprop.passes.provenance import innermost_module, statistic_of
 from scaleprop.passes.rewrite import Rewriter
 from scaleprop.passes.solving.solved import solved_of
 from scaleprop.recipes.base import Role
 from scaleprop.report.records import Role as RecordRole
-from scaleprop.report.records import TensorRecord
+from scaleprop.report.records import ScaleProvenance, TensorRecord
 
 logger = logging.getLogger(__name__)
 
@@ -348,9 +349,27 @@ class _Weights:
                 nbytes=nbytes,
                 nbytes_high=value.numel() * value.element_size(),
                 source=source_line(original),
+                module=innermost_module(original),
+                provenance=self._provenance(original, w, role),
                 **errors,
             )
         )
+
+    def _provenance(
+        self, node: torch.fx.Node, w: torch.fx.Node, role: Role
+    ) -> ScaleProvenance:
+        """Of which numbers its scales are; of calibration, where that had a part in them."""
+        statistic = statistic_of(parse(role.format), self.options.clipping or role.clipping)
+        solved = solved_of(node) is not None
+        assignment = assignment_of(node)
+        x = assignment.argument(node, "activation") if assignment is not None else None
+        seen = None
+        if isinstance(x, torch.fx.Node) and (solved or role.rounding == "compensated"):
+            seen = self.rewriter.program.statistics.get(x.name)
+        return ScaleProvenance(
+            by="solve-weights" if solved else self.options.name,
+            statistic=f"{statistic}, codes solved for the outputs" if solved else statistic,
+            batches=None if seen is None else seen.batches, value=str(w.target))
 
 
 def _slim(statistics: Mapping[str, TensorStatistics]) -> dict[str, TensorStatistics]:

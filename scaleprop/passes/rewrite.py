@@ -128,11 +128,17 @@ class Rewriter:
             dataclasses.replace(record, node=self.renamed.get(record.node, record.node))
             for record in old.records
         )
+        transforms = tuple(
+            dataclasses.replace(record, readers=tuple(
+                self.renamed.get(reader, reader) for reader in record.readers))
+            for record in old.transforms
+        )
         moved = {new: old.statistics[name] for name, new in self.renamed.items()
                  if name in old.statistics}  # fmt: skip
         return old.replace(
             module=torch.fx.GraphModule(self.module, self.graph),
             records=records,
+            transforms=transforms,
             statistics={**old.statistics, **moved},
         )
 

@@ -20,7 +20,8 @@ def _no_figures() -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Values:
-    """What the numbers of a tensor are, in the model's own units.
+    """What the numbers of a tensor are, in the model's own units; of a quantized weight, those that
+    are stored, x̂.
 
     count: how many were looked at. amax, rms, mean, and kurtosis (3 for a normal; None where all
     are the same or there are none): of the finite ones. zeros, nonfinite: shares in [0, 1].
@@ -104,9 +105,11 @@ class TransformRecord:
     readers: the operators to be quantized that read a transformed value.
     runtime: what is left to do at run time, each with its reason; none where it costs nothing.
     refused: why it was not applied; None where it was.
-    before, after: measure → number, of what is read by ``readers`` in the model that was given and
-    in the one that was made, on the example inputs: ``kurtosis``, ``difficulty`` (the root of the
-    sum of squares of the channels' norms), ``sqnr_db`` in the format that reads it.
+    before, after: measure → number, of the activations that ``readers`` read, in the model that was
+    given and in the one that was made, on the example inputs; of several, the worst. ``kurtosis``;
+    ``difficulty`` and ``relative_difficulty``: see ``analysis.difficulty``; ``sqnr_db`` in the
+    readers' format, where its scales are found at run time. Empty where nothing reads one, and
+    ``before`` where that model is gone.
     """
 
     by: str

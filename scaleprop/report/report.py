@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -54,6 +54,7 @@ class Report:
     transforms: of channels, applied or refused. trials: chains that were tried, and what they gave.
     scales: how large values are through depth, forward, and backward where a loss was given.
     variants: what several recipes made of the model, side by side.
+    measure: fills in what only a run of the model tells, see ``measured``; None where it is there.
     """
 
     recipe: str | None = None
@@ -68,6 +69,15 @@ class Report:
     trials: tuple[TrialRecord, ...] = ()
     scales: ScaleReport | None = None
     variants: tuple[Variant, ...] = ()
+    measure: Callable[[Report], Report] | None = dataclasses.field(
+        default=None, repr=False, compare=False)
+
+    def measured(self) -> Report:
+        """This report with ``values``, what rounding lost in activations, the effects of transforms
+        and ``scales``: of a compiled model, they are measured on its example inputs when they are
+        first asked for. ``save`` and ``to_dict`` ask; ``show`` shows what is there.
+        """
+        return self if self.measure is None else self.measure(self)
 
     @property
     def quantized(self) -> tuple[TensorRecord, ...]:
@@ -119,7 +129,7 @@ class Report:
         if suffix == ".html":
             from scaleprop.report.html import render
 
-            write_text(path, render(self))
+            write_text(path, render(self.measured()))
         elif suffix == ".json":
             write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
         else:
@@ -129,7 +139,8 @@ class Report:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; see the schema in this module's docstring."""
+        """Plain data for JSON, measured; see the schema in this module's docstring."""
+        self = self.measured()
         return {
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,

@@ -60,6 +60,42 @@ def low_precision(call: Call) -> Answer:
     return product(x, y, call.shape(left)[-1]).times(alpha)
 
 
+# -- quantized operands have the moments of what they stand for: their first part does
+
+
+@moments_rule(ops.quantize, ops.fake_quantize)
+def rounded(call: Call) -> Answer:
+    """What it was, but for rounding."""
+    return call.of("x")
+
+
+@moments_rule(ops.dequantize)
+def restored(call: Call) -> Answer:
+    """What the parts stand for."""
+    return call.of(_first(call["parts"]))
+
+
+@moments_rule(ops.scaled_mm)
+def scaled(call: Call) -> Answer:
+    """Σ_k x̂[…, k]·ŵ[n, k] + b[n]."""
+    x, w, k = call.of(_first(call["x"])), call.of(_first(call["w"])), call["k"]
+    if not isinstance(k, int):
+        return None
+    result = product(x, w, k)
+    return result if call["bias"] is None else added(result, call.of("bias"))
+
+
+@moments_rule(ops.hadamard)
+def rotated(call: Call) -> Answer:
+    """An orthogonal map keeps the size; the mean goes into one of a block's elements."""
+    return Moments(0.0, call.of("x").rms)
+
+
+def _first(parts: Any) -> Any:
+    """The first of an operand's parts, or the one node that makes them all."""
+    return parts[0] if isinstance(parts, tuple | list) else parts
+
+
 def _biased(call: Call, x: str, w: str, b: str, n: float) -> Moments:
     result = product(call.of(x), call.of(w), n)
     return result if call[b] is None else added(result, call.of(b))

@@ -39,6 +39,8 @@ from scaleprop.report.plain import (
     transforms_from,
     trials_from,
 )
+from scaleprop.report.records import TensorRecord, TransformRecord
+from scaleprop.report.scales import ScaleReport
 from scaleprop.storage import tensorfile
 from scaleprop.storage.reading import Folder
 from scaleprop.storage.writing import EXAMPLES, fill, shards
@@ -53,6 +55,15 @@ _READ = (2, 3)
 del _ops
 
 
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What the report of a compiled model has of it; scales: None before it was measured."""
+
+    records: tuple[TensorRecord, ...]
+    transforms: tuple[TransformRecord, ...]
+    scales: ScaleReport | None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SavedModel:
     """What a saved directory holds: a compiled model that no backend has seen."""
@@ -62,6 +73,12 @@ class SavedModel:
     backend: str
     baseline: tuple[Any, ...]
     nbytes_before: int
+    scales: ScaleReport | None = None
+
+    @property
+    def known(self) -> Known:
+        """What its report has."""
+        return Known(self.program.records, self.program.transforms, self.scales)
 
 
 def save(
@@ -92,7 +109,7 @@ def save(
 
 
 def _config(compiled: CompiledModel | SavedModel, aliases: Mapping[str, str]) -> dict[str, Any]:
-    program = compiled.program
+    program, known = compiled.program, compiled.known
     return {
         "format_version": FORMAT_VERSION,
         "backend": compiled.backend,
@@ -106,8 +123,9 @@ def _config(compiled: CompiledModel | SavedModel, aliases: Mapping[str, str]) ->
         "nbytes_before": compiled.nbytes_before,
         "tolerance": program.tolerance,
         "notes": list(program.notes),
-        "records": [record_to_plain(record) for record in program.records],
-        "transforms": [plain(dataclasses.asdict(record)) for record in program.transforms],
+        "records": [record_to_plain(record) for record in known.records],
+        "transforms": [plain(dataclasses.asdict(record)) for record in known.transforms],
+        "scales": None if known.scales is None else known.scales.to_dict(),
         "trials": [plain(dataclasses.asdict(trial)) for trial in program.trials],
         "example": [_constant(leaf) for leaf in program.example_leaves],
         "baseline": [_constant(leaf) for leaf in compiled.baseline],
@@ -222,6 +240,7 @@ def _restored(
         program=program, recipe=Recipe.from_dict(config["recipe"]), backend=config["backend"],
         baseline=tuple(_leaves("baseline", config, stored)),
         nbytes_before=config["nbytes_before"],
+        scales=None if config.get("scales") is None else ScaleReport.from_dict(config["scales"]),
     )
 
 

@@ -30,10 +30,11 @@ from scaleprop.errors import ConfigError, source_line
 from scaleprop.formats import parse
 from scaleprop.passes.assign import ASSIGNMENT
 from scaleprop.passes.operators import FAKE_QUANTIZE
+from scaleprop.passes.provenance import innermost_module, statistic_of
 from scaleprop.passes.rewrite import shape_of
 from scaleprop.passes.transforms.base import Site, TransformPass, Work
 from scaleprop.recipes.base import Role
-from scaleprop.report.records import TensorRecord, TransformRecord
+from scaleprop.report.records import ScaleProvenance, TensorRecord, TransformRecord
 
 aten: Any = torch.ops.aten
 
@@ -112,7 +113,11 @@ def _rewrite(
         records.append(TensorRecord(
             node=reader.name, op=assignment.op, operand=x.name, role="fprop.x", shape=shape_of(x),
             decided_by=options.name, format=name, scale_kind="dynamic",
-            source=source_line(reader)))  # fmt: skip
+            source=source_line(reader), module=innermost_module(reader),
+            provenance=ScaleProvenance(
+                by=options.name, value=x.name,
+                statistic=f"{statistic_of(parse(role.format))}, at run time, its channels divided "
+                          "by what they reach")))  # fmt: skip
     work.records.append(TransformRecord(
         by=options.name, kind="scale", seed=x.name, members=1, source=source_line(x),
         runtime=(f"before {readers[0].name!r}: channels are divided by what they reach",),

@@ -23,11 +23,12 @@ from torch import Tensor
 from scaleprop.errors import CalibrationError, ConfigError, describe, source_line
 from scaleprop.formats import fake_quantize, parse, quantize
 from scaleprop.formats.elements import IntegerElement
+from scaleprop.passes.provenance import innermost_module
 from scaleprop.passes.rewrite import shape_of
 from scaleprop.passes.transforms.base import Needs, Site, TransformPass, Work
 from scaleprop.passes.transforms.walk import extremes
 from scaleprop.recipes.base import Role
-from scaleprop.report.records import TensorRecord
+from scaleprop.report.records import ScaleProvenance, TensorRecord
 
 aten: Any = torch.ops.aten
 
@@ -129,7 +130,11 @@ def _round(
         found.append(TensorRecord(
             node=reader.name, op=assignment.op, operand=x.name, role="fprop.x", shape=shape_of(x),
             decided_by=options.name, format=str(fmt), scale_kind="static",
-            source=source_line(reader)))  # fmt: skip
+            source=source_line(reader), module=innermost_module(reader),
+            provenance=ScaleProvenance(
+                by=options.name, value=x.name, batches=work.statistics(site).batches,
+                statistic=f"steps 2^{power} apart of least error in the readers' outputs, on "
+                          "sampled rows of calibration")))  # fmt: skip
     return found
 
 

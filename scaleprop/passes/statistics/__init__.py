@@ -2,7 +2,7 @@
 
 from scaleprop.passes.statistics.depth import attention_entropy, findings
 from scaleprop.passes.statistics.lines import listings, module_of, visits
-from scaleprop.passes.statistics.measure import Measured, Run, measure
+from scaleprop.passes.statistics.measure import Measured, Run, Watch, measure, own_random_state
 from scaleprop.passes.statistics.nonfinite import nonfinite_finding, refuse_nonfinite
 from scaleprop.passes.statistics.predict import Prediction, predict
 from scaleprop.passes.statistics.structure import factors
@@ -11,6 +11,7 @@ __all__ = [
     "Measured",
     "Prediction",
     "Run",
+    "Watch",
     "attention_entropy",
     "factors",
     "findings",
@@ -18,6 +19,7 @@ __all__ = [
     "measure",
     "module_of",
     "nonfinite_finding",
+    "own_random_state",
     "predict",
     "refuse_nonfinite",
     "visits",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -43,36 +43,95 @@ class Measured:
         cls, x: torch.Tensor, limits: Sequence[float] = (), masks: bool = False,
         dtype: torch.dtype | None = None,
     ) -> Measured:
-        """Of one tensor; figures in float64. masks, dtype: see ``rules.moments.numbers``."""
-        counted, masked = numbers(x, masks, dtype)
-        count, number = x.numel(), counted.numel()
-        bad = count - number - masked
-        if not number:
-            return cls(count, 0.0, 0.0, 0.0, None, 0.0, masked / max(count, 1), {},
-                       {most: 1.0 for most in limits if bad}, bad / max(count, 1))
-        amax = float(counted.abs().max())
-        unit = 2.0 ** max(math.frexp(amax)[1] - 200, 0)  # or fourth powers of float64 are infinite
-        scaled = counted / unit
-        mean = float(scaled.mean())
-        centred = scaled - mean
-        variance = float(centred.square().mean())
-        fourth = float(centred.square().square().mean())
-        live = counted[counted != 0]
-        found, counts = torch.unique(torch.frexp(live).exponent - 1, return_counts=True)
-        return cls(
-            count=count, amax=amax, rms=float(scaled.square().mean().sqrt()) * unit,
-            mean=mean * unit, kurtosis=fourth / variance**2 if variance**2 > 0 else None,
-            zeros=(number - live.numel()) / count, masked=masked / count,
-            exponents=dict(zip(found.tolist(), counts.tolist(), strict=True)),
-            above={most: (int((live.abs() > most).sum()) + bad) / (live.numel() + bad)
-                   for most in limits if live.numel() + bad},
-            nonfinite=bad / count)
+        """Of one tensor; figures in float64, of a piece at a time. masks, dtype: see
+        ``rules.moments.numbers``."""
+        flat, unit = x.detach().reshape(-1), 1.0
+        if flat.dtype == torch.float64:  # or its fourth powers are infinite
+            live = flat[flat.isfinite()]
+            unit = 2.0 ** max(math.frexp(float(live.abs().max()))[1] - 200, 0) if len(live) else 1.0
+        return cls.of_pieces(flat.split(_PIECE), limits, masks, dtype or x.dtype, unit)
+
+    @classmethod
+    def of_pieces(
+        cls, pieces: Iterable[torch.Tensor], limits: Sequence[float] = (), masks: bool = False,
+        dtype: torch.dtype | None = None, unit: float = 1.0,
+    ) -> Measured:
+        """Of all elements of several tensors, as if they were one. unit: a power of two that
+        brings fourth powers into float64's range."""
+        sums = _Sums(limits, unit)
+        for piece in pieces:
+            sums.add(piece, masks, dtype)
+        return sums.total()
 
     def below(self, exponent: int) -> float:
         """The share of values other than 0 and not masked that are smaller than 2^exponent."""
         total = sum(self.exponents.values()) + round(self.nonfinite * self.count)
         small = sum(count for e, count in self.exponents.items() if e < exponent)
         return small / total if total else 0.0
+
+
+_PIECE = 1 << 18  # elements: the temporaries of a piece stay small
+_LEAST_EXPONENT = -1075  # of float64's subnormals; the greatest is 1023
+
+
+class _Sums:
+    """Running sums of central moments, merged piece by piece: Pébay, SAND2008-6212, 2008."""
+
+    def __init__(self, limits: Sequence[float], unit: float) -> None:
+        self.unit = unit
+        self.count = self.masked = self.number = self.live = 0
+        self.amax = self.mean = self.second = self.third = self.fourth = 0.0
+        self.above = dict.fromkeys(limits, 0)
+        self.exponents = torch.zeros(1024 - _LEAST_EXPONENT, dtype=torch.int64)
+
+    def add(self, piece: torch.Tensor, masks: bool, dtype: torch.dtype | None) -> None:
+        counted, masked = numbers(piece, masks, dtype)
+        counted = counted.cpu()
+        self.count += piece.numel()
+        self.masked += masked
+        if not counted.numel():
+            return
+        live = counted[counted != 0].abs()
+        self.live += live.numel()
+        if live.numel():
+            self.amax = max(self.amax, float(live.max()))
+            places = torch.frexp(live).exponent - 1 - _LEAST_EXPONENT
+            self.exponents += torch.bincount(places, minlength=len(self.exponents))
+        for most in self.above:
+            self.above[most] += int((live > most).sum())
+        self._merge(counted / self.unit)
+
+    def _merge(self, x: torch.Tensor) -> None:
+        n, m = self.number, x.numel()
+        mean = float(x.mean())
+        centred = x - mean
+        square = centred.square()
+        second, third = float(square.sum()), float((square * centred).sum())
+        delta, total = mean - self.mean, n + m
+        self.fourth += (float(square.square().sum())
+                        + delta**4 * (n / total) * (m / total) * (n * n - n * m + m * m) / total
+                        + 6 * delta**2 * (n**2 * second + m**2 * self.second) / total**2
+                        + 4 * delta * (n * third - m * self.third) / total)
+        self.third += (third + delta**3 * n * m * (n - m) / total**2
+                       + 3 * delta * (n * second - m * self.second) / total)
+        self.second += second + delta**2 * n * m / total
+        self.mean += delta * m / total
+        self.number = total
+
+    def total(self) -> Measured:
+        count, number = self.count, self.number
+        bad = count - number - self.masked
+        variance = self.second / number if number else 0.0
+        seen = self.live + bad
+        return Measured(
+            count=count, amax=self.amax, rms=math.sqrt(variance + self.mean**2) * self.unit,
+            mean=self.mean * self.unit,
+            kurtosis=self.fourth / number / variance**2 if variance**2 > 0 else None,
+            zeros=(number - self.live) / max(count, 1), masked=self.masked / max(count, 1),
+            exponents={place + _LEAST_EXPONENT: int(self.exponents[place])
+                       for place in self.exponents.nonzero().flatten().tolist()},
+            above={most: (over + bad) / seen for most, over in self.above.items() if seen},
+            nonfinite=bad / max(count, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +161,7 @@ def measure(
 ) -> Run:
     """Run ``joint`` once on real inputs; its caller's random state stays what it was."""
     backward = gradient_values(joint.graph)
-    work = _Watch(joint, parameters, backward, also, limits)
+    work = Watch(joint, parameters, backward, also, limits)
     with torch.no_grad(), compat.without_modes(), own_random_state(joint.graph, inputs):
         work.run(*inputs, enable_io_processing=False)
     return Run(work.measured, work.given, work.extra, frozenset(backward), frozenset(work.masks))
@@ -119,7 +178,9 @@ def own_random_state(graph: torch.fx.Graph, inputs: Sequence[Any]) -> AbstractCo
         [device for device in others if device.type == kind], device_type=kind)
 
 
-class _Watch(torch.fx.Interpreter):
+class Watch(torch.fx.Interpreter):
+    """Runs a graph, and looks at every float value that it makes: see ``Run``."""
+
     def __init__(
         self, joint: torch.fx.GraphModule, parameters: Mapping[torch.fx.Node, Any],
         backward: set[torch.fx.Node], also: Also | None, limits: Sequence[float],
@@ -149,10 +210,11 @@ class _Watch(torch.fx.Interpreter):
         if self._may_mask(n):
             self.masks[n] = self._narrowest(n, value)
         if isinstance(value, torch.Tensor):
-            self._keep(n, value)
+            self.keep(n, value)
         return value
 
-    def _keep(self, node: torch.fx.Node, value: torch.Tensor) -> None:
+    def keep(self, node: torch.fx.Node, value: torch.Tensor) -> None:
+        """Note what is known of one value."""
         masks = node in self.masks
         if value.is_floating_point():
             self.measured[node] = seen = Measured.of(
