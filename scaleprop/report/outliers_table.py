@@ -6,9 +6,11 @@ import math
 from html import escape
 from typing import TYPE_CHECKING
 
+from scaleprop.extras import install_command
 from scaleprop.report import text
 from scaleprop.report.charts import matplotlib_is_installed
 from scaleprop.report.outliers import Outlier, OutlierTable, Profile, worst_first
+from scaleprop.report.page import simple_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -76,10 +78,11 @@ def section(found: OutlierTable | None) -> str:
     """The page's section on outliers; "" where none were looked for."""
     if found is None:
         return ""
-    parts = ["<h2>Outliers</h2>\n"]
+    parts: list[str] = []
     if not found.outliers:
         parts.append("<p>No channel, token, weight or attention stands out.</p>\n")
-    parts.append(_html(OUTLIER_COLUMNS, [outlier_row(o) for o in found.outliers[:_PAGE]]))
+    parts.append(simple_table("Outliers", OUTLIER_COLUMNS,
+                              [outlier_row(o) for o in found.outliers[:_PAGE]]))
     if matplotlib_is_installed():
         from scaleprop.report.outliers_charts import charts
 
@@ -87,20 +90,13 @@ def section(found: OutlierTable | None) -> str:
             f"<figure>{chart.svg}<figcaption>{escape(chart.caption)}</figcaption></figure>"
             for chart in charts(found))
         parts.append(f'<div class="charts">{figures}</div>\n')
+    else:
+        parts.append("<p>No charts of outliers: matplotlib is not installed "
+                     f"(<code>{install_command('matplotlib')}</code>).</p>\n")
     profiles = worst_first(found.profiles)[:_PAGE]
-    parts.append(_html(PROFILE_COLUMNS, [profile_row(profile) for profile in profiles]))
+    parts.append(simple_table("Activations, the most difficult first", PROFILE_COLUMNS,
+                              [profile_row(profile) for profile in profiles],
+                              range(2, len(PROFILE_COLUMNS))))
     parts += [f"<p>{escape(note)}</p>\n" for note in found.notes]
     return "".join(parts)
 
-
-def _html(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    if not rows:
-        return ""
-    first = 2 if columns is PROFILE_COLUMNS else len(columns)
-    heads = "".join(f"<th{'' if i < first else ' class=number'}>{escape(name)}</th>"
-                    for i, name in enumerate(columns))
-    body = "".join("<tr>" + "".join(
-        f"<td{'' if i < first else ' class=number'}>{escape(cell)}</td>"
-        for i, cell in enumerate(row)) + "</tr>" for row in rows)
-    return (f'<div class="scroll fit"><table><thead class="plain"><tr>{heads}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>\n")

@@ -6,79 +6,62 @@ from collections.abc import Sequence
 from html import escape
 
 from scaleprop.report import text
-from scaleprop.report.html import notes_section, number_cell, page, selector
+from scaleprop.report.html import depth_figures
 from scaleprop.report.listing import size
+from scaleprop.report.page import REPORT, Section, notes_section, page, simple_table
+from scaleprop.report.page_data import scales_data, slugs_of
 from scaleprop.report.scales import Finding, ScaleReport, TensorScale
-from scaleprop.report.scales_table import COLUMNS, short_op, summary_rows
+from scaleprop.report.scales_table import short_op, summary_rows
+from scaleprop.report.tensors_html import Column, Row, TensorTable
+
+COLUMNS = (
+    Column("node", "node"), Column("operator", "name"), Column("phase", "short"),
+    Column("shape", "short"), Column("parameter", "name"), Column("RMS", "number", "rms"),
+    Column("predicted", "number", "predicted"), Column("ratio", "number"),
+    Column("amax", "number", "amax"), Column("mean", "number", "mean"),
+    Column("kurtosis", "number", "kurtosis"), Column("zeros %", "number", "zeros"),
+    Column("lost without a scale: ↓ below, ↑ above", "outcome"),
+)
 
 
 def render(report: ScaleReport) -> str:
     """``report`` as a complete HTML document. Every name in it is escaped."""
+    slugs = slugs_of(tensor.node for tensor in report.tensors)
+    table = TensorTable.of(COLUMNS, list(map(_row, report.tensors, slugs)))
+    listed = report.annotated_source()
     return page(f"scaleprop: scales of {report.model}", (
-        _summary(report), _findings(report.findings), _source(report), notes_section(report.notes),
-        _tensors(report.tensors)))
+        Section("overview", "Overview", _summary(report)),
+        Section("depth", "Through depth", depth_figures(bool(report.tensors))),
+        Section("findings", "Signal propagation through depth", _findings(report.findings)),
+        Section("source", "Source: RMS of values (→) and of their gradients (←)",
+                '<div class="scroll" tabindex="0" role="region" aria-label="Source">'
+                f'<pre class="mono">{escape(listed)}</pre></div>\n' if listed else ""),
+        notes_section(report.notes),
+        Section("tensor-table", "Tensors", table.html(("phase", "op"))),
+    ), scales_data(report.tensors, slugs), REPORT, table.style())
 
 
 def _summary(report: ScaleReport) -> str:
     skipped = {"note", "model", *(finding.name for finding in report.findings),
                *(f"! {finding.name}" for finding in report.findings)}
-    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>"
-                   for name, value in summary_rows(report) if name not in skipped)
-    return f'<div class="scroll fit"><table><tbody>{rows}</tbody></table></div>\n'
+    rows = [row for row in summary_rows(report) if row[0] not in skipped]
+    return simple_table("Summary", ("of", "what was seen"), rows)
 
 
 def _findings(found: Sequence[Finding]) -> str:
-    if not found:
-        return ""
     items = "".join(
         f"<li><b>{escape(finding.name)}</b>{' (!)' if finding.warning else ''}: "
         f"{escape(finding.message)}. {escape(finding.advice)}.</li>" for finding in found)
-    return f"<h2>Signal propagation through depth</h2>\n<ul>{items}</ul>\n"
+    return f"<ul>{items}</ul>\n" if items else ""
 
 
-def _source(report: ScaleReport) -> str:
-    listed = report.annotated_source()
-    if not listed:
-        return ""
-    return ("<h2>Source: RMS of values (→) and of their gradients (←)</h2>\n"
-            f'<div class="scroll"><pre class="mono">{escape(listed)}</pre></div>\n')
-
-
-def _tensors(tensors: Sequence[TensorScale]) -> str:
-    headings = "".join(
-        f'<th scope="col" aria-sort="none"{" class=number" if number else ""}>'
-        f'<button type="button">{escape(name)}</button></th>' for name, number in COLUMNS)
-    rows = "\n".join(map(_row, tensors))
-    phases = sorted({tensor.phase for tensor in tensors})
-    return f"""<h2>Tensors</h2>
-<div class="controls">
-<label>Filter (press /)<input type="search" name="text" autocomplete="off"
- placeholder="words in any column"></label>
-{selector("phase", phases)}
-<span id="shown" role="status">{len(tensors)} tensors</span>
-</div>
-<div class="scroll" tabindex="0" role="region" aria-label="Tensors">
-<table id="tensors"><thead><tr>{headings}</tr></thead><tbody>
-{rows}
-</tbody></table></div>
-"""
-
-
-def _row(tensor: TensorScale) -> str:
-    source = f'<span class="source">{escape(text.short_place(tensor.source))}</span>'
-    where = tensor.name or tensor.module
-    ratio = "" if tensor.ratio is None else f"{tensor.ratio:.2f}"
-    kurtosis = "" if tensor.kurtosis is None else f"{tensor.kurtosis:.1f}"
-    predicted = "?" if tensor.predicted is None else size(tensor.predicted)
+def _row(tensor: TensorScale, slug: str) -> Row:
     cells = (
-        f'<td class="node mono">{escape(tensor.node)}{source}</td>',
-        f'<td class="mono name">{escape(short_op(tensor.op))}</td>', f"<td>{tensor.phase}</td>",
-        f"<td>{'×'.join(map(str, tensor.shape)) or 'scalar'}</td>",
-        f'<td class="name">{escape(where)}</td>',
-        number_cell(size(tensor.rms), tensor.rms), number_cell(predicted, tensor.predicted),
-        number_cell(ratio, tensor.ratio), number_cell(size(tensor.amax), tensor.amax),
-        number_cell(size(tensor.mean), tensor.mean), number_cell(kurtosis, tensor.kurtosis),
-        number_cell(text.percent(tensor.zeros), tensor.zeros),
-        f"<td>{escape(', '.join(tensor.flags))}</td>",
+        tensor.node, short_op(tensor.op), tensor.phase,
+        "×".join(map(str, tensor.shape)) or "scalar", tensor.name, size(tensor.rms),
+        "?" if tensor.predicted is None else size(tensor.predicted),
+        "" if tensor.ratio is None else f"{tensor.ratio:.2f}", size(tensor.amax),
+        size(tensor.mean), "" if tensor.kurtosis is None else f"{tensor.kurtosis:.1f}",
+        text.percent(tensor.zeros), ", ".join(tensor.flags),
     )
-    return f'<tr data-phase="{tensor.phase}">{"".join(cells)}</tr>'
+    return Row(slug, tensor.module, tensor.source, cells)

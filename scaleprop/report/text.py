@@ -18,6 +18,11 @@ def decibels(value: float | None) -> str:
     return f"{value:.1f}"
 
 
+def digits(value: float | None) -> str:
+    """Three digits: ``1``, ``0.236``, ``2.4e-05``; empty where not measured."""
+    return "" if value is None else f"{value:.3g}"
+
+
 def percent(share: float | None) -> str:
     """A share in [0, 1] as per cent: ``0``, ``<0.01`` or two digits; empty where not measured."""
     if share is None:

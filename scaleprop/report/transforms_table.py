@@ -7,6 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from scaleprop.report import text
+from scaleprop.report.page import simple_table
 from scaleprop.report.records import TransformRecord, TrialRecord
 
 if TYPE_CHECKING:
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 
 _NAMED = 3  # parameters that a row names
 _TERMINAL = 24  # rows of a table in the terminal
-TRANSFORM_COLUMNS = ("transform", "of", "values", "absorbed by", "at run time, or why not",
-                     "source")  # fmt: skip
+TRANSFORM_COLUMNS = ("transform", "of", "values", "absorbed by", "before → after",
+                     "at run time, or why not", "source")  # fmt: skip
 TRIAL_COLUMNS = ("chain", "error of the outputs", "of each operator", "took it", "seconds", "")
 Rows = Sequence[tuple[str, ...]]
 
@@ -25,8 +26,11 @@ def transform_row(record: TransformRecord) -> tuple[str, ...]:
     unnamed = len(record.absorbed) - _NAMED
     absorbed = ", ".join(record.absorbed[:_NAMED]) + (f" and {unnamed} more" if unnamed > 0 else "")
     outcome = f"refused: {record.refused}" if record.refused else "; ".join(record.runtime)
+    measured = "; ".join(
+        f"{name} {text.digits(value)} → {text.digits(record.after.get(name))}"
+        for name, value in record.before.items() if name in record.after)
     return (f"{record.by} ({record.kind})", record.seed, str(record.members or ""), absorbed,
-            outcome, text.short_place(record.source))
+            measured, outcome, text.short_place(record.source))
 
 
 def trial_row(trial: TrialRecord) -> tuple[str, ...]:
@@ -47,15 +51,8 @@ def tables(transforms: Sequence[TransformRecord], trials: Sequence[TrialRecord])
 
 def section(transforms: Sequence[TransformRecord], trials: Sequence[TrialRecord]) -> str:
     """What the page shows; "" where nothing was transformed."""
-    found = ""
-    for columns, rows, what in _parts(transforms, trials):
-        if rows:
-            heads = "".join(f"<th>{escape(column)}</th>" for column in columns)
-            body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n"
-                           for row in rows)  # fmt: skip
-            found += (f"<h2>{escape(what.capitalize())}</h2>\n<table><thead><tr>{heads}</tr>"
-                      f"</thead><tbody>\n{body}</tbody></table>\n")
-    return found
+    return "".join(f"<h3>{escape(what.capitalize())}</h3>\n{simple_table(what, columns, rows)}"
+                   for columns, rows, what in _parts(transforms, trials) if rows)
 
 
 def _parts(

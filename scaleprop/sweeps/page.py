@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from html import escape
 
-from scaleprop.report.html import number_cell, page
+from scaleprop.report.page import number_cell, page
 from scaleprop.sweeps.picture import Drawing, Mark, ticks
 from scaleprop.sweeps.progress import spelled
 from scaleprop.sweeps.results import Point, Sweep

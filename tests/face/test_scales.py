@@ -265,7 +265,7 @@ def test_json_html_and_table(step, tmp_path):
     json.dumps(report.to_dict(), allow_nan=False)
     report.save(tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
-    assert page.count("<tr data-phase=") == len(report.tensors)
+    assert page.count('<tr id="t=') == len(report.tensors)
     assert "→ " in page and "norm-placement" in page and "http://" not in page
     console = Console(width=250, record=True, file=io.StringIO())
     report.show(console)

@@ -180,7 +180,7 @@ def test_the_page_stands_alone(tmp_path: Path):
     sweep.plot(path, color="a|b<")
     text = path.read_text()
     page = Page(text)
-    assert page.links == [] and "http" not in text.replace("http-equiv", "")
+    assert page.links == ["#main"] and "http" not in text.replace("http-equiv", "")
     assert page.tags.count("circle") == 6 and page.tags.count("polyline") == 1
     assert any("format=f1, a|b<=v0: 2.2000 ± 0.0100 · +0.2000 ± 0.0100" in title
                for title in page.titles)

@@ -1,54 +1,53 @@
-"use strict";
-// Sorting and filtering of the tensor table. Without JavaScript the table is complete, in graph order.
-(() => {
-  const table = document.getElementById("tensors");
-  if (!table) return;
-  const body = table.tBodies[0];
-  const rows = [...body.rows];
-  const headers = [...table.tHead.rows[0].cells];
-  const controls = [...document.querySelectorAll(".controls input, .controls select")];
-  const shown = document.getElementById("shown");
-
-  const key = (row, column) => {
-    const cell = row.cells[column];
-    if (cell.dataset.value === undefined) return cell.textContent.toLowerCase();
-    return cell.dataset.value === "" ? null : Number(cell.dataset.value);
-  };
-
-  const sort = (column) => {
-    const header = headers[column];
-    const descending = header.getAttribute("aria-sort") === "ascending";
-    headers.forEach((other) => other.setAttribute("aria-sort", "none"));
-    header.setAttribute("aria-sort", descending ? "descending" : "ascending");
-    const sign = descending ? -1 : 1;
-    const ordered = rows.map((row) => [key(row, column), row]).sort(([a], [b]) => {
-      if (a === null || b === null) return (a === null) - (b === null); // unmeasured rows last
-      return a < b ? -sign : a > b ? sign : 0;
+// A report: its table, its charts, and the panel of one tensor.
+{
+  const data = readData();
+  const element = document.getElementById("tensors");
+  let table = null;
+  if (element) {
+    fillFilters(data);
+    table = startTable(element, {
+      number: (row, column) => data.get(column, row),
+      facet: (row, name) => data.get(name, row) ?? (name === "format" ? "high" : ""),
+      words: (row) => `${data.get("module", row) ?? ""} ${data.get("op", row) ?? ""}`,
     });
-    body.append(...ordered.map(([, row]) => row));
-  };
-
-  const filter = () => {
-    const words = controls[0].value.toLowerCase().split(/\s+/).filter(Boolean);
-    let count = 0;
-    for (const row of rows) {
-      const text = row.textContent.toLowerCase();
-      const keep = words.every((word) => text.includes(word)) &&
-        controls.slice(1).every((c) => c.value === "" || row.dataset[c.name] === c.value);
-      row.hidden = !keep;
-      count += keep;
-    }
-    shown.textContent = `${count} of ${rows.length} ${table.dataset.noun ?? "tensors"}`;
-  };
-
-  headers.forEach((header, column) =>
-    header.querySelector("button").addEventListener("click", () => sort(column)));
-  controls.forEach((control) => control.addEventListener("input", filter));
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "/" && !controls.includes(document.activeElement)) {
-      event.preventDefault();
-      controls[0].focus();
-    }
+    startWalking(table, element.tBodies[0]);
+  }
+  const open = startPanel(data, {
+    visible: () => table?.visible() ?? [],
+    rowOf: (place) => (place < data.rows ? table?.rows[place] : null),
   });
-  filter();
-})();
+  startDepth(data, open);
+  element?.tBodies[0].addEventListener("click", (event) => {
+    const row = event.target.closest("tr");
+    if (!row || event.target.closest("a") || String(getSelection())) return;
+    open(table.rows.indexOf(row), row.querySelector("a"));
+  });
+  document.querySelectorAll("a[data-search]").forEach((link) =>
+    link.addEventListener("click", () => {
+      table.search.value = link.dataset.search;
+      table.filter();
+      table.search.focus();
+    }));
+}
+
+// The choices of the filters are what the data has; a filter with one choice is left out.
+function fillFilters(data) {
+  const rows = [...Array(data.rows).keys()];
+  for (const select of document.querySelectorAll(".controls[role=search] select")) {
+    const values = rows.map((row) => data.get(select.name, row) ??
+      (select.name === "format" ? "high" : "")).filter(Boolean);
+    const choices = [...new Set(values)].sort();
+    select.append(make("option", { value: "" }, "all"),
+      ...choices.map((value) => make("option", { value },
+        select.name === "op" ? shortOperator(value) : value)));
+    select.closest("label").hidden = choices.length < 2;
+  }
+  const modules = new Set();
+  for (const row of rows) {
+    const parts = (data.get("module", row) ?? "").split(".").filter(Boolean);
+    parts.forEach((_, count) => modules.add(parts.slice(0, count + 1).join(".")));
+  }
+  document.getElementById("modules").append(...[...modules].sort().map((value) =>
+    make("option", { value })));
+  document.querySelector(".controls input[name=module]").closest("label").hidden = !modules.size;
+}

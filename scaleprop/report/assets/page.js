@@ -1,0 +1,5 @@
+// A page with nothing but a table.
+{
+  const table = document.getElementById("tensors");
+  if (table) startTable(table);
+}
