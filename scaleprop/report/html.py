@@ -129,7 +129,7 @@ def depth_figures(any_tensor: bool) -> str:
 <label>Range shown as a band<select id="range"></select></label>
 </div>
 <div id="charts" class="figures"></div>
-<noscript><p>The charts need JavaScript; their numbers are in the table.</p></noscript>
+<p class="unscripted">The charts need JavaScript; their numbers are in the table.</p>
 """
 
 

@@ -11,6 +11,7 @@ import stat
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,7 @@ from scaleprop.report import (
     text,
 )
 from scaleprop.report.outliers import AttentionProfile, Outlier, OutlierTable, Profile, grouped
+from tests.report.pages import full_report, large_report
 
 HOSTILE = "</script><script>alert('x')</script>$\\frac"
 
@@ -340,3 +342,57 @@ def test_outliers_in_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in shown
     Report(outliers=OutlierTable()).show()
     assert "relative" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_page_of_32_layers_is_less_than_a_megabyte(tmp_path: Path, backward: bool) -> None:
+    report = large_report(32, backward)
+    assert len(report.records) == 32 * (7 * 2 + 4)
+    report.save(tmp_path / "r.html")
+    assert (tmp_path / "r.html").stat().st_size < 1_000_000
+
+
+def page_data(path: Path) -> dict[str, Any]:
+    """The JSON that a page carries."""
+    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>',
+                          path.read_text(encoding="utf-8"), re.DOTALL)
+    return json.loads(found)
+
+
+def test_the_page_carries_what_was_measured(tmp_path: Path) -> None:
+    report = full_report()
+    report.save(tmp_path / "r.html")
+    data = page_data(tmp_path / "r.html")
+
+    def column(name: str) -> list[Any]:
+        found = data["tensors"][name]
+        return found if isinstance(found, list) else [found["of"][place] for place in found["at"]]
+
+    assert report.scales is not None
+    assert data["rows"] == len(report.records)
+    assert len(data["ids"]) == len(set(data["ids"])) == data["rows"] + len(report.scales.tensors)
+    for index, record in enumerate(report.records[:-1]):
+        assert column("operand")[index] == record.operand
+        assert record.values is not None
+        assert column("rms")[index] == pytest.approx(record.values.rms, rel=1e-3)
+        first, *parts = column("exponents")[index]
+        assert first == min(record.values.exponents) and min(parts) >= 1
+        total = sum(record.values.exponents.values())
+        for exponent, count in record.values.exponents.items():
+            assert parts[exponent - first] == pytest.approx(max(1, 1e5 * count / total), abs=0.5)
+    assert (column("rms")[36], column("amax")[36], column("sqnr")[36]) == \
+        ("Infinity", "NaN", "Infinity")
+    assert data["formats"] == {"mxfp4": [0.5, 1, 6, 4, "e2m1", "1×32", "e8m0"]}
+    assert data["plain"]["e4m3"][:4] == [2**-9, 2**-6, 448, 8]
+    assert [(part["title"].split(":")[0], len(part["items"])) for part in data["depth"]] == \
+        [("Forward", 28), ("Backward", 16), ("Weights", 14)]
+    linked = [(column("node")[i], column("operand")[column("record")[i]])
+              for i in range(data["rows"], len(data["ids"])) if column("record")[i] is not None]
+    assert linked and all(node == operand for node, operand in linked)
+
+
+def test_transforms_show_before_and_after(tmp_path: Path) -> None:
+    full_report().save(tmp_path / "r.html")
+    text = Page((tmp_path / "r.html").read_text(encoding="utf-8")).text
+    assert "kurtosis 81 → 4.1; sqnr_db 11.2 → 18.9" in text and "smooth → gptq" in text
+    assert "int8" in text and "2.31×" in text  # recipes side by side
