@@ -102,7 +102,7 @@ def _row(row: Row, node: int) -> str:
     """A row with as few bytes as HTML allows: thousands of them are most of a page."""
     under = "<br>".join(map(escape, filter(None, (row.module, text.short_place(row.source)))))
     cells = [f"<td>{escape(cell)}" for cell in row.cells]
-    cells[node] = (f'<td><a href="{fragment(row.slug)}">{escape(row.cells[node])}</a>'
+    cells[node] = (f"<td><a>{escape(row.cells[node])}</a>"  # scripts say where to: to this row
                    + (f"<small>{under}</small>" if under else ""))
     return f'<tr id="t={escape(row.slug)}"{" class=high" if row.high else ""}>{"".join(cells)}'
 

@@ -69,6 +69,8 @@ class Opened:
         self.page.on("pageerror", lambda error: self.trouble.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(address)
+        if context.get("java_script_enabled", True):
+            self.page.locator("html[data-ready]").wait_for()
 
     def __enter__(self) -> Any:
         return self.page
@@ -224,6 +226,7 @@ def test_odd_names_and_numbers_are_shown_as_they_are(browser, files):
         assert "</script><b>odd</b>" in said and "excluded by 'a.*'" in said
         assert "∞" in said and "NaN" in said and "exact" in said
         page.reload()
+        page.locator("html[data-ready]").wait_for()
         assert heading(page) == "a name with spaces & 100%"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import re
 import stat
 import sys
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -354,9 +356,9 @@ def test_a_page_of_32_layers_is_less_than_a_megabyte(tmp_path: Path, backward: b
 
 def page_data(path: Path) -> dict[str, Any]:
     """The JSON that a page carries."""
-    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>',
-                          path.read_text(encoding="utf-8"), re.DOTALL)
-    return json.loads(found)
+    (found,) = re.findall('<script type="application/octet-stream" id="data">(.*?)</script>',
+                          path.read_text(encoding="utf-8"))
+    return json.loads(zlib.decompress(base64.b64decode(found)))
 
 
 def test_the_page_carries_what_was_measured(tmp_path: Path) -> None:

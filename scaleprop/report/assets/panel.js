@@ -15,7 +15,7 @@ const startPanel = (data, { visible, rowOf }) => {
   let origin = null; // what had the focus when the panel was opened
   let current = null;
 
-  const fragment = (place) => `#t=${encodeURIComponent(data.ids[place])}`;
+  const fragment = (place) => fragmentOf(data, place);
   const mark = (place, on) => rowOf(place)?.classList.toggle("open", on);
 
   const show = (place) => {
@@ -88,6 +88,8 @@ const startPanel = (data, { visible, rowOf }) => {
   follow();
   return open;
 };
+
+const fragmentOf = (data, place) => `#t=${encodeURIComponent(data.ids[place])}`;
 
 const titleOf = (data, place) =>
   data.get("operand", place) ?? (data.get("name", place) || data.get("node", place));

@@ -1,6 +1,6 @@
 // A report: its table, its charts, and the panel of one tensor.
-{
-  const data = readData();
+const startReport = async () => {
+  const data = await readData();
   const element = document.getElementById("tensors");
   let table = null;
   if (element) {
@@ -10,6 +10,8 @@
       facet: (row, name) => data.get(name, row) ?? (name === "format" ? "high" : ""),
       words: (row) => `${data.get("module", row) ?? ""} ${data.get("op", row) ?? ""}`,
     });
+    table.rows.forEach((row, place) =>
+      row.querySelector("a").setAttribute("href", fragmentOf(data, place)));
     startWalking(table, element.tBodies[0]);
   }
   const open = startPanel(data, {
@@ -28,7 +30,8 @@
       table.filter();
       table.search.focus();
     }));
-}
+  document.documentElement.dataset.ready = "";
+};
 
 // The choices of the filters are what the data has; a filter with one choice is left out.
 function fillFilters(data) {
@@ -51,3 +54,5 @@ function fillFilters(data) {
     make("option", { value })));
   document.querySelector(".controls input[name=module]").closest("label").hidden = !modules.size;
 }
+
+startReport();
