@@ -14,10 +14,10 @@ Kind = Literal["number", "node", "name", "short", "outcome"]
 
 _STYLES: dict[Kind, str] = {  # of the cells of a column, which carry no class of their own
     "number": "text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums",
-    "node": "min-width: 15rem; max-width: 26rem; overflow-wrap: anywhere",
-    "name": "min-width: 7rem; max-width: 16rem; overflow-wrap: anywhere",
+    "node": "min-width: 17em; max-width: 30em; overflow-wrap: anywhere",
+    "name": "min-width: 8em; max-width: 18em; overflow-wrap: anywhere",
     "short": "white-space: nowrap",
-    "outcome": "min-width: 14rem",
+    "outcome": "min-width: 16em",
 }
 _LABELS = {"kind": "scale", "op": "operator"}  # of filters; others are called as they are
 
@@ -69,7 +69,7 @@ class TensorTable:
             places = [i for i, column in enumerate(self.columns, 1) if column.kind == kind]
             chosen = ", ".join(f"#tensors td:nth-child({i})" for i in places)
             rules += [f"{chosen} {{ {style}; }}\n"] if places else []
-        return f"@media screen {{\n{''.join(rules)}}}\n"
+        return "".join(rules)
 
     def html(self, filters: Sequence[str]) -> str:
         """The controls and the table; ``filters`` are columns of the data: scripts fill them."""
