@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
-.PHONY: demo readme test lint setup clean
+.PHONY: demo readme docs test lint setup clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -26,8 +26,11 @@ demo: $(STAMP)  ## compile a sentence encoder with every recipe; writes demo/
 readme: $(STAMP)  ## put the last demo's table into README.md
 	@$(BIN)/python -m benchmarks.readme_table
 
+docs: $(STAMP)  ## the documentation, strict, into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 # One thread a worker: they would fight otherwise.
-test: lint  ## ruff, pyright, pytest
+test: lint docs  ## ruff, pyright, the documentation, pytest
 	@OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(STAMP)
@@ -35,4 +38,4 @@ lint: $(STAMP)
 	@$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo site build *.egg-info .pytest_cache .ruff_cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # mkdocs loads hoo
 from docs.generate import api, cli, copied, errors, formats, passes, peers, recipes
 
 GENERATORS = (formats, recipes, passes, cli, errors, peers, api, copied)
-logger = logging.getLogger(f"mkdocs.hooks.{__name__}")
+_ELSEWHERE = re.compile(  # what a browser would fetch from another machine
+    r"""<(?:script|img|iframe|source)[^>]*\ssrc=["'](?:https?:)?//[^"']*"""
+    r"""|<link[^>]*\shref=["'](?:https?:)?//[^"']*""")
 
 
 def on_files(files: Files, *, config: Any) -> Files:
@@ -36,3 +38,14 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if page.file.generated_by is not None:
         return markdown
     return copied.relinked(markdown, f"docs/{path}", path)
+
+
+def on_post_page(output: str, *, page: Any, **_: Any) -> str:
+    """The page as it is.
+
+    Raises:
+        ValueError: where it would fetch something from elsewhere.
+    """
+    if found := _ELSEWHERE.search(output):
+        raise ValueError(f"{page.file.src_uri} is not offline: {found[0]}")
+    return output
