@@ -13,7 +13,7 @@ from docs.generate.markdown import ROOT
 COPIED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    "benchmarks/README.md": "results/index.md",
+    "benchmarks/README.md": "results/benchmarks.md",
     **{f"benchmarks/results/{path.name}": f"results/{path.name}"
        for path in sorted((ROOT / "benchmarks" / "results").glob("*"))
        if path.suffix in (".md", ".csv", ".txt")},

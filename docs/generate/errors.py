@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 
 from docs.generate.fields import listed
@@ -212,7 +213,8 @@ def leaves() -> Iterator[type[errors.ScalePropError]]:
 
 def _tree() -> str:
     text = inspect.cleandoc(errors.__doc__ or "")
-    return "\n".join(line for line in text.splitlines() if line.startswith("    "))
+    lines = re.findall(r"^    (\W*\w+(?: \(\w+\))?)", text, re.M)
+    return "```text\n" + "\n".join(lines) + "\n```"
 
 
 def _section(kind: type[errors.ScalePropError], trouble: Trouble) -> list[str]:

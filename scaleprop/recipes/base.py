@@ -77,7 +77,8 @@ class Recipe:
         absent stays in high precision.
     tolerance: the largest error that a backend may add to a product for speed, relative to the
         product's largest value.
-    source: where formats and method are from; when: what it is good for.
+    source: where formats and method are from.
+    when: what it is good for.
     """
 
     name: str

@@ -154,7 +154,8 @@ class TrainingRecipe:
     convolutions: whether they are quantized as linear layers are; not rotated.
     phases: later operands, by the step they start at.
     every: an element format that every floating tensor is truncated to, instead of operands.
-    source: the paper or code that it is from; when: what it is good for.
+    source: the paper or code that it is from.
+    when: what it is good for.
     """
 
     name: str

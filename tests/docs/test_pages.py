@@ -117,5 +117,5 @@ def test_described_fields_become_a_list() -> None:
                                    "    on two lines.\n\nArgs:\n    x: y")
 
 
-def test_pipes_in_cells_are_escaped() -> None:
-    assert markdown.table(("a",), [("x|y",)]) == "| a |\n| --- |\n| x\\|y |\n"
+def test_pipes_in_cells_are_escaped_but_in_code() -> None:
+    assert markdown.table(("a",), [("x|y `a|b`",)]) == "| a |\n| --- |\n| x\\|y `a|b` |\n"
