@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--store", type=Path, default=Path("fp4.sqlite"))
+    parser.add_argument("--redo", action="store_true", help="run again what the store has")
     parser.add_argument("--plot", type=Path,
                         default=harness.ROOT / "docs" / "fp4_design_space.svg")
     parser.add_argument("--results", type=Path, default=harness.RESULTS)
@@ -85,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "benchmarks.fp4_design_space:factory", "benchmarks.fp4_design_space:data", BASE, AXES,
         validation="benchmarks.fp4_design_space:held_out", seeds=options.seeds,
         steps=SETTINGS.steps, learning_rate=SETTINGS.rate, clip=1.0, options={"inner": "eager"},
-        shapes=SHAPES, path=options.store, jobs=options.jobs)
+        shapes=SHAPES, path=options.store, fresh=options.redo,
+        jobs=options.jobs)
     found.to_csv(options.results / "fp4_design_space.csv")
     found.plot(options.plot)
     print(found.table())

@@ -112,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--results", type=Path, default=harness.RESULTS)
     options = parser.parse_args(arguments)
+    results = harness.Results("int4_cnn", options.results, fresh=True)
     rows: list[list[object]] = []
     gaps: list[float] = []
     right = True
@@ -124,14 +126,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shipped = accuracy(deployable(model), x, y)
         gaps.append(exact - low)
         right &= counts == {LEVELS} and packed == 4 and there == shipped
+        results.add(str(seed), {"float32": exact, "int4": low, "onnxruntime": there,
+                                "values": sorted(counts), "packed": packed, "bytes": size})
         rows.append([seed, f"{exact:.2f}", f"{low:.2f}", sorted(counts), packed, f"{there:.2f}",
                      size])
-    print(harness.machine_line(harness.machine()), "\n")
-    print(harness.markdown_table(
+    table = harness.markdown_table(
         ["seed", "float32, %", "int4-cnn, %", "values a layer", "weights two a byte",
-         "on ONNX Runtime, %", "bytes"], rows))
+         "on ONNX Runtime, %", "bytes"], rows)
     gap = statistics.fmean(gaps)
-    print(f"\nint4-cnn is {gap:+.2f} points below float32 on average (at most {LIMIT})")
+    text = (f"# A CNN in 4 bits\n\n{harness.machine_line(results.data['machine'])}\n\n{table}\n\n"
+            f"int4-cnn is {gap:+.2f} points below float32 on average (at most {LIMIT})")
+    results.write_markdown(text)
+    print(text)
     return int(not right or gap > LIMIT)
 
 

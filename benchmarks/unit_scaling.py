@@ -171,12 +171,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(MODELS))
     parser.add_argument("--scheme", default="unit")
+    parser.add_argument("--results", type=Path, help="a folder; by default this one's own, for "
+                                                     "a run of all models")
     options = parser.parse_args(arguments)
     rows = [measure(name, options.scheme) for name in options.only.split(",")]
     print(table(rows))
-    if options.only == parser.get_default("only"):
+    if options.results or options.only == parser.get_default("only"):
+        path = options.results / RESULTS.name if options.results else RESULTS
         found = {"machine": harness.machine(), "rows": rows}
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(found, indent=1) + "\n")
     return int(any(row[key] < least for row in rows for key, least in LEAST.items()))
 
 
