@@ -1,4 +1,4 @@
-"""Models compiled from files, a layer at a time: what ``compile`` and ``save`` write, to the byte."""
+"""Models compiled from files, a layer at a time: what ``compile`` and ``save`` write, bit for bit."""
 
 from __future__ import annotations
 
