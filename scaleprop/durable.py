@@ -39,6 +39,31 @@ def replace(source: Path, target: Path) -> None:
     flush(target.parent)
 
 
+def write(target: Path, data: bytes) -> None:
+    """Let ``target`` hold ``data``: written to a file beside it, then renamed.
+
+    Raises:
+        OSError: ``target`` is then as it was.
+    """
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp",
+                                         dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp made it private
+        replace(Path(temporary), target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def install(folder: Path, target: Path) -> None:
     """Let ``folder``, whose files are on the disk, be ``target``; what was there is deleted.
 

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from scaleprop import durable
 from scaleprop.errors import ConfigError
 from scaleprop.recipes.base import SCHEMA_VERSION, Recipe
 from scaleprop.recipes.named import NAMED
@@ -65,5 +66,5 @@ def save_recipe(recipe: Recipe, path: str | Path) -> Path:
     file = Path(path)
     if file.suffix != ".json":
         raise ConfigError(f"recipes are written as .json, not {file.suffix or 'without a suffix'}")
-    file.write_text(json.dumps(recipe.to_dict(), indent=2) + "\n", encoding="utf-8")
+    durable.write(file, (json.dumps(recipe.to_dict(), indent=2) + "\n").encode())
     return file

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
+from scaleprop import durable
 from scaleprop.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data``: to a temporary file in the same folder, then renamed over ``path``.
+    """Write ``data``, see ``durable.write``.
 
     Raises:
         ConfigError: where the folder is missing or not writable, or ``path`` is a folder.
@@ -33,25 +33,10 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     target = Path(path)
     if target.is_dir():
         raise ConfigError(f"cannot write {str(target)!r}: it is a folder; add a file name")
-    temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(
-            prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
-        )
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp made it private
-        os.replace(temporary, target)
+        durable.write(target, data)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise ConfigError(
             f"cannot write {str(target)!r}: {error.strerror}; "
             f"create the folder {str(target.parent)!r} or choose another path"
         ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -15,7 +14,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from google.protobuf.message import DecodeError
 
+from scaleprop import durable
 from scaleprop.backends.base import Executable
 from scaleprop.backends.onnxruntime.emitter import Emitted, Port
 from scaleprop.backends.onnxruntime.types import NUMPY_EXTRA, onnx_type
@@ -148,7 +149,7 @@ def _session(source: ir.Model | Path, config: SessionConfig) -> ort.InferenceSes
         return _load(ir.to_proto(source).SerializeToString(), config)
     with tempfile.TemporaryDirectory(prefix="scaleprop-") as folder:
         path = Path(folder) / "model.onnx"
-        _save(source, path, external=True)
+        _save(source, path, path.name + DATA_SUFFIX)
         return _load(str(path), config)
 
 
@@ -165,9 +166,10 @@ def weight_bytes(model: ir.Model) -> int:
                if value.const_value is not None)
 
 
-def _save(model: ir.Model, path: Path, external: bool) -> None:
-    if external:
-        ir.save(model, path, external_data=path.name + DATA_SUFFIX)
+def _save(model: ir.Model, path: Path, data: str | None) -> None:
+    """data: the name of a file beside ``path`` for the weights; None: in ``path``."""
+    if data is not None:
+        ir.save(model, path, external_data=data)
     else:
         ir.save(model, path)
 
@@ -175,12 +177,12 @@ def _save(model: ir.Model, path: Path, external: bool) -> None:
 def write(
     emitted: Emitted, path: Path, external: bool | None, check: Callable[[Path], None]
 ) -> None:
-    """Write a model so that ``path`` holds either the old file or the whole, checked new one.
+    """Write a model so that ``path`` is the old file or the whole, checked new one, at any moment.
 
-    The files are written in a folder beside ``path``, checked there, and renamed. external: weights
-    in ``<path>.data``; None decides by size. Two files cannot be renamed at once: a crash between
-    the two renames, when replacing a model with external data, leaves the old ``.onnx`` beside the
-    new ``.data``. Export to a new name where that matters.
+    The files are written in a folder beside ``path``, checked there, flushed to the disk and
+    renamed. external: weights in ``<path>.data``; None decides by size. Where the file that is
+    replaced has its weights there, the new ones are called ``<path>.1.data``: each ``.onnx`` names
+    its own, and the old ones are deleted last.
 
     Raises:
         ConfigError: where ``path`` does not end in ``.onnx`` or cannot be written.
@@ -191,29 +193,50 @@ def write(
         raise ConfigError(f"cannot export to {str(path)!r}: it is a directory")
     if external is None:
         external = weight_bytes(emitted.model) > INLINE_LIMIT
+    data = _data_name(path) if external else None  # the model has its name in it
     with _beside(path) as folder:
-        # the external file's name is stored in the model, so it must be the final one already
         written = folder / path.name
         try:
-            _save(emitted.model, written, external)
+            _save(emitted.model, written, data)
         except OSError as error:
             raise ConfigError(f"cannot export to {str(path)!r}: {error}") from error
         check(written)
-        data = path.name + DATA_SUFFIX
-        if external and (folder / data).exists():
-            os.replace(folder / data, path.with_name(data))
-        os.replace(written, path)
-        if not external:
-            path.with_name(data).unlink(missing_ok=True)  # of the file that was replaced
+        if data is not None and (folder / data).exists():
+            durable.replace(folder / data, path.with_name(data))
+        durable.replace(written, path)
+    for name in _data_names(path):  # of the file that was replaced, or of an interrupted export
+        if name != data:
+            path.with_name(name).unlink(missing_ok=True)
+
+
+def _data_names(path: Path) -> tuple[str, str]:
+    """What weights beside ``path`` are called."""
+    return f"{path.name}{DATA_SUFFIX}", f"{path.name}.1{DATA_SUFFIX}"
+
+
+def _data_name(path: Path) -> str:
+    """That of them which the file that is there does not read."""
+    first, second = _data_names(path)
+    if not path.is_file():
+        return first
+    try:
+        values = ir.load(path).graph.initializers.values()
+    except DecodeError:  # it is no ONNX file: it reads nothing
+        return first
+    reads = any(isinstance(value.const_value, ir.ExternalTensor)
+                and str(value.const_value.location) == first for value in values)
+    return second if reads else first
 
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Generator[Path]:
-    """A temporary folder on the same file system as ``path``; gone whatever happens."""
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise ConfigError(f"cannot export to {str(path)!r}: {error}; "
-                          f"remedy: choose an existing, writable folder") from error
-    with folder as name:
-        yield Path(name)
+    """An empty folder on the same file system as ``path``; gone whatever happens."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(durable.scratch(path, "exporting"))
+        except OSError as error:
+            raise ConfigError(f"cannot export to {str(path)!r}: {error}; "
+                              f"remedy: choose an existing, writable folder") from error
+        for left in folder.iterdir():  # by an export that was killed
+            left.unlink()
+        yield folder

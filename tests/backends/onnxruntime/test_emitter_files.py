@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,33 @@ def test_external_data(program: Program, tmp_path: Path) -> None:
     same_results(path, program)
     BACKEND.export(program, path, external_data=False)
     assert names(tmp_path) == ["model.onnx"]  # the stale weights are gone
+
+
+def test_weights_of_the_old_file_stay_until_the_new_one_is_there(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = BACKEND.export(program, tmp_path / "model.onnx", external_data=True)
+    before = path.read_bytes()
+    other = copy.deepcopy(program)
+    with torch.no_grad():
+        other.module.get_parameter("0.weight").mul_(2)
+
+    def stop(source: Path, target: Path) -> None:
+        if target == path:
+            raise KeyboardInterrupt  # between the two renames
+        os.replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scaleprop.durable.replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            BACKEND.export(other, path, external_data=True)
+    assert names(tmp_path) == ["model.onnx", "model.onnx.1.data", "model.onnx.data"]
+    assert path.read_bytes() == before
+    same_results(path, program)
+    for data in ("model.onnx.1.data", "model.onnx.data"):
+        BACKEND.export(other, path, external_data=True)
+        assert names(tmp_path) == ["model.onnx", data]
+        same_results(path, other)
 
 
 def test_large_models_choose_external_data(
