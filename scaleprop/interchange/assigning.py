@@ -18,13 +18,13 @@ import torch.fx
 
 from scaleprop.errors import ConfigError, describe
 from scaleprop.formats import ScaledTensor
-from scaleprop.passes.assign import AssignFormats, Assignment, high_record
+from scaleprop.passes.assign import AssignFormats, Assignment
 from scaleprop.passes.base import Pass, PassResult, Program
 from scaleprop.passes.rewrite import Rewriter
 from scaleprop.passes.solving.solved import SOLVED
 from scaleprop.recipes import Role
 from scaleprop.report.records import TensorRecord
-from scaleprop.rules import Contraction, contraction_of
+from scaleprop.rules import Contraction, Operand, contraction_of
 
 aten: Any = torch.ops.aten
 
@@ -118,18 +118,27 @@ class AssignStored(AssignFormats):
     def _assign(
         self, node: torch.fx.Node, contraction: Contraction
     ) -> tuple[Assignment, list[TensorRecord]]:
+        assignment, records = super()._assign(node, contraction)
+        if assignment.weight is not None:
+            kept = self._kept(node, contraction)
+            assert kept is not None
+            node.meta[SOLVED] = kept.tensor
+            assignment = dataclasses.replace(assignment, scales=kept.scales)
+        return assignment, records
+
+    def _choose(
+        self, node: torch.fx.Node, contraction: Contraction, operand: Operand, key: str | None
+    ) -> tuple[Role | None, str]:
+        kept = self._kept(node, contraction)
+        if kept is None:
+            return None, "the checkpoint keeps it in high precision"
+        if operand.role == "weight":
+            return Role(format=str(kept.tensor.format)), ""
+        return kept.activation, "the checkpoint quantizes the weight alone"
+
+    def _kept(self, node: torch.fx.Node, contraction: Contraction) -> StoredWeight | None:
         name = _weight_name(node, contraction)
-        kept = self.weights.get(name) if name is not None else None
-        if kept is None or contraction.kind not in _KINDS:
-            reason = "the checkpoint keeps it in high precision"
-            records = [high_record(node, operand, None, reason, self.name)
-                       for operand in contraction.operands
-                       if operand.role != "bias" and operand.argument < len(node.args)]
-            return Assignment(contraction, None, None, str(node.target)), records
-        node.meta[SOLVED] = kept.tensor
-        weight = Role(format=str(kept.tensor.format))
-        return Assignment(contraction, kept.activation, weight, str(node.target),
-                          scales=kept.scales), []
+        return self.weights.get(name) if name is not None and contraction.kind in _KINDS else None
 
 
 def _weight_name(node: torch.fx.Node, contraction: Contraction | None) -> str | None:

@@ -130,14 +130,21 @@ class AssignFormats(Pass):
             if operand.role == "bias" or operand.argument >= len(node.args):
                 continue
             key = _ROLES[contraction.kind][operand.role == "weight"]
-            role = self.recipe.roles.get(key) if key else None
-            reason = f"recipe {self.recipe.name!r} has no role {key!r}"
-            if role is not None and (problem := _unfit(role, contraction, operand)):
-                role, reason = None, problem
+            role, reason = self._choose(node, contraction, operand, key)
             found[operand.role] = role
             if role is None:
                 kept.append(high_record(node, operand, key, reason, self.name))
         return Assignment(contraction, found["activation"], found["weight"], str(node.target)), kept
+
+    def _choose(
+        self, node: torch.fx.Node, contraction: Contraction, operand: Operand, key: str | None
+    ) -> tuple[Role | None, str]:
+        """What an operand becomes; or None, and why."""
+        role = self.recipe.roles.get(key) if key else None
+        if role is None:
+            return None, f"recipe {self.recipe.name!r} has no role {key!r}"
+        problem = _unfit(role, contraction, operand)
+        return (role, "") if problem is None else (None, problem)
 
     def _reason_against(self, names: Sequence[str]) -> str | None:
         """Why the user's patterns keep a node high."""
