@@ -183,11 +183,12 @@ class CompiledModel:
 
     def save_pretrained(
         self, directory: str | Path, like: torch.nn.Module, *, tokenizer: Any = None,
-        max_shard_size: int | str = "5GB", embeddings: bool = False, check: bool = True,
+        max_shard_size: int | str = "5GB", check: bool = True,
     ) -> Path:
         """Write a folder for ``transformers`` and vLLM: weights as compressed-tensors.
 
-        Codes and scales are this model's, bit for bit; so are parameters that transforms changed.
+        Codes and scales of linears are this model's, bit for bit; so are parameters that transforms
+        changed. Embeddings and convolutions are written decoded, which loses nothing.
 
         Args:
             directory: new, empty, or one that this wrote; it is complete or not there.
@@ -196,7 +197,6 @@ class CompiledModel:
             tokenizer: anything with ``save_pretrained``; else the tokenizer's files of the folder
                 that ``like`` was loaded from are copied.
             max_shard_size: bytes of a safetensors file, or text such as ``"5GB"``.
-            embeddings: write embeddings in codes, too, which ``transformers`` takes; else decoded.
             check: compare ``like`` with the written parameters to this model on the example inputs,
                 activations unquantized.
 
@@ -209,7 +209,7 @@ class CompiledModel:
 
         return writing.save_pretrained(
             self, Path(directory), like, tokenizer=tokenizer, max_shard_size=max_shard_size,
-            embeddings=embeddings, check=check)
+            check=check)
 
 
 def compile(

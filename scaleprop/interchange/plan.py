@@ -112,22 +112,19 @@ class Plan:
                 for name in self.ties}  # fmt: skip
 
 
-def plan(program: Program, like: nn.Module, embeddings: bool) -> Plan:
+def plan(program: Program, like: nn.Module) -> Plan:
     """What to write for ``program``, which was compiled from ``like``.
-
-    embeddings: write those in codes, too.
 
     Raises:
         ConfigError: where ``like`` is another model, or something does not fit.
     """
     refuse_runtime(program)
-    return _Planning(program, like, embeddings).plan()
+    return _Planning(program, like).plan()
 
 
 class _Planning:
-    def __init__(self, program: Program, like: nn.Module, embeddings: bool) -> None:
+    def __init__(self, program: Program, like: nn.Module) -> None:
         self.program = program
-        self.embeddings = embeddings
         self.state: dict[str, Tensor] = like.state_dict(keep_vars=True)
         self.owners = dict(like.named_modules(remove_duplicate=False))
         self.read = read_names(program)
@@ -163,8 +160,6 @@ class _Planning:
         if weight.kind == "linear":
             self._check_bias(weight)
             self._code(self._of(names, nn.Linear), name, weight)
-        elif weight.kind == "embedding" and self.embeddings:
-            self._code(self._of(names, nn.Embedding), name, weight)
         else:
             tensor = weight.tensor.dequantize(parameter.dtype).reshape(parameter.shape)
             chosen = self._of(names, nn.Embedding) if weight.kind == "embedding" else names

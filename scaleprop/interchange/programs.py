@@ -61,7 +61,7 @@ def quantized_weights(program: Program) -> Iterator[tuple[str, Quantized]]:
     for record in program.records:
         if record.role in ("fprop.w", "embedding") and record.format is not None:
             weight = _weight(program, nodes[record.node], record)
-            if isinstance(weight.node.args[0], Node):
+            if weight.kind == "linear" and isinstance(weight.node.args[0], Node):
                 read.add(weight.node.args[0])
             yield record.operand, weight
     for node in nodes.values():

@@ -2,8 +2,8 @@
 
 What compressed-tensors has words for is written bit for bit: the codes and scales of the graph's
 linears, and every parameter that a transform changed. What it has none for is an error. Weights of
-convolutions and, unless asked for, of embeddings are written decoded, in the model's dtype: that
-loses nothing, and loaders have seldom codes there.
+embeddings and convolutions are written decoded, in the model's dtype: that loses nothing, and few
+loaders take codes there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import nn
 from scaleprop.errors import ConfigError
 from scaleprop.interchange.libraries import library
 from scaleprop.interchange.names import checkpoint_names
-from scaleprop.interchange.plan import Coded, Plan, plan
+from scaleprop.interchange.plan import Plan, plan
 from scaleprop.interchange.programs import REMEDY
 from scaleprop.interchange.shards import PRODUCER, ShardWriter, new_folder, parse_size
 from scaleprop.interchange.verifying import check_same_function
@@ -39,14 +39,14 @@ _TEXTS = (".json", ".txt", ".model", ".jinja")  # of tokenizers and processors
 
 def save_pretrained(
     compiled: CompiledModel, directory: Path, like: nn.Module, *, tokenizer: Any = None,
-    max_shard_size: int | str = "5GB", embeddings: bool = False, check: bool = True,
+    max_shard_size: int | str = "5GB", check: bool = True,
 ) -> Path:
     """See ``CompiledModel.save_pretrained``."""
     limit = parse_size(max_shard_size)
     if not isinstance(like, library("transformers", "save_pretrained").PreTrainedModel):
         raise ConfigError(f"like is a {type(like).__name__}: pass the transformers model that was "
                           "compiled")
-    found = plan(compiled.program, like, embeddings)
+    found = plan(compiled.program, like)
     if not found.coded:
         raise ConfigError("no linear has a weight in codes: nothing that compressed-tensors "
                           "describes. Remedy: like.save_pretrained writes the model as it is")
@@ -83,28 +83,24 @@ def quantization_config(
     plan: Plan, model: nn.Module, names: Mapping[str, str]
 ) -> dict[str, Any]:
     """What ``config.json`` says: groups of modules and their schemes, and what stays high."""
-    groups: dict[str, list[str]] = {}
-    examples: dict[str, Coded] = {}
-    for name, weight in plan.coded.items():
-        groups.setdefault(weight.key, []).append(names[name].removesuffix(".weight"))
-        examples[weight.key] = weight
     linears = {f"{path}.weight" for path, module in model.named_modules(remove_duplicate=False)
                if isinstance(module, nn.Linear)}  # fmt: skip
-    # the largest group of linears is "Linear"; modules of others are named, which comes first
-    ranked = sorted(groups, key=lambda key: -sum(
-        names[name].removesuffix(".weight") in groups[key] for name in linears if name in names))
+    groups: dict[str, list[str]] = {}
+    for name, weight in plan.coded.items():
+        groups.setdefault(weight.key, []).append(name)
     described: dict[str, Any] = {}
-    for index, key in enumerate(ranked):
-        example = examples[key]
-        whole = index == 0 and example.weight.kind == "linear"
+    # the largest group is "Linear"; modules of others are named, which comes first
+    for index, members in enumerate(sorted(groups.values(), key=len, reverse=True)):
+        example = plan.coded[members[0]]
+        named = sorted(names[name].removesuffix(".weight") for name in members)
         described[f"group_{index}"] = {
-            "targets": ["Linear"] if whole else sorted(groups[key]),
+            "targets": named if index else ["Linear"],
             "weights": example.weights,
             "input_activations": example.activations,
             "output_activations": None,
             "format": example.compression,
         }
-    formats = {example.compression for example in examples.values()}
+    formats = {weight.compression for weight in plan.coded.values()}
     ignore = sorted(names[name].removesuffix(".weight") for name in linears
                     if name in names and name not in plan.coded)  # fmt: skip
     return {

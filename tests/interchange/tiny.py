@@ -31,7 +31,8 @@ def llama(dtype: torch.dtype = torch.float32, tied: bool = False) -> Any:
     for parameter in model.parameters():  # gains that are all 1 would hide a missing one
         if parameter.ndim == 1:
             parameter.data = 1 + torch.rand_like(parameter)
-    return model.to(dtype)
+        parameter.data = parameter.data.to(dtype)  # buffers stay, as from_pretrained has them
+    return model
 
 
 def encoder() -> Any:
@@ -40,7 +41,7 @@ def encoder() -> Any:
     torch.manual_seed(1)
     config = BertConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1,
                         num_attention_heads=4, vocab_size=96, max_position_embeddings=32)
-    model = BertModel(config, add_pooling_layer=False).eval()
+    model = BertModel(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.data = torch.rand_like(parameter) + name.endswith("weight")
