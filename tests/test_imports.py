@@ -32,7 +32,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 HEAVY = ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "rich", "click", "matplotlib",
          "transformers", "accelerate", "pytorch_lightning", "triton", "torchao", "ml_dtypes",
-         "joblib", "tensorboard")
+         "joblib", "tensorboard", "compressed_tensors", "safetensors")
 # torch._dynamo imports triton wherever that is installed
 OPTIONAL = (*(name for name in HEAVY if name != "triton"), "scaleprop.backends.cuda")
 

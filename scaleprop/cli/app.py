@@ -215,10 +215,9 @@ def compile_command(
     if model is None or ignore:
         raise click.UsageError("--ignore goes with --from-safetensors" if ignore
                                else "MODEL is missing; or pass --from-safetensors DIR")
-    from scaleprop.cli.checkpoints import compile_checkpoint, is_quantized, write
+    from scaleprop.cli.checkpoints import check_output, compile_checkpoint, is_quantized, write
 
-    if kind is not None and out is None:
-        raise ConfigError(f"--format {kind}: say where to, with --out")
+    check_output(model, out, kind)
     if is_quantized(model):
         given = [name for name in options if context.get_parameter_source(name) is
                  click.core.ParameterSource.COMMANDLINE]  # fmt: skip

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, cast
 
 from scaleprop.api import CompiledModel, from_pretrained
 from scaleprop.cli.models import Subject, is_checkpoint, load_subject
 from scaleprop.errors import ConfigError
 
+if TYPE_CHECKING:
+    import torch
+
+COMPRESSED_TENSORS = "compressed-tensors"
 
 def is_quantized(spec: str) -> bool:
     """Whether this is a folder whose weights are in codes.
@@ -48,19 +50,27 @@ def compile_checkpoint(
     return subject, from_pretrained(spec, subject.inputs, backend, verify=verify)
 
 
-def write(compiled: CompiledModel, out: Path, kind: str | None, subject: Subject) -> Path:
-    """Write ``compiled`` as ``kind``, or as what the name says.
+def check_output(model: str, out: Path | None, kind: str | None) -> None:
+    """Refuse before minutes of work what would be refused after them.
 
     Raises:
-        ConfigError: where ``kind`` contradicts the name, or the model is none of transformers.
+        ConfigError: where ``kind`` contradicts the name, or fits no such model.
     """
-    if kind == "compressed-tensors":
-        if not isinstance(subject.model, torch.nn.Module):
-            raise ConfigError("--format compressed-tensors: the model is an exported program; give "
-                              "the transformers model that it was made of")
-        return compiled.save_pretrained(out, subject.model)
+    if kind is None:
+        return
+    if out is None:
+        raise ConfigError(f"--format {kind}: say where to, with --out")
     is_onnx = out.suffix == ".onnx"
-    if kind is not None and is_onnx != (kind == "onnx"):
+    if is_onnx != (kind == "onnx"):
         raise ConfigError(f"--format {kind}: {str(out)!r} is named "
                           f"{'as' if is_onnx else 'otherwise than'} an ONNX file")
-    return compiled.export(out) if is_onnx else compiled.save(out)
+    if kind == COMPRESSED_TENSORS and model.endswith(".pt2"):
+        raise ConfigError(f"--format {kind}: {model!r} is an exported program; give the model of "
+                          "transformers that it was made of")
+
+
+def write(compiled: CompiledModel, out: Path, kind: str | None, subject: Subject) -> Path:
+    """Write ``compiled`` as ``kind``, or as what the name says."""
+    if kind == COMPRESSED_TENSORS:
+        return compiled.save_pretrained(out, cast("torch.nn.Module", subject.model))
+    return compiled.export(out) if out.suffix == ".onnx" else compiled.save(out)

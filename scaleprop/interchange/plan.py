@@ -105,11 +105,11 @@ class Plan:
             if self.untied or self.ties[name] == name:
                 yield name
 
-    def decoded(self) -> dict[str, Tensor]:
-        """Every parameter as numbers, in its dtype in the model."""
+    def decoded(self, like: nn.Module) -> dict[str, Tensor]:
+        """Every parameter as numbers, in its dtype in ``like``."""
         return {name: self.dense[name] if name in self.dense
-                else self.coded[name].weight.tensor.dequantize(self.coded[name].weight.dtype)
-                for name in self.ties}  # fmt: skip
+                else self.coded[name].weight.tensor.dequantize(tensor.dtype)
+                for name, tensor in like.state_dict().items()}  # fmt: skip
 
 
 def plan(program: Program, like: nn.Module) -> Plan:

@@ -29,13 +29,11 @@ class Quantized:
 
     tensor: [N, K]; of a convolution [O, everything else]. kind: what reads it.
     activation: its format; None where it stays high. scales: its static scale (and zero point), or
-        of two levels the scale of the whole tensor; none where dynamic. dtype: what it is decoded
-        to.
+        of two levels the scale of the whole tensor; none where dynamic.
     """
 
     tensor: ScaledTensor
     kind: str
-    dtype: torch.dtype
     node: Node
     activation: ScaledFormat | None = None
     scales: tuple[Tensor, ...] = ()
@@ -76,22 +74,20 @@ def quantized_weights(program: Program) -> Iterator[tuple[str, Quantized]]:
 def _weight(program: Program, node: Node, record: TensorRecord) -> Quantized:
     if node.target is SCALED_MM:
         parts, name = _tensors(program, node.args[1]), str(node.args[4])
-        shape = (parts[0].shape[0], node.args[5])
+        k: Any = node.args[5]
+        shape = (parts[0].shape[0], k)
         given: Any = node.args[0]
         activation = None if node.args[3] in PLAIN else parse(str(node.args[3]))
         scales = _tensors(program, given.args[5] or ()) if activation is not None else []
-        dtype = program_dtype(node)
-        return Quantized(_joined(parts, name, shape), "linear", dtype, node, activation,
-                         tuple(scales))
+        tensor = ScaledTensor.from_parts(parts, name, shape)
+        return Quantized(tensor, "linear", node, activation, tuple(scales))
     decoded = node if node.target is DEQUANTIZE else _decoded(node)
     rows: Any = decoded.args[0]
     sources = [row if row.op == "get_attr" else row.args[0] for row in rows]
     parts = _tensors(program, sources)
     size: Any = decoded.args[2]
-    dtype: Any = decoded.args[4]
-    kind = "embedding" if record.role == "embedding" else "conv"
-    shape = (parts[0].shape[0], size[-1])
-    return Quantized(_joined(parts, str(decoded.args[1]), shape), kind, dtype, node)
+    tensor = ScaledTensor.from_parts(parts, str(decoded.args[1]), (parts[0].shape[0], size[-1]))
+    return Quantized(tensor, "embedding" if record.role == "embedding" else "conv", node)
 
 
 def _decoded(node: Node) -> Node:
@@ -106,15 +102,6 @@ def _decoded(node: Node) -> Node:
     raise ConfigError(f"{describe(node)} reads no stored weight. {REMEDY}")
 
 
-def program_dtype(node: Node) -> torch.dtype:
-    """What a product's weight was before it was quantized: the product's result is cast to it."""
-    users = list(node.users)
-    cast: Any = getattr(torch.ops.aten, "_to_copy").default  # noqa: B009
-    if len(users) == 1 and users[0].target is cast:
-        return users[0].kwargs.get("dtype", torch.float32)  # type: ignore[return-value]
-    return torch.float32
-
-
 def _tensors(program: Program, sources: Any) -> list[Tensor]:
     return [tensor_of(program, str(source.target)) for source in sources]
 
@@ -125,10 +112,6 @@ def tensor_of(program: Program, name: str) -> Tensor:
     for part in name.split("."):
         value = getattr(value, part)
     return value.detach()
-
-
-def _joined(parts: list[Tensor], name: str, shape: tuple[Any, ...]) -> ScaledTensor:
-    return ScaledTensor.from_parts(parts, name, shape)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def save_pretrained(
         raise ConfigError("no linear has a weight in codes: nothing that compressed-tensors "
                           "describes. Remedy: like.save_pretrained writes the model as it is")
     if check:
-        check_same_function(compiled.program, like, found.decoded())
+        check_same_function(compiled.program, like, found.decoded(like))
     names = _names(like, found)
     with new_folder(directory) as folder:
         _write_config(folder, like, found, names)

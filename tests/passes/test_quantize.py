@@ -77,6 +77,30 @@ def test_static_scales_are_buffers_from_calibration(mlp):
     assert kinds == {"static"}
 
 
+def test_static_scale_of_a_whole_tensor_under_block_scales(mlp):
+    data = [torch.randn(4, 64) * k for k in (1, 3)]
+    roles = {"fprop.w": Role(format="nvfp4"), "fprop.x": Role(format="nvfp4", scaling="static")}
+    program = quantized(mlp, (data[0],), named_recipe("nvfp4").replace(roles=roles),
+                        calibration=data)
+    first = nodes(program, QUANTIZE)[0]
+    assert [n.target for n in first.args[5]] == ["x_tensor_scale"]
+    scale = dict(program.module.named_buffers())["x_tensor_scale"]
+    assert scale == torch.cat(data).abs().max() / (448 * 6)
+    gate = nodes(program, SCALED_MM)[0]
+    x = torch.randn(3, 64)
+    w_hat = fake_quantize(mlp.gate.weight, "nvfp4")
+    want = F.linear(fake_quantize(x, "nvfp4", scales=[scale]), w_hat, mlp.gate.bias)
+    seen = {}
+
+    class Look(torch.fx.Interpreter):
+        def run_node(self, n):
+            seen[n.name] = super().run_node(n)
+            return seen[n.name]
+
+    Look(program.module).run(x, enable_io_processing=False)
+    torch.testing.assert_close(seen[gate.name], want, rtol=1e-5, atol=1e-6)
+
+
 def test_static_without_calibration_names_recipe_and_remedy(mlp):
     manager = build(named_recipe("int8"))
     message = r"static and was not calibrated\. Remedy: pass calibration=.*int8-dynamic"

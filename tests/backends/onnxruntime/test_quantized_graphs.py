@@ -43,6 +43,19 @@ def test_fake_quantize_equals_the_reference(name: str, tmp_path: Path) -> None:
     assert torch.equal(fake_quantized(x, name, tmp_path), OPS.fake_quantize(x, name))
 
 
+@pytest.mark.parametrize("amax", [0.5, 40.0, 3000.0])
+@pytest.mark.parametrize("name", ["nvfp4", "fp4_ue5m3"])
+def test_block_scales_follow_the_data_under_a_given_one(
+    name: str, amax: float, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 200) * torch.exp2(torch.randint(-8, 8, (3, 5, 200)).float())
+    x[1, 2] = 0.0
+    outer = [torch.tensor(amax / (448 * 6))]
+    got = fake_quantized(x, name, tmp_path, static=outer)
+    assert torch.equal(got, OPS.fake_quantize(x, name, scales=outer))
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_rounding_on_and_around_every_tie(name: str, tmp_path: Path) -> None:
     """Grid points, midpoints and their float32 neighbours, with scale 1."""
