@@ -30,6 +30,11 @@ COLUMNS = (
     Column("bytes", "number", "bytes"), Column("runs as, or why not", "outcome"),
     Column("decided by", "short"),
 )
+_MEASURES = {  # of ``fidelity.Fidelity``: what is compared
+    "cosine": "to the model that was given",
+    "format_error": "reference against the model that was given",
+    "lowering_error": "backend against the reference",
+}
 _FILTERS = ("format", "kind", "role", "op")
 
 
@@ -62,7 +67,8 @@ def _overview(report: Report, slugs: Sequence[str]) -> str:
     if worst:
         value, link = worst[0]
         items.append(("lowest SQNR", f"{value} dB", link))
-    items += [(name, f"{value:.6g}", "") for name, value in report.fidelity.items()]
+    items += [(name.replace("_", " "), f"{value:.6g}", _MEASURES.get(name, ""))
+              for name, value in report.fidelity.items()]
     listed = "".join(f"<li><b>{value} dB</b> {link}</li>" for value, link in worst)
     lowest = ("<div><h3>Lowest signal-to-noise ratios</h3>\n"
               f'<ol class="worst">{listed}</ol></div>\n' if len(worst) > 1 else "")
@@ -78,9 +84,10 @@ def _worst(report: Report, slugs: Sequence[str]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for value, index in sorted(measured)[:_WORST]:
         record = report.records[index]
+        where = f"{short_op(record.op)} {record.module or record.node}, {record.format}"
         found.append((text.decibels(value),
                       f'<a href="{fragment(slugs[index])}">{escape(record.operand)}</a> '
-                      f"<small>{escape(record.node)}, {escape(record.format or '')}</small>"))
+                      f"<small>{escape(where)}</small>"))
     return found
 
 
@@ -95,10 +102,12 @@ def _variants(variants: Sequence[Variant], recipe: str | None) -> str:
         "" if variant.speed is None else f"{variant.speed:.2f}×",
         *(f"{variant.fidelity[name]:.6g}" if name in variant.fidelity else ""
           for name in measures)) for variant in variants]
-    table = simple_table("Recipes side by side", head, rows, range(2, len(head)))
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    table = simple_table("Recipes side by side", [head[i].replace("_", " ") for i in kept],
+                         [[row[i] for i in kept] for row in rows], range(2, len(kept)))
     return (f"<h3>Recipes side by side</h3>\n{table}"
             "<p>Speed: median time of the model that was given ÷ that of the compiled one; "
-            "fidelity: against the model that was given.</p>\n") if table else ""
+            "all else against the model that was given.</p>\n") if table else ""
 
 
 def _bytes(records: Sequence[TensorRecord]) -> str:

@@ -14,7 +14,7 @@ Kind = Literal["number", "node", "name", "short", "outcome"]
 
 _STYLES: dict[Kind, str] = {  # of the cells of a column, which carry no class of their own
     "number": "text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums",
-    "node": "min-width: 17em; max-width: 30em; overflow-wrap: anywhere",
+    "node": "min-width: 19em; max-width: 30em; overflow-wrap: anywhere",
     "name": "min-width: 8em; max-width: 18em; overflow-wrap: anywhere",
     "short": "white-space: nowrap",
     "outcome": "min-width: 16em",

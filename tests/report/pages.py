@@ -79,7 +79,7 @@ def linear_record(
         provenance=ScaleProvenance(
             by="quantize-weights" if weight else "quantize-activations", value=operand,
             statistic="amax of each 1×32 block", batches=None if weight else 8,
-            neighbours=(f"{module}.bias",) if weight else ("value_0_0",)))
+            neighbours=(f"{module}.bias",) if weight else ("value_0_0 of scaled_mm_1",)))
 
 
 def values(rng: random.Random, scaled: bool = True) -> Values:

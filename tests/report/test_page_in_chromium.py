@@ -203,6 +203,9 @@ def test_links_lead_from_tensor_to_tensor_and_back(browser, files):
         panel = page.locator("#panel")
         panel.get_by_role("link", name="value_1_0").first.click()
         assert heading(page) == "value_1_0"
+        panel.get_by_role("link", name="value_0_0 of scaled_mm_1").click()  # has the same scale
+        assert heading(page) == "value_0_0" and "scaled_mm_1" in page.url
+        page.go_back()
         panel.get_by_role("link", name="linear scaled_mm_7").click()
         assert "scaled_mm_7" in page.url
         panel.get_by_role("link", name="model.layers.1.self_attn.q_proj.weight").click()

@@ -142,7 +142,8 @@ const histogramsOf = (data, place) => {
   if (own.length) {
     const range = get("operand") === null ? data.plain[document.getElementById("range")?.value] : null;
     found.push(histogramChart(own, range ?? null, { title: "Exponents as they are", axis: "|x|",
-      note: range ? `Shaded: ${range[4]} without a scale.` : "" }));
+      note: range ? `Shaded: ${range[4]} without a scale.`
+        : get("kind") === "weight" ? "The weight as it is stored, scaled back." : "" }));
   }
   return found.length ? [make("h3", {}, "Distribution"), ...found] : [];
 };
@@ -179,28 +180,29 @@ const figuresOf = (data, place) => {
 const provenanceOf = (data, place, link) => {
   const get = (name) => data.get(name, place);
   if (get("pass") === null && get("low") === null && get("kind") === null) return [];
-  const kinds = { weight: "with the weight", static: "once, by calibration",
-    dynamic: "at run time, of each input" };
-  const how = kinds[get("kind")] ? `Found ${kinds[get("kind")]}` : "Found";
+  const kinds = { weight: "Found with the weight", static: "Found once, by calibration",
+    dynamic: "Found at run time, of each input" };
+  const how = get("pass") ? `Found by ${get("pass")}` : kinds[get("kind")] ?? "Found";
   const of = get("statistic") ? `: ${get("statistic")}` : "";
-  const seen = get("batches") ? ` over ${get("batches")} calibration batches` : "";
-  const by = get("pass") ? `, by ${get("pass")}` : "";
+  const seen = get("batches") ? `, over ${get("batches")} calibration batches` : "";
   const value = get("value");
   const scales = get("low") === null ? "" : get("low") === get("high")
     ? ` The scale is ${digits(get("low"))}.`
     : ` Scales lie between ${digits(get("low"))} and ${digits(get("high"))}.`;
   const near = (get("neighbours") ?? []).flatMap((name) => [valueLink(data, name, link), ", "])
     .slice(0, -1);
-  return [make("h3", {}, "Scale"), make("p", {}, `${how}${of}${seen}${by}.`,
+  return [make("h3", {}, "Scale"), make("p", {}, `${how}${of}${seen}.`,
     ...(value && value !== titleOf(data, place) ? [" Its numbers are those of ",
       valueLink(data, value, link), "."] : []), scales),
   near.length ? make("p", {}, "The same scale, or one moved to or from here: ", ...near, ".") : ""];
 };
 
-// A value by its name: a link where the page knows a tensor of it.
+// A value by its name, or as "operand of node": a link where the page knows a tensor of it.
 const valueLink = (data, name, link) => {
+  const [, operand, node] = /^(.*) of (\S+)$/.exec(name) ?? [];
   const found = tensorsOf(data, "operand", name)[0] ?? tensorsOf(data, "node", name)[0] ??
-    tensorsOf(data, "name", name)[0];
+    tensorsOf(data, "name", name)[0] ??
+    tensorsOf(data, "operand", operand).find((place) => data.get("node", place) === node);
   return found === undefined ? make("code", {}, name) : link(found, name);
 };
 
