@@ -3,8 +3,8 @@
     python -m benchmarks.report_screenshots            # writes docs/images/report-*.png
     python -m benchmarks.report_screenshots --keep DIR # and the pages themselves into DIR
 
-A sentence encoder as released, in 4-bit blocks, beside other recipes; and a small Llama with random weights, of which
-one step is looked at, forward and backward. Needs playwright and chromium.
+A sentence encoder as released, in 4-bit blocks, beside other recipes; and a small Llama with random
+weights, of which one step is looked at, forward and backward. Needs playwright and chromium.
 """
 
 from __future__ import annotations
