@@ -232,3 +232,12 @@ def test_lines_in_a_circle_are_refused_and_none_is_no_picture() -> None:
         place([(1, 1), (1, 1)], [Line(0, 1), Line(1, 0)])
     assert place([], []).boxes == ()
     assert len(place([(10, 5), (10, 5)], []).boxes) == 2
+
+
+@pytest.mark.parametrize("name", ["encoder-int8", "encoder-mxfp4", "training-fp8", "training-rms"])
+def test_pictures_in_the_documents_are_whole(name: str) -> None:
+    svg = (Path(__file__).parents[2] / "docs" / "images" / f"block-{name}.svg").read_text()
+    texts = ["".join(text.itertext()) for text in parsed(svg).iter(f"{SVG}text")]
+    assert any(text.startswith("→ 2^") for text in texts)
+    assert any(text.startswith("← 2^") for text in texts) == name.startswith("training")
+    assert len(groups(svg, "edge")) >= len(groups(svg, "node")) > 20
