@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scaleprop import adapters, interchange, optim, qat
+    from scaleprop.adapters.pretrained import ScalepropConfig
     from scaleprop.analysis import analyze
     from scaleprop.api import CompiledModel, compile, from_pretrained, load
     from scaleprop.formats import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "ScalepropConfig": "scaleprop.adapters.pretrained",
     **dict.fromkeys(("CompiledModel", "compile", "from_pretrained", "load"), "scaleprop.api"),
     "analyze": "scaleprop.analysis",
     **dict.fromkeys(
@@ -60,6 +62,7 @@ __all__ = [
     "Role",
     "ScaledFormat",
     "ScaledTensor",
+    "ScalepropConfig",
     "Sweep",
     "adapters",
     "analyze",

@@ -12,6 +12,8 @@ keys, gradient accumulation, clipping, evaluation and checkpoints stay the libra
 
 Each takes ``modules``: patterns of module names (``"blocks.*"``) that are compiled one by one, as
 FSDP2 needs it, instead of the whole model. A ``*`` stands for one name between dots.
+
+``pretrained`` is not about training: it quantizes what ``from_pretrained`` of transformers loads.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from scaleprop.adapters import accelerate, lightning, transformers
+    from scaleprop.adapters import accelerate, lightning, pretrained, transformers
 
-__all__ = ["accelerate", "lightning", "transformers"]
+__all__ = ["accelerate", "lightning", "pretrained", "transformers"]
 
 
 def __getattr__(name: str) -> ModuleType:

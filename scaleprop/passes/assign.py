@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,12 @@ from scaleprop.passes.base import Pass, PassResult, Program
 from scaleprop.passes.canonicalise.attention import ATTENTION
 from scaleprop.passes.provenance import innermost_module
 from scaleprop.passes.rewrite import Rewriter, module_paths, shape_of
+from scaleprop.passes.stored import (
+    contraction_records,
+    is_scaled,
+    stored_records,
+    stored_weight,
+)
 from scaleprop.recipes.base import Recipe, Role
 from scaleprop.report.records import Role as RecordRole
 from scaleprop.report.records import TensorRecord
@@ -95,16 +102,25 @@ class AssignFormats(Pass):
         rewriter = Rewriter(program, self.name)
         nodes = [node for node in rewriter.graph.nodes if node.op == "call_function"]
         names = {node: node_names(node) for node in nodes}
-        self._check_patterns(names)
+        check_patterns(self.exclude, self.include, itertools.chain(*names.values()))
         records: list[TensorRecord] = []
         count = 0
         for node in nodes:
+            if is_scaled(node):
+                records.extend(stored_records(rewriter, node))
+                continue
             contraction, rule = contraction_of(node), rule_for(node.target)
             stays = rule is not None and rule.high
             if contraction is None or contraction.kind not in _ROLES or stays:
                 records.extend(_unquantizable(node, contraction, self.name))
                 continue
-            reason = self._reason_against(names[node]) or _structural_reason(rewriter, node)
+            if (stored := _stored(node, contraction)) is not None:
+                x = contraction.operand("activation")
+                read = None if x is None else node.args[x.argument]
+                records.extend(contraction_records(rewriter, node, read, stored))
+                continue
+            reason = (reason_against(names[node], self.exclude, self.include)
+                      or _structural_reason(rewriter, node))
             if reason is not None:
                 records.extend(_stays_high(node, contraction, reason, self.name))
                 continue
@@ -143,29 +159,36 @@ class AssignFormats(Pass):
         role = self.recipe.roles.get(key) if key else None
         if role is None:
             return None, f"recipe {self.recipe.name!r} has no role {key!r}"
-        problem = _unfit(role, contraction, operand)
+        problem = unfit(role, contraction, operand)
         return (role, "") if problem is None else (None, problem)
 
-    def _reason_against(self, names: Sequence[str]) -> str | None:
-        """Why the user's patterns keep a node high."""
-        for pattern in self.exclude:
-            if _matches(pattern, names):
-                return f"excluded by {pattern!r}"
-        if self.include and not any(_matches(pattern, names) for pattern in self.include):
-            return f"not among include={list(self.include)}"
-        return None
 
-    def _check_patterns(self, names: Mapping[torch.fx.Node, Sequence[str]]) -> None:
-        """Refuse patterns that match nothing: they are misspelt."""
-        everything = sorted({name for candidates in names.values() for name in candidates})
-        for option, patterns in (("exclude", self.exclude), ("include", self.include)):
-            for pattern in patterns:
-                if not _matches(pattern, everything):
-                    near = difflib.get_close_matches(pattern, everything, n=5, cutoff=0.3)
-                    raise ConfigError(
-                        f"{option}={pattern!r} matches no module, parameter, node or operator; "
-                        f"near: {', '.join(map(repr, near or everything[:5]))}"
-                    )
+def reason_against(
+    names: Iterable[str], exclude: Sequence[str], include: Sequence[str]
+) -> str | None:
+    """Why the user's patterns keep high what has these names."""
+    names = tuple(names)
+    for pattern in exclude:
+        if _matches(pattern, names):
+            return f"excluded by {pattern!r}"
+    if include and not any(_matches(pattern, names) for pattern in include):
+        return f"not among include={list(include)}"
+    return None
+
+
+def check_patterns(
+    exclude: Sequence[str], include: Sequence[str], names: Iterable[str]
+) -> None:
+    """Refuse patterns that match nothing: they are misspelt."""
+    everything = sorted(set(names))
+    for option, patterns in (("exclude", exclude), ("include", include)):
+        for pattern in patterns:
+            if not _matches(pattern, everything):
+                near = difflib.get_close_matches(pattern, everything, n=5, cutoff=0.3)
+                raise ConfigError(
+                    f"{option}={pattern!r} matches no module, parameter, node or operator; "
+                    f"near: {', '.join(map(repr, near or everything[:5]))}"
+                )
 
 
 def node_names(node: torch.fx.Node) -> tuple[str, ...]:
@@ -198,8 +221,14 @@ def _structural_reason(rewriter: Rewriter, node: torch.fx.Node) -> str | None:
     return None
 
 
-def _unfit(role: Role, contraction: Contraction, operand: Operand) -> str | None:
-    """Why a role's format cannot serve this operand."""
+def _stored(node: torch.fx.Node, contraction: Contraction) -> torch.fx.Node | None:
+    """The stored codes that a node's weight is made of."""
+    operand = contraction.operand("weight")
+    return None if operand is None else stored_weight(node.args[operand.argument])
+
+
+def unfit(role: Role, contraction: Contraction, operand: Operand) -> str | None:
+    """Why a role's format cannot serve this operand; None where it can."""
     fmt = parse(role.format)
     kind = fmt.granularity.kind
     if contraction.kind == "embedding" and kind not in ("row", "block"):

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 VERSION = 1  # of what weights become; what an older one left on a shelf is made anew
 _CHUNK = 1 << 18  # elements quantized at a time
-_PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+PLAIN_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +169,12 @@ class _Weights:
     def _linear(self, node: torch.fx.Node, assignment: Assignment) -> None:
         x, w = assignment.argument(node, "activation"), assignment.argument(node, "weight")
         k = w.meta["val"].shape[-1]
-        parts, name = [w], _PLAIN[w.meta["val"].dtype]
+        parts, name = [w], PLAIN_NAMES[w.meta["val"].dtype]
         role = self.role(assignment)
         if role is not None:
             parts, name = self._parts(node, w, role)
         why = f"the weight of {node.name} is {name}"
-        x_name = _PLAIN[x.meta["val"].dtype]
+        x_name = PLAIN_NAMES[x.meta["val"].dtype]
         bias = assignment.argument(node, "bias")
         args = ([x], parts, bias, x_name, name, k)
         product = self.rewriter.call(SCALED_MM, args, at=node, why=why)
@@ -242,7 +242,7 @@ class _Weights:
         key = self._key(node, w, role)
         if key not in self._stored:
             tensors, errors = self._shelved(node, w, role, key)
-            names = _part_names(fmt)
+            names = part_names(fmt)
             how = "solved" if solved_of(node) is not None else f"rounding {role.rounding}"
             why = f"{w.target} in {fmt}, {how}"
             parts = [
@@ -280,7 +280,9 @@ class _Weights:
         elif role.rounding == "compensated":
             scaled = self._compensate(node, matrix, fmt, role, key)
         else:
-            scaled = self._quantize(matrix, fmt, role)
+            stochastic = role.rounding == "stochastic"
+            scaled = quantized_matrix(matrix, role, self.options.clipping,
+                                      self._generator if stochastic else None)
         return scaled.parts, weight_error(matrix, scaled)
 
     def _key(self, node: torch.fx.Node, w: torch.fx.Node, role: Role) -> Any:
@@ -311,18 +313,6 @@ class _Weights:
             return compensated(matrix, fmt, moment, self.options.damping, clipping)
         except (PassError, CalibrationError) as error:
             raise type(error)(f"{describe(node)}: {error}") from error
-
-    def _quantize(self, matrix: torch.Tensor, fmt: ScaledFormat, role: Role) -> ScaledTensor:
-        clipping = self.options.clipping or role.clipping
-        searched = fmt.replace(rule="mse") if clipping == "mse" else fmt
-        generator = self._generator if role.rounding == "stochastic" else None
-        pieces = [
-            quantize(piece, searched, rounding=role.rounding, generator=generator).parts
-            for piece in _independent_rows(matrix, fmt)
-        ]
-        parts = pieces[0] if len(pieces) == 1 else _joined(pieces)
-        # how a scale was found is not part of what is stored
-        return ScaledTensor.from_parts(parts, fmt, matrix.shape, dtype=matrix.dtype)
 
     def _record(
         self,
@@ -372,6 +362,32 @@ class _Weights:
             batches=None if seen is None else seen.batches, value=str(w.target))
 
 
+def quantized_matrix(
+    matrix: torch.Tensor, role: Role, clipping: Literal["amax", "mse"] | None = None,
+    generator: torch.Generator | None = None,
+) -> ScaledTensor:  # fmt: skip
+    """A weight [N, K] as ``role`` stores it, scales along K.
+
+    clipping: in place of the role's. generator: of stochastic rounding.
+    """
+    fmt = parse(role.format)
+    searched = fmt.replace(rule="mse") if (clipping or role.clipping) == "mse" else fmt
+    pieces = [
+        quantize(piece, searched, rounding=role.rounding, generator=generator).parts
+        for piece in _independent_rows(matrix, fmt)
+    ]
+    parts = pieces[0] if len(pieces) == 1 else _joined(pieces)
+    # how a scale was found is not part of what is stored
+    return ScaledTensor.from_parts(parts, fmt, matrix.shape, dtype=matrix.dtype)
+
+
+def part_names(fmt: ScaledFormat) -> list[str]:
+    """What is added to a weight's name for each part that the format stores."""
+    names = ["data", "scale"]
+    names += ["tensor_scale"] if fmt.two_level else []
+    return names + (["zero_point"] if fmt.zero_point else [])
+
+
 def _slim(statistics: Mapping[str, TensorStatistics]) -> dict[str, TensorStatistics]:
     """Without moments, figures per channel and rows: large, and nothing after this reads them."""
     return {name: dataclasses.replace(seen, second_moment=None, channels=None, reservoir=None)
@@ -387,9 +403,3 @@ def _independent_rows(matrix: torch.Tensor, fmt: ScaledFormat) -> Sequence[torch
 
 def _joined(pieces: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
     return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
-
-
-def _part_names(fmt: ScaledFormat) -> list[str]:
-    names = ["data", "scale"]
-    names += ["tensor_scale"] if fmt.two_level else []
-    return names + (["zero_point"] if fmt.zero_point else [])

@@ -9,7 +9,7 @@ import dataclasses
 from typing import ClassVar
 
 from scaleprop.passes.base import Pass, PassResult, Program
-from scaleprop.passes.canonicalise import attention, convolutions, linears, norms
+from scaleprop.passes.canonicalise import attention, convolutions, linears, norms, scaled
 from scaleprop.passes.rewrite import Rewriter
 
 
@@ -17,13 +17,14 @@ from scaleprop.passes.rewrite import Rewriter
 class Canonicalise(Pass):
     """Find linears, norms, convolutions, embeddings and attention by structure.
 
-    linears, norms, convolutions, attention: switch each group of rewrites.
+    linears, norms, convolutions, attention, scaled: switch each group of rewrites.
     """
 
     linears: bool = True
     norms: bool = True
     convolutions: bool = True
     attention: bool = True
+    scaled: bool = True
 
     name: ClassVar[str] = "canonicalise"
     preserves_function: ClassVar[bool] = True
@@ -38,6 +39,7 @@ class Canonicalise(Pass):
             "norms": (self.norms, norms.rewrite),
             "convolutions": (self.convolutions, convolutions.rewrite),
             "attention": (self.attention, attention.label),
+            "scaled operators": (self.scaled, scaled.rewrite),
         }
         for group, (enabled, rewrite) in groups.items():
             count = rewrite(rewriter) if enabled else 0
