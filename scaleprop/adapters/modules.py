@@ -165,7 +165,7 @@ def scale_module(module: nn.Module, plan: Plan, parts: Mapping[str, Tensor]) -> 
     del module.weight
     module.__class__ = _scaled_class(type(module), plan.base)
     assert isinstance(module, ScaledWeight)
-    module.scaling = plan
+    module.weight_plan = plan
     module.weight_shape, module.weight_dtype = tuple(weight.shape), weight.dtype
     for name, part in parts.items():
         module.register_buffer(name, part)
@@ -174,9 +174,9 @@ def scale_module(module: nn.Module, plan: Plan, parts: Mapping[str, Tensor]) -> 
 def restore_module(module: ScaledWeight, dtype: torch.dtype | None = None) -> None:
     """The module as it was, with the weight that its codes stand for as a parameter."""
     weight = module.weight.to(dtype or module.weight_dtype)
-    for name in module.scaling.names:
+    for name in module.weight_plan.names:
         delattr(module, name)
-    del module.scaling, module.weight_shape, module.weight_dtype
+    del module.weight_plan, module.weight_shape, module.weight_dtype
     module.__class__ = module.original  # type: ignore[assignment]
     module.register_parameter("weight", nn.Parameter(weight))
 
@@ -184,10 +184,10 @@ def restore_module(module: ScaledWeight, dtype: torch.dtype | None = None) -> No
 class ScaledWeight(nn.Module):
     """What all of them share.
 
-    scaling: its formats. weight_shape, weight_dtype: of ``weight``.
+    weight_plan: its formats. weight_shape, weight_dtype: of ``weight``.
     """
 
-    scaling: Plan
+    weight_plan: Plan
     weight_shape: tuple[int, ...]
     weight_dtype: torch.dtype
     original: ClassVar[type[nn.Module]]
@@ -195,18 +195,18 @@ class ScaledWeight(nn.Module):
     @property
     def parts(self) -> list[Tensor]:
         """[codes, scale, (tensor scale), (zero point)]."""
-        return [getattr(self, name) for name in self.scaling.names]
+        return [getattr(self, name) for name in self.weight_plan.names]
 
     @property
     def weight(self) -> Tensor:
         """What the codes stand for, dequantized at every reading."""
-        shape = list(self.scaling.matrix_shape(self.weight_shape))
-        matrix = ops.dequantize(self.parts, str(self.scaling.format), shape, -1, self.weight_dtype)
-        return matrix.t() if self.scaling.transposed else matrix.view(self.weight_shape)
+        shape = list(self.weight_plan.matrix_shape(self.weight_shape))
+        matrix = ops.dequantize(self.parts, str(self.weight_plan.format), shape, -1, self.weight_dtype)
+        return matrix.t() if self.weight_plan.transposed else matrix.view(self.weight_shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScaledWeight:
         """Parts go along to another device and keep their dtypes, which are the format's."""
-        parts = {name: self._buffers.pop(name) for name in self.scaling.names}
+        parts = {name: self._buffers.pop(name) for name in self.weight_plan.names}
         super()._apply(fn, recurse)
         for name, part in parts.items():
             assert part is not None
@@ -216,11 +216,11 @@ class ScaledWeight(nn.Module):
 
     def __reduce__(self) -> Any:
         """The class is made here, so it cannot be found by its name."""
-        return _without_state, (self.original, self.scaling.base), self.__dict__
+        return _without_state, (self.original, self.weight_plan.base), self.__dict__
 
     def extra_repr(self) -> str:
-        read = f", x={self.scaling.activation.format}" if self.scaling.activation else ""
-        return f"{super().extra_repr()}, weight={self.scaling.format}{read}".removeprefix(", ")
+        read = f", x={self.weight_plan.activation.format}" if self.weight_plan.activation else ""
+        return f"{super().extra_repr()}, weight={self.weight_plan.format}{read}".removeprefix(", ")
 
 
 class ScaledLinear(ScaledWeight):
@@ -230,7 +230,7 @@ class ScaledLinear(ScaledWeight):
 
     def forward(self, input: Tensor) -> Tensor:
         """[…, K] → […, N], in the input's dtype."""
-        role, name = self.scaling.activation, PLAIN_NAMES.get(input.dtype)
+        role, name = self.weight_plan.activation, PLAIN_NAMES.get(input.dtype)
         if name is None:
             raise ConfigError(f"a scaled linear layer computes in {', '.join(PLAIN_NAMES.values())}"
                               f", its input is {input.dtype}. Remedy: model.dequantize()")
@@ -238,8 +238,8 @@ class ScaledLinear(ScaledWeight):
         if role is not None:
             name = str(parse(role.format))
             parts = ops.quantize(input, name, -1, role.rounding)
-        k = self.scaling.matrix_shape(self.weight_shape)[1]
-        product = ops.scaled_mm(parts, self.parts, self.bias, name, str(self.scaling.format), k)
+        k = self.weight_plan.matrix_shape(self.weight_shape)[1]
+        product = ops.scaled_mm(parts, self.parts, self.bias, name, str(self.weight_plan.format), k)
         return product.to(input.dtype)
 
 
@@ -248,7 +248,7 @@ class ScaledConv(ScaledWeight):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the convolution that it was."""
-        role = self.scaling.activation
+        role = self.weight_plan.activation
         if role is not None:
             input = ops.fake_quantize(input, str(parse(role.format)), -1, role.rounding)
         return super().forward(input)
@@ -261,7 +261,7 @@ class ScaledEmbedding(ScaledWeight):
         """[…] indices → […, width]."""
         rows = [part[input] if part.ndim else part for part in self.parts]
         shape = [*input.shape, self.weight_shape[-1]]
-        return ops.dequantize(rows, str(self.scaling.format), shape, -1, self.weight_dtype)
+        return ops.dequantize(rows, str(self.weight_plan.format), shape, -1, self.weight_dtype)
 
 
 def _moved(part: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:

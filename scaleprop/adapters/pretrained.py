@@ -139,8 +139,15 @@ class ScalepropQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _process_model_before_weight_loading(self, model: Any, dtype: Any = None,
-                                             **kwargs: Any) -> None:
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raise ``ConfigError`` for weights that would go to disk as they are quantized."""
+        places = device_map.values() if isinstance(device_map, Mapping) else ()
+        if "disk" in places and not self.pre_quantized:
+            raise ConfigError("weights are quantized where they stay, which cannot be on disk. "
+                              "Remedy: load on the CPU, save_pretrained, and load that folder "
+                              "with this device_map")
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._plans = _plans(model, self._config, checked=not self.pre_quantized)
         if not self._plans:
             logger.warning("recipe %r quantizes nothing of %s", self._config.recipe.name,
@@ -149,7 +156,7 @@ class ScalepropQuantizer(HfQuantizer):
         _retie(model, self._groups, self._plans)
         if not self.pre_quantized:
             return
-        wide = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+        wide = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(model.dtype)]
         for path, plan in self._plans.items():
             module = model.get_submodule(path)
             if isinstance(module, ScaledWeight):
@@ -220,6 +227,8 @@ class ScalepropQuantizer(HfQuantizer):
                 nn.init.zeros_(bias)
         for path, source in _twins(self._groups, self._plans):
             module, other = model.get_submodule(path), model.get_submodule(source)
+            if any(part.is_meta for part in (*module.parts, *other.parts)):
+                continue  # offloaded, each on its own
             if self.pre_quantized or all(map(_same_bytes, module.parts, other.parts)):
                 _make_twin(module, other, keep=True)
             else:
@@ -372,7 +381,7 @@ def _make_twin(module: ScaledWeight, other: ScaledWeight, keep: bool) -> None:
     """``module``'s parts are not saved; where ``keep`` says so, they are those of ``other``."""
     if module is other:
         return
-    for name in module.scaling.names:
+    for name in module.weight_plan.names:
         part = getattr(module, name)
         delattr(module, name)
         shared = getattr(other, name).to(part.device) if keep else part
@@ -393,6 +402,7 @@ def _untie(model: Any) -> None:
 
 
 def _scale(module: nn.Module, plan: Plan, parts: Mapping[str, Tensor]) -> None:
-    scale_module(module, plan, parts)
     known: Any = module
-    known._is_hf_initialized = True  # transformers would read, and so dequantize, its weight
+    # transformers would read, and so dequantize, its weight; a subclass may have more to initialize
+    known._is_hf_initialized = type(module) is plan.base
+    scale_module(module, plan, parts)
