@@ -48,6 +48,7 @@ class CompiledModel:
     fidelity: what ``compile(verify=True)`` measured; None without. It is not saved.
     origin: what transforms are compared with; None where there were none. It is not saved.
     scales: the values through depth, of a model that was measured before it was saved.
+    progress: whether to show progress on standard error where the report measures.
     """
 
     program: Program
@@ -60,6 +61,7 @@ class CompiledModel:
     fidelity: Fidelity | None = None
     origin: Origin | None = dataclasses.field(default=None, repr=False, compare=False)
     scales: ScaleReport | None = dataclasses.field(default=None, repr=False)
+    progress: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on inputs shaped as the example inputs; returns the model's own output structure.
@@ -122,7 +124,8 @@ class CompiledModel:
         if self.scales is not None:
             return Known(self.program.records, self.program.transforms, self.scales)
         readers = readers_of(self.program.transforms)
-        found = look_at_compiled(self.program, f"the model, as {self.recipe.name}", readers)
+        name = f"the model, as {self.recipe.name}"
+        found = look_at_compiled(self.program, name, readers, self.progress)
         transforms = with_effects(self.program, self.origin, found)
         return Known(found.records, transforms, found.scales)
 
@@ -284,6 +287,7 @@ def _compiled(
         baseline=tuple(pytree.tree_leaves(output)),
         nbytes_before=nbytes_before,
         origin=Origin.of(captured) if readers_of(program.transforms) else None,
+        progress=progress,
     )
     if verify:
         compiled = dataclasses.replace(compiled, fidelity=compiled.verify())

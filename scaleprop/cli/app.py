@@ -24,6 +24,8 @@ _RECIPE = "int8-dynamic"
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status. Never raises for a refused request."""
+    from scaleprop.cli import report  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         result = app.main(given, prog_name="scaleprop", standalone_mode=False)
@@ -58,7 +60,7 @@ def app() -> None:
 Command = Callable[..., Any]
 
 
-def _common(command: Command) -> Command:
+def common(command: Command) -> Command:
     """``--json``, ``--verbose`` and ``--debug``; stdout belongs to the result."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else.")
@@ -177,7 +179,10 @@ def _finish(report: Any, files: Sequence[Path], report_path: Path | None, emit: 
 @app.command("compile")
 @click.argument("model", metavar="[MODEL]", required=False)
 @_data
-@_one_recipe
+@click.option("--target", help="With --recipe auto: whose formats.")
+@click.option("--recipe", "recipes", multiple=True, default=(_RECIPE,), show_default=True,
+              help="A name from `scaleprop recipes`, a .toml or .json file, or auto. Repeatable: "
+                   "several are compared.")
 @_decisions
 @click.option("--from-safetensors", "source", metavar="DIR",
               type=click.Path(path_type=Path, exists=True, file_okay=False),
@@ -190,42 +195,29 @@ def _finish(report: Any, files: Sequence[Path], report_path: Path | None, emit: 
 @click.option("--format", "kind", type=click.Choice(["scaleprop", "onnx", "compressed-tensors"]),
               help="What to write; compressed-tensors: a folder for transformers and vLLM. "
                    "Default: by the name of --out.")
+@click.option("--seconds", default=5.0, show_default=True,
+              help="With several recipes: how long to time them; 0: not at all.")
+@click.option("--loss", metavar="MODULE:FUNCTION",
+              help="With --report: show values through depth backward too; as for analyze.")
 @_report
-@_common
+@common
 @click.pass_context
 def compile_command(
-    context: click.Context, source: Path | None, ignore: tuple[str, ...], out: Path | None,
-    kind: str | None, report: Path | None, emit: Any, model: str | None, **options: Any,
+    context: click.Context, report: Path | None, emit: Any, **options: Any
 ) -> None:
-    """Compile MODEL, and report on every tensor.
+    """Compile MODEL, and report on every tensor; or by several recipes, side by side.
 
     A folder whose weights are quantized already is taken as it is, without a recipe.
     """
+    from scaleprop.cli.compiling import compile_and_report
+
     _check_suffix(report)
-    if source is not None:
-        from scaleprop.cli.streaming import compile_from_files
-
-        if kind not in (None, "scaleprop"):
-            raise ConfigError(f"--format {kind} has no use with --from-safetensors, which writes a "
-                              "folder for scaleprop.load. Remedy: leave it out")
-        options["calibration"] = _calibration(options["calibration"])
-        found = compile_from_files(source, out, model=model, ignore=ignore, **options)
-        _finish(found, [] if out is None else [out], report, emit)
-        return
-    if model is None or ignore:
-        raise click.UsageError("--ignore goes with --from-safetensors" if ignore
-                               else "MODEL is missing; or pass --from-safetensors DIR")
-    from scaleprop.cli.checkpoints import check_output, compile_checkpoint, is_quantized, write
-
-    check_output(model, out, kind)
-    if is_quantized(model):
-        given = [name for name in options if context.get_parameter_source(name) is
-                 click.core.ParameterSource.COMMANDLINE]  # fmt: skip
-        subject, compiled = compile_checkpoint(model, given, **options)
-    else:
-        subject, compiled = _compile(model, **options)
-    files = [] if out is None else [write(compiled, out, kind, subject)]
-    _finish(compiled.report, files, report, emit)
+    options["calibration"] = _calibration(options["calibration"])
+    given = [name for name in options if context.get_parameter_source(name) is
+             click.core.ParameterSource.COMMANDLINE]  # fmt: skip
+    measure = report is not None or emit is not None
+    found, files = compile_and_report(given=given, measure=measure, **options)
+    _finish(found, files, report, emit)
 
 
 @app.command("export")
@@ -234,7 +226,7 @@ def compile_command(
 @_decisions
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The .onnx file.")
 @_report
-@_common
+@common
 def export_command(out: Path, report: Path | None, emit: Any, **options: Any) -> None:
     """Compile MODEL to an ONNX file, checked against the reference."""
     _check_suffix(report)
@@ -260,7 +252,7 @@ def _check_suffix(report: Path | None) -> None:
 @click.option("-p", "--pass", "passes", multiple=True, metavar="NAME{OPTION=VALUE}",
               help="Without --loss: how much easier it makes the activations; repeatable.")
 @_report
-@_common
+@common
 def analyze_command(
     model: str, inputs: str | None, calibration: str | None, loss: str | None, source: bool,
     passes: tuple[str, ...], report: Path | None, emit: Any,
@@ -318,7 +310,7 @@ def graph_command(emit: Any, **options: Any) -> None:
               help="Repeatable.")
 @_decisions
 @click.option("--seconds", default=5.0, show_default=True, help="How long to measure.")
-@_common
+@common
 def bench_command(
     model: str, inputs: str | None, calibration: str | None, recipes: tuple[str, ...],
     seconds: float, emit: Any, **options: Any,
@@ -358,7 +350,7 @@ def bench_command(
 @click.option("--plot", type=click.Path(path_type=Path),
               help="Also draw gaps over costs: .svg, .png, or .html with the table.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Also write the table there.")
-@_common
+@common
 def sweep_command(emit: Any, **options: Any) -> int:
     """Train by every combination of changes to a recipe; compare losses and costs.
 
@@ -372,7 +364,7 @@ def sweep_command(emit: Any, **options: Any) -> int:
 
 @app.command("formats")
 @click.argument("names", nargs=-1, metavar="[FORMAT]...")
-@_common
+@common
 def formats_command(names: tuple[str, ...], emit: Any) -> None:
     """List the named formats, or describe the given ones."""
     from scaleprop.cli.listing import formats
@@ -396,7 +388,7 @@ def formats_command(names: tuple[str, ...], emit: Any) -> None:
 @app.command("recipes")
 @click.argument("name", required=False)
 @click.option("--training", is_flag=True, help="Those of scaleprop.prepare_training.")
-@_common
+@common
 def recipes_command(name: str | None, training: bool, emit: Any) -> None:
     """List the recipes, or one by NAME or file."""
     from scaleprop.cli.listing import recipes, role_text, training_recipes
@@ -437,7 +429,7 @@ def _print_training_recipes(rows: list[dict[str, Any]]) -> None:
 
 
 @app.command("passes")
-@_common
+@common
 def passes_command(emit: Any) -> None:
     """List the passes with their options."""
     from scaleprop.cli.listing import passes
@@ -461,7 +453,7 @@ def passes_command(emit: Any) -> None:
 @_inputs
 @click.option("--missing", is_flag=True, help="Only operators without a rule.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Also write the table there.")
-@_common
+@common
 def rules_command(
     model: str | None, inputs: str | None, missing: bool, markdown: Path | None, emit: Any
 ) -> None:
@@ -489,7 +481,7 @@ def rules_command(
 
 
 @app.command("doctor")
-@_common
+@common
 def doctor_command(emit: Any) -> int:
     """Show versions, CPU features and optional packages, and try every backend.
 

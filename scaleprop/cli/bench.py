@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
+from scaleprop.analysis.recipes import EAGER, cosine
+from scaleprop.analysis.timing import interleaved_medians
 from scaleprop.api import Calibration, CompiledModel, compile, split_example, stored_bytes
 from scaleprop.calibration.feed import refuse_bare
 from scaleprop.cli.models import Subject
-from scaleprop.cli.timing import interleaved_medians
 from scaleprop.errors import ConfigError
 from scaleprop.recipes import Recipe, named_recipe
 
@@ -61,32 +60,16 @@ def bench(
     for plan in plans:
         compiled[f"{backend} {plan.name}"] = compile(
             model, subject.inputs, plan, backend, calibration=calibration, **options)
-    calls: dict[str, Callable[[], Any]] = {"eager float32": lambda: eager(*args, **kwargs)}
+    calls: dict[str, Callable[[], Any]] = {EAGER: lambda: eager(*args, **kwargs)}
     calls |= {name: (lambda m=m: m(*args, **kwargs)) for name, m in compiled.items()}
     with torch.no_grad():
-        expected = calls["eager float32"]()
+        expected = calls[EAGER]()
         cosines = {name: cosine(call(), expected) for name, call in calls.items()}
         times = interleaved_medians(calls, seconds)
     before = stored_bytes(eager)
-    sizes = {"eager float32": before, **{name: m.nbytes for name, m in compiled.items()}}
+    sizes = {EAGER: before, **{name: m.nbytes for name, m in compiled.items()}}
     return [
-        Row(name, 1e3 * time, times["eager float32"] / time, sizes[name], sizes[name] / before,
+        Row(name, 1e3 * time, times[EAGER] / time, sizes[name], sizes[name] / before,
             cosines[name])
         for name, time in times.items()
     ]
-
-
-def cosine(actual: Any, expected: Any) -> float:
-    """Of all finite float outputs of two calls, as one vector each; 1 where both are zero."""
-    pairs = [
-        (a.double().flatten(), e.double().flatten())
-        for a, e in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True)
-        if isinstance(e, torch.Tensor) and e.is_floating_point()
-    ]
-    if not pairs:
-        return math.nan
-    a, e = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
-    keep = e.isfinite()
-    a, e = a[keep], e[keep]
-    norms = float(a.norm() * e.norm())
-    return float(a @ e) / norms if norms else 1.0

@@ -43,7 +43,7 @@ def compile_checkpoint(
         ConfigError: where one of them says how to quantize.
     """
     if refused := sorted(set(given) & set(options)):
-        flag = {"passes": "pass"}.get(refused[0], refused[0])
+        flag = {"passes": "pass", "recipes": "recipe"}.get(refused[0], refused[0])
         raise ConfigError(f"{spec!r} is quantized already, and is taken as it is: leave out "
                           f"--{flag}")
     subject = load_subject(spec, inputs)

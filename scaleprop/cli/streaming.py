@@ -13,8 +13,9 @@ from scaleprop.report import Report
 
 
 def compile_from_files(
-    source: Path, out: Path | None, *, model: str | None, inputs: str | None, target: str | None,
-    verify: bool, ignore: Sequence[str], **options: Any,
+    source: Path, out: Path | None, kind: str | None, *, model: str | None, inputs: str | None,
+    recipes: Sequence[str], target: str | None, verify: bool, ignore: Sequence[str],
+    seconds: float, loss: str | None, measure: bool, **options: Any,
 ) -> Report:
     """``scaleprop.compile_from_safetensors`` on what the arguments name.
 
@@ -23,6 +24,14 @@ def compile_from_files(
     """
     from scaleprop.streaming import compile_from_safetensors
 
+    del seconds, measure  # nothing is timed, and nothing run
+    if kind not in (None, "scaleprop"):
+        raise ConfigError(f"--format {kind} has no use with --from-safetensors, which writes a "
+                          "folder for scaleprop.load. Remedy: leave it out")
+    if len(recipes) > 1 or loss is not None:
+        what = "several recipes" if loss is None else "--loss"
+        raise ConfigError(f"{what} with --from-safetensors: the model is written by one recipe, "
+                          "and never run as a whole. Remedy: leave it out")
     if out is None or out.suffix == ".onnx":
         raise ConfigError("--from-safetensors writes what scaleprop.load reads: pass --out FOLDER")
     if target is not None or verify:
@@ -32,5 +41,5 @@ def compile_from_files(
         raise ConfigError(f"{model!r} holds a whole model. Remedy: package.module:factory")
     return compile_from_safetensors(
         source, out, None if inputs is None else call(inputs, "inputs"),
-        model=None if model is None else resolve(model, "model"), ignore=ignore,
+        recipe=recipes[0], model=None if model is None else resolve(model, "model"), ignore=ignore,
         progress=sys.stderr.isatty(), **options)

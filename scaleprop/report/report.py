@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,9 +28,12 @@ from scaleprop.report.plain import (
 from scaleprop.report.ranges import ranges_of
 from scaleprop.report.records import TensorRecord, TransformRecord, TrialRecord, Variant
 from scaleprop.report.scales import ScaleReport
+from scaleprop.report.schema import problem
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from scaleprop.report.diff import ReportDifference
 
 SCHEMA = "scaleprop.report"
 SCHEMA_VERSION = 2
@@ -109,6 +112,25 @@ class Report:
         counts = Counter((record.op, record.reason or "no reason given") for record in self.high)
         return [(op, reason, count) for (op, reason), count in counts.most_common()]
 
+    def with_variants(self, variants: Iterable[Variant]) -> Report:
+        """This report with what several recipes made of the model: ``compare_recipes`` has them."""
+        return dataclasses.replace(self, variants=tuple(variants))
+
+    def with_scales(self, scales: ScaleReport) -> Report:
+        """This report with other values through depth: forward and backward, of ``analyze`` with a
+        loss."""
+        return dataclasses.replace(self, scales=scales)
+
+    def diff(self, other: Report, threshold: float = 0.0) -> ReportDifference:
+        """What ``other`` has otherwise, tensor by tensor, both measured: see ``report.diff``.
+
+        Raises:
+            ConfigError: for a threshold that is no number of decibels from 0.
+        """
+        from scaleprop.report.diff import compare
+
+        return compare(self.measured(), other.measured(), threshold)
+
     def show(self, console: Console | None = None) -> None:
         """Print a summary and a table of every tensor.
 
@@ -173,6 +195,8 @@ class Report:
                 f"schema {data.get('schema')!r} version {data.get('schema_version')!r}; "
                 f"this version reads {SCHEMA!r} versions {', '.join(map(str, READ))}"
             )
+        if (found := problem(data)) is not None:
+            raise ConfigError(f"not a report: {found}")
         # formats say what a reader without this library needs: here their names do
         fields = {k: v for k, v in data.items() if k not in ("schema", "schema_version", "formats")}
         try:
@@ -203,4 +227,7 @@ class Report:
             raise ConfigError(f"cannot read the report {os.fspath(path)!r}: {error}") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{os.fspath(path)!r} is not a report: expected a JSON object")
-        return cls.from_dict(cast(dict[str, Any], data))
+        try:
+            return cls.from_dict(cast(dict[str, Any], data))
+        except ConfigError as error:
+            raise ConfigError(f"{os.fspath(path)!r}: {error}") from error

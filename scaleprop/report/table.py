@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from scaleprop.report.records import Variant
     from scaleprop.report.report import Report
 
 
@@ -56,11 +57,20 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
         )
     rows.append(("quantized" if report.recipe else "compared", f"tensors: {report.tally}"))
     rows += [(name, f"{value:.6g}") for name, value in report.fidelity.items()]
+    rows += [(f"as {one.recipe}", _variant(one)) for one in report.variants]
     rows += [
         ("stayed high", f"{count} × {op}: {reason}") for op, reason, count in report.reasons()
     ]
     rows += [("note", note) for note in report.notes]
     return rows
+
+
+def _variant(one: Variant) -> str:
+    """Size, speed and fidelity of one of several recipes."""
+    ratio = "" if one.size_ratio is None else f" ({one.size_ratio:.3f}×)"
+    speed = "" if one.speed is None else f", {one.speed:.2f}× as fast"
+    fidelity = "".join(f", {name} {value:.6g}" for name, value in one.fidelity.items())
+    return f"{text.megabytes(one.nbytes)}{ratio}{speed}{fidelity}"
 
 
 def _table(report: Report) -> Table:
