@@ -267,11 +267,12 @@ def compile(
     Signature.of(captured).flatten(args, kwargs)  # tracing may have chosen other sizes
     manager = build(plan, exclude=exclude, include=include, calibration=calibration,
                     extra=[*passes, *chosen], verify=verify, progress=progress)
-    return _compiled(captured, manager, plan, backend, verify)
+    return _compiled(captured, manager, plan, backend, verify, progress)
 
 
 def _compiled(
-    captured: Program, manager: PassManager, plan: Recipe, backend: str, verify: bool
+    captured: Program, manager: PassManager, plan: Recipe, backend: str, verify: bool,
+    progress: bool = False,
 ) -> CompiledModel:
     """A captured model, through the passes, lowered."""
     with torch.no_grad():

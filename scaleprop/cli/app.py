@@ -296,7 +296,7 @@ def analyze_command(
 @click.option("--depth", type=int, help="Levels of modules drawn operator by operator.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path),
               help="A .svg file, or .dot for GraphViz.")
-@_common
+@common
 def graph_command(emit: Any, **options: Any) -> None:
     """Draw one block of MODEL, with scales on its edges."""
     from scaleprop.cli.graph import draw
