@@ -201,7 +201,8 @@ class ScaledWeight(nn.Module):
     def weight(self) -> Tensor:
         """What the codes stand for, dequantized at every reading."""
         shape = list(self.weight_plan.matrix_shape(self.weight_shape))
-        matrix = ops.dequantize(self.parts, str(self.weight_plan.format), shape, -1, self.weight_dtype)
+        matrix = ops.dequantize(self.parts, str(self.weight_plan.format), shape, -1,
+                                self.weight_dtype)
         return matrix.t() if self.weight_plan.transposed else matrix.view(self.weight_shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScaledWeight:

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from scaleprop.backends.registry import BACKENDS
+from scaleprop.cli.graph import draw, drawing
+from scaleprop.cli.options import (
+    RECIPE,
+    calibration_of,
+    check_suffix,
+    common,
+    compile_subject,
+    data_options,
+    decisions,
+    finish,
+    inputs_option,
+    model_options,
+    recipe_options,
+    report_option,
+)
+from scaleprop.cli.report import report_group
 from scaleprop.errors import ConfigError, ScalePropError
 
 REFUSED = 2  # exit status of an error with a reason
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
-_RECIPE = "int8-dynamic"
-
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status. Never raises for a refused request."""
-    from scaleprop.cli import report  # noqa: F401  # pyright: ignore[reportUnusedImport]
-
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         result = app.main(given, prog_name="scaleprop", standalone_mode=False)
@@ -57,133 +65,17 @@ def app() -> None:
     """
 
 
-Command = Callable[..., Any]
-
-
-def common(command: Command) -> Command:
-    """``--json``, ``--verbose`` and ``--debug``; stdout belongs to the result."""
-
-    @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else.")
-    @click.option("-v", "--verbose", is_flag=True, help="Log what is done, on stderr.")
-    @click.option("--debug", is_flag=True, help="Log everything; show tracebacks.")
-    @functools.wraps(command)
-    def wrapped(*args: Any, as_json: bool, verbose: bool, debug: bool, **kwargs: Any) -> Any:
-        from scaleprop.cli.output import command_output
-
-        _log_to_stderr(logging.DEBUG if debug else logging.INFO if verbose else logging.WARNING)
-        with command_output(as_json) as emit:
-            return command(*args, emit=emit if as_json else None, **kwargs)
-
-    return wrapped
-
-
-def _log_to_stderr(level: int) -> None:
-    """scaleprop's log only: on the root logger, torch's internal traces would come along."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("scaleprop")
-    logger.handlers = [handler]
-    logger.setLevel(level)
-
-
-_inputs = click.option(
-    "--inputs", metavar="MODULE:FUNCTION", help="Returns example inputs, if MODEL has none.",
-)
-
-
-def _data(command: Command) -> Command:
-    command = _inputs(command)
-    return click.option(
-        "--calibration", metavar="MODULE:FUNCTION",
-        help="Returns an iterable of example inputs; or takes the model and runs it.",
-    )(command)
-
-
-def _model(command: Command) -> Command:
-    """MODEL, and its inputs."""
-    return click.argument("model", metavar="MODEL")(_data(command))
-
-
-def _one_recipe(command: Command) -> Command:
-    command = click.option("--target", help="With --recipe auto: whose formats.")(command)
-    return click.option(
-        "--recipe", default=_RECIPE, show_default=True,
-        help="A name from `scaleprop recipes`, a .toml or .json file, or auto.",
-    )(command)
-
-
-def _decisions(command: Command) -> Command:
-    """What decides how a model is compiled, besides the recipe."""
-    options = (
-        click.option("--backend", default=next(iter(BACKENDS)), show_default=True,
-                     help=", ".join(BACKENDS)),
-        click.option("--exclude", multiple=True, metavar="PATTERN",
-                     help="What stays high: module path, parameter or operator; repeatable."),
-        click.option("--include", multiple=True, metavar="PATTERN",
-                     help="Quantize only these; repeatable."),
-        click.option("-p", "--pass", "passes", multiple=True, metavar="NAME{OPTION=VALUE}",
-                     help="One more pass to run, or options of a usual one; repeatable."),
-        click.option("--verify", is_flag=True, help="Compare with the reference."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-_report = click.option(
-    "--report", type=click.Path(path_type=Path), help="Save the report as .html or .json.",
-)
-
-
-def _compile(model: str, inputs: str | None, calibration: str | None, **options: Any) -> Any:
-    """The subject that the arguments name, and ``scaleprop.compile`` of it."""
-    from scaleprop.api import compile as compile_model
-    from scaleprop.cli.models import load_subject
-
-    subject = load_subject(model, inputs)
-    return subject, compile_model(
-        subject.model, subject.inputs, calibration=_calibration(calibration),
-        progress=sys.stderr.isatty(), **options,
-    )
-
-
-def _calibration(spec: str | None) -> Any:
-    """The function itself where it takes the model; what it returns where it takes nothing."""
-    from scaleprop.cli.models import call, resolve
-
-    if spec is None:
-        return None
-    function = resolve(spec, "calibration")
-    required = [
-        parameter for parameter in inspect.signature(function).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    return function if required else call(spec, "calibration")
-
-
-def _finish(report: Any, files: Sequence[Path], report_path: Path | None, emit: Any) -> None:
-    """Save the report where asked, and print it."""
-    written = [str(file) for file in files]
-    if report_path is not None:
-        report.save(report_path)
-        written.append(str(report_path))
-    if emit:
-        emit({"files": written, "report": report.to_dict()})
-        return
-    report.show()
-    for file in written:
-        click.echo(f"wrote {file}")
+app.add_command(report_group)
 
 
 @app.command("compile")
 @click.argument("model", metavar="[MODEL]", required=False)
-@_data
+@data_options
 @click.option("--target", help="With --recipe auto: whose formats.")
-@click.option("--recipe", "recipes", multiple=True, default=(_RECIPE,), show_default=True,
+@click.option("--recipe", "recipes", multiple=True, default=(RECIPE,), show_default=True,
               help="A name from `scaleprop recipes`, a .toml or .json file, or auto. Repeatable: "
                    "several are compared.")
-@_decisions
+@decisions
 @click.option("--from-safetensors", "source", metavar="DIR",
               type=click.Path(path_type=Path, exists=True, file_okay=False),
               help="Parameters come from these files, a layer at a time: for models larger than "
@@ -199,7 +91,7 @@ def _finish(report: Any, files: Sequence[Path], report_path: Path | None, emit: 
               help="With several recipes: how long to time them; 0: not at all.")
 @click.option("--loss", metavar="MODULE:FUNCTION",
               help="With --report: show values through depth backward too; as for analyze.")
-@_report
+@report_option
 @common
 @click.pass_context
 def compile_command(
@@ -211,39 +103,33 @@ def compile_command(
     """
     from scaleprop.cli.compiling import compile_and_report
 
-    _check_suffix(report)
-    options["calibration"] = _calibration(options["calibration"])
+    check_suffix(report)
+    options["calibration"] = calibration_of(options["calibration"])
     given = [name for name in options if context.get_parameter_source(name) is
              click.core.ParameterSource.COMMANDLINE]  # fmt: skip
     measure = report is not None or emit is not None
     found, files = compile_and_report(given=given, measure=measure, **options)
-    _finish(found, files, report, emit)
+    finish(found, files, report, emit)
 
 
 @app.command("export")
-@_model
-@_one_recipe
-@_decisions
+@model_options
+@recipe_options
+@decisions
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The .onnx file.")
-@_report
+@report_option
 @common
 def export_command(out: Path, report: Path | None, emit: Any, **options: Any) -> None:
     """Compile MODEL to an ONNX file, checked against the reference."""
-    _check_suffix(report)
+    check_suffix(report)
     if out.suffix != ".onnx":
         raise ConfigError(f"--out {str(out)!r}: an export is a .onnx file")
-    _, compiled = _compile(**options)
-    _finish(compiled.report, [compiled.export(out)], report, emit)
-
-
-def _check_suffix(report: Path | None) -> None:
-    """Refuse before minutes of work what would be refused after them."""
-    if report is not None and report.suffix.lower() not in (".html", ".json"):
-        raise ConfigError(f"--report {str(report)!r}: a report is saved as .html or .json")
+    _, compiled = compile_subject(**options)
+    finish(compiled.report, [compiled.export(out)], report, emit)
 
 
 @app.command("analyze")
-@_model
+@model_options
 @click.option("--loss", metavar="MODULE:FUNCTION",
               help="Look at a training step: takes MODEL's output, returns the loss; or `output`, "
                    "where MODEL returns it.")
@@ -251,7 +137,7 @@ def _check_suffix(report: Path | None) -> None:
               help="With --loss: print the model's source with the scales that its lines make.")
 @click.option("-p", "--pass", "passes", multiple=True, metavar="NAME{OPTION=VALUE}",
               help="Without --loss: how much easier it makes the activations; repeatable.")
-@_report
+@report_option
 @common
 def analyze_command(
     model: str, inputs: str | None, calibration: str | None, loss: str | None, source: bool,
@@ -261,14 +147,14 @@ def analyze_command(
     from scaleprop.analysis import analyze
     from scaleprop.cli.models import load_subject, resolve
 
-    _check_suffix(report)
+    check_suffix(report)
     if source and loss is None:
         raise ConfigError("--source shows a training step: add --loss MODULE:FUNCTION")
     subject = load_subject(model, inputs)
     if loss is None:
-        found = analyze(subject.model, subject.inputs, calibration=_calibration(calibration),
+        found = analyze(subject.model, subject.inputs, calibration=calibration_of(calibration),
                         passes=passes)
-        _finish(found, [], report, emit)
+        finish(found, [], report, emit)
         return
     if passes:
         raise ConfigError("--pass has no use with --loss: passes are measured on inference")
@@ -281,34 +167,25 @@ def analyze_command(
             scales.save(report)
         click.echo(scales.annotated_source(), nl=False)
         return
-    _finish(scales, [], report, emit)
+    finish(scales, [], report, emit)
 
 
 @app.command("graph")
-@_model
-@_one_recipe
-@_decisions
-@click.option("--loss", metavar="MODULE:FUNCTION",
-              help="Draw a training step instead: as for analyze.")
-@click.option("--training", metavar="RECIPE",
-              help="With --loss: what that recipe casts; else RMS of values and gradients.")
-@click.option("--block", help="A module's path, or '' for all; else the most typical block.")
-@click.option("--depth", type=int, help="Levels of modules drawn operator by operator.")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path),
-              help="A .svg file, or .dot for GraphViz.")
+@model_options
+@recipe_options
+@decisions
+@drawing
 @common
 def graph_command(emit: Any, **options: Any) -> None:
     """Draw one block of MODEL, with scales on its edges."""
-    from scaleprop.cli.graph import draw
-
-    draw(emit=emit, compile_model=_compile, **options)
+    draw(emit=emit, compile_model=compile_subject, **options)
 
 
 @app.command("bench")
-@_model
-@click.option("--recipe", "recipes", multiple=True, default=(_RECIPE,), show_default=True,
+@model_options
+@click.option("--recipe", "recipes", multiple=True, default=(RECIPE,), show_default=True,
               help="Repeatable.")
-@_decisions
+@decisions
 @click.option("--seconds", default=5.0, show_default=True, help="How long to measure.")
 @common
 def bench_command(
@@ -323,7 +200,7 @@ def bench_command(
     from scaleprop.cli.output import print_table
     from scaleprop.report.text import megabytes
 
-    options["calibration"] = _calibration(calibration)
+    options["calibration"] = calibration_of(calibration)
     rows = bench(load_subject(model, inputs), recipes, seconds=seconds, **options)
     if emit:
         emit({"rows": [dataclasses.asdict(row) for row in rows]})
@@ -450,7 +327,7 @@ def passes_command(emit: Any) -> None:
 
 @app.command("rules")
 @click.argument("model", metavar="[MODEL]", required=False)
-@_inputs
+@inputs_option
 @click.option("--missing", is_flag=True, help="Only operators without a rule.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Also write the table there.")
 @common

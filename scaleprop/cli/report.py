@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from scaleprop.cli.app import app, common
+from scaleprop.cli.options import common
 from scaleprop.errors import ConfigError
 
 _FILE = click.Path(path_type=Path)
 
 
-@app.group("report")
+@click.group("report")
 def report_group() -> None:
     """Show, draw and compare reports that were saved as .json."""
 
