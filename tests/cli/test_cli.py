@@ -11,9 +11,9 @@ from pathlib import Path
 import click
 import pytest
 
+from scaleprop.analysis.timing import interleaved_medians
 from scaleprop.cli import main
 from scaleprop.cli.doctor import CPU_FEATURES, cpu
-from scaleprop.cli.timing import interleaved_medians
 from scaleprop.formats import named_formats, parse
 from scaleprop.recipes import Recipe, named_recipes
 from scaleprop.recipes.training import TrainingRecipe
@@ -289,7 +289,7 @@ def test_bench_compares_with_float32(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compile", "small"], "expected package.module:function or a .pt2 file"),
+        (["compile", "small"], "expected package.module:function, a .pt2 file or"),
         (["compile", "no_such_module:f"], "cannot import 'no_such_module'"),
         (["compile", "cli_models:absent"], "'cli_models' has no 'absent'"),
         (["compile", "cli_models:number"], "is int, not a function"),
