@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Iterator, Mapping
 
 import scaleprop
@@ -11,7 +12,9 @@ from docs.generate.markdown import page
 # path → title, lead, names; a name that ends in a dot shows the module's own docstring alone
 _PAGES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "api/index": ("Compile and analyze", "What most programs need.", (
-        "scaleprop.compile", "scaleprop.CompiledModel", "scaleprop.load", "scaleprop.analyze")),
+        "scaleprop.compile", "scaleprop.CompiledModel", "scaleprop.load", "scaleprop.analyze",
+        "scaleprop.from_pretrained", "scaleprop.compile_from_safetensors",
+        "scaleprop.interchange.decoded")),
     "api/formats": ("Formats", "Numbers as data.", (
         "scaleprop.formats.parse", "scaleprop.formats.named_formats", "scaleprop.quantize",
         "scaleprop.dequantize", "scaleprop.fake_quantize", "scaleprop.ScaledTensor",
@@ -25,8 +28,9 @@ _PAGES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "scaleprop.recipes.training_named.training_recipe",
         "scaleprop.recipes.training_named.with_tail")),
     "api/report": ("Reports", "What happened to every tensor.", (
-        "scaleprop.Report", "scaleprop.report.TensorRecord", "scaleprop.report.ScaleReport",
-        "scaleprop.report.TensorScale", "scaleprop.report.Finding")),
+        "scaleprop.Report", *(f"scaleprop.report.{name}" for name in (
+            "TensorRecord", "ScaleProvenance", "Values", "FormatRange", "Variant", "ScaleReport",
+            "TensorScale", "Finding")))),
     "api/training": ("Training", "Low precision forward and backward.", (
         "scaleprop.prepare_training", "scaleprop.scale_report", "scaleprop.training.ScaleReports",
         "scaleprop.training.training_state", "scaleprop.training.training_options",
@@ -56,9 +60,6 @@ _PAGES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
         "scaleprop.backends.base.Backend", "scaleprop.backends.base.Executable",
         "scaleprop.backends.onnxruntime.registry.lowers")),
 }
-_PUBLIC = ("scaleprop", "scaleprop.formats", "scaleprop.recipes", "scaleprop.report",
-           "scaleprop.monitors", "scaleprop.optim", "scaleprop.sweeps", "scaleprop.rules",
-           "scaleprop.calibration", "scaleprop.analysis")
 TITLES = {f"{path}.md": title for path, (title, _, _) in _PAGES.items()}
 
 
@@ -80,14 +81,16 @@ def _shown() -> Iterator[tuple[str, ...]]:
 
 
 def _public() -> set[str]:
-    """Where the public names that are classes and functions are defined."""
+    """Where the classes and functions that modules of the package call public are defined."""
     found: set[str] = set()
-    for package in _PUBLIC:
-        module = importlib.import_module(package)
-        for name in module.__all__:
+    modules = [scaleprop, *(importlib.import_module(f"scaleprop.{found.name}")
+                            for found in pkgutil.iter_modules(scaleprop.__path__)
+                            if not found.name.startswith("_"))]
+    for module in modules:
+        for name in getattr(module, "__all__", ()):
             value = getattr(module, name)
             if getattr(value, "__module__", "").startswith("scaleprop"):
-                found.add(home(f"{package}.{name}"))
+                found.add(home(f"{module.__name__}.{name}"))
     return found
 
 
