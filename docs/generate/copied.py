@@ -18,7 +18,7 @@ COPIED = {
        for path in sorted((ROOT / "benchmarks" / "results").glob("*"))
        if path.suffix in (".md", ".csv", ".txt")},
 }
-_LINK = re.compile(r"(\]\()(?!https?:|#|mailto:)([^)#\s]+)")
+_LINK = re.compile(r"\[(?P<text>[^\]]*)\]\((?!https?:|#|mailto:)(?P<to>[^)#\s]+)(?P<at>#[^)]*)?\)")
 
 
 def pages() -> Iterator[tuple[str, str]]:
@@ -34,15 +34,22 @@ def pages() -> Iterator[tuple[str, str]]:
 
 def relinked(text: str, source: str, target: str) -> str:
     """``text`` of the document ``source``, shown as ``target``: links to what the site has lead
-    there, others become the name of the file in the repository."""
+    there, others become the name of the file in the repository.
+
+    Raises:
+        ValueError: where there is no such file.
+    """
 
     def replace(match: re.Match[str]) -> str:
-        place = posixpath.normpath(PurePosixPath(source).parent / match[2])
+        place = posixpath.normpath(PurePosixPath(source).parent / match["to"])
         shown = COPIED.get(place) or (place.removeprefix("docs/") if place.startswith("docs/")
                                       else None)
-        if shown is None:
-            raise ValueError(f"{source} links to {match[2]}, which the site does not have")
-        return match[1] + posixpath.relpath(shown, posixpath.dirname(target) or ".")
+        if shown is not None:
+            there = posixpath.relpath(shown, posixpath.dirname(target) or ".")
+            return f"[{match['text']}]({there}{match['at'] or ''})"
+        if not (ROOT / place).exists():
+            raise ValueError(f"{source} links to {match['to']}, which does not exist")
+        return f"{match['text']} (`{place}`)"
 
     return _LINK.sub(replace, text)
 

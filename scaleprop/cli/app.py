@@ -268,7 +268,7 @@ def formats_command(names: tuple[str, ...], emit: Any) -> None:
 @common
 def recipes_command(name: str | None, training: bool, emit: Any) -> None:
     """List the recipes, or one by NAME or file."""
-    from scaleprop.cli.listing import recipes, role_text, training_recipes
+    from scaleprop.cli.listing import recipes, role_text, training_recipes, training_table
 
     rows = [row for row in training_recipes() if name in (None, row["name"])] if training \
         else recipes(name)
@@ -282,7 +282,7 @@ def recipes_command(name: str | None, training: bool, emit: Any) -> None:
     from scaleprop.cli.output import print_table
 
     if training:
-        _print_training_recipes(rows)
+        print_table(*training_table(rows))
         return
 
     roles = list(dict.fromkeys(role for row in rows for role in row["roles"]))
@@ -291,18 +291,6 @@ def recipes_command(name: str | None, training: bool, emit: Any) -> None:
         [(row["name"], *(role_text(row["roles"].get(role)) for role in roles), row["description"])
          for row in rows],
     )
-
-
-def _print_training_recipes(rows: list[dict[str, Any]]) -> None:
-    from scaleprop.cli.listing import operand_text
-    from scaleprop.cli.output import print_table
-    from scaleprop.recipes.training import OPERANDS
-
-    roles = [role for role in OPERANDS if any(role in row["operands"] for row in rows)]
-    print_table(
-        ("name", *roles, "description", "source"),
-        [(row["name"], *(operand_text(row["operands"].get(role)) for role in roles),
-          row["description"], row["source"]) for row in rows])
 
 
 @app.command("passes")

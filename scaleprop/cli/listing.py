@@ -149,6 +149,16 @@ def rules_markdown(rows: Sequence[dict[str, Any]], model: str | None = None) -> 
     return "\n".join(sections)
 
 
+def training_table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells of ``training_recipes``; a role that none of them has is left out."""
+    from scaleprop.recipes.training import OPERANDS
+
+    roles = [role for role in OPERANDS if any(role in row["operands"] for row in rows)]
+    return (["name", *roles, "description", "source"],
+            [[row["name"], *(operand_text(row["operands"].get(role)) for role in roles),
+              row["description"], row["source"]] for row in rows])
+
+
 def operand_text(operand: dict[str, Any] | None) -> str:
     """Format, and what is not as it is by default."""
     if operand is None:

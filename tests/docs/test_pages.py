@@ -107,8 +107,10 @@ def test_links_of_copied_documents_lead_into_the_site() -> None:
         == "[a](cuda.md)"
     assert copied.relinked("[a](../benchmarks/results/casts.md#x)", "docs/cuda.md", "cuda.md") \
         == "[a](results/casts.md#x)"
-    with pytest.raises(ValueError, match=r"links to scaleprop/api\.py"):
-        copied.relinked("[a](scaleprop/api.py)", "CONTRIBUTING.md", "contributing.md")
+    assert copied.relinked("[a](scaleprop/api.py)", "CONTRIBUTING.md", "contributing.md") \
+        == "a (`scaleprop/api.py`)"
+    with pytest.raises(ValueError, match=r"links to scaleprop/absent\.py"):
+        copied.relinked("[a](scaleprop/absent.py)", "CONTRIBUTING.md", "contributing.md")
 
 
 def test_described_fields_become_a_list() -> None:
