@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
-.PHONY: demo readme docs test lint setup clean
+.PHONY: demo readme docs test lint release-check setup clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -37,5 +37,8 @@ lint: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/pyright
 
+release-check: $(STAMP)  ## build, check contents and licences, install and test the wheel elsewhere
+	@$(BIN)/python -m release.check $(if $(TORCH),--torch $(TORCH))
+
 clean:
-	rm -rf $(VENV) demo site build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo site build dist *.egg-info .pytest_cache .ruff_cache

@@ -16,8 +16,8 @@ class Benchmark:
 
     module: of ``benchmarks``. minutes: on two cores; three times as many end it.
     arguments: of a full run, which writes to ``benchmarks/results``. quick: of one that takes
-    seconds and writes to the folder ``{folder}``; None where there is none. file: what it writes,
-    quick_file: in a quick run. packages: that it imports beside torch. device: it needs CUDA.
+    seconds and writes to the folder ``{folder}``; None where there is none. file: what it writes.
+    packages: that it imports beside torch. device: it needs CUDA.
     interpreted: False where ``TRITON_INTERPRET`` must be unset. again: arguments without which it
     would keep the results that it has.
     """
@@ -28,16 +28,14 @@ class Benchmark:
     arguments: tuple[str, ...] = ()
     quick: tuple[str, ...] | None = None
     file: str = ""
-    quick_file: str = ""
     packages: tuple[str, ...] = ()
     device: bool = False
     interpreted: bool = True
     again: tuple[str, ...] = ()
 
-    def path(self, quick: bool, folder: Path = RESULTS) -> Path:
+    def path(self, folder: Path = RESULTS) -> Path:
         """Its results."""
-        file = self.file or f"{self.module}.json"
-        return folder / ((self.quick_file or file) if quick else file)
+        return folder / (self.file or f"{self.module}.json")
 
 
 _ONNX = ("onnx", "onnxruntime")
@@ -55,9 +53,7 @@ BENCHMARKS = {benchmark.module: benchmark for benchmark in (
     Benchmark(module="unit_scaling", minutes=1, figures=figures.unit_scaling, packages=_MODELS,
               quick=("--only", "vit", "--results", "{folder}")),
     Benchmark(module="gptq_layer", minutes=5, again=_REDO, figures=figures.gptq_layer,
-              packages=("torchao",),
-              quick=("--quick", "--small", "--results", "{folder}"),
-              quick_file="gptq_layer_quick.json"),
+              packages=("torchao",)),
     Benchmark(module="optimizer_state", minutes=1, figures=figures.optimizer_state,
               packages=_MODELS),
     Benchmark(module="transforms", minutes=12, figures=figures.transforms, packages=_MODELS,

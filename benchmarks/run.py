@@ -112,7 +112,7 @@ class Suite:
 
     def run(self, benchmark: Benchmark) -> Row:
         """One benchmark, from start to end."""
-        started, path = time.time(), benchmark.path(self.quick, self.folder)
+        started, path = time.time(), benchmark.path(self.folder)
         seconds = QUICK_SECONDS if self.quick else 60 * TIMES * benchmark.minutes
         log = self.logs / f"{benchmark.module}.log"
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ class Suite:
     def summarise(self, chosen: Sequence[Benchmark]) -> None:
         """Rows from what is on disk; how a run ended stays known."""
         for benchmark in chosen:
-            found = summed_up(benchmark, benchmark.path(self.quick, self.folder))
+            found = summed_up(benchmark, benchmark.path(self.folder))
             before = self.rows.get(benchmark.module, {})
             if "figures" in found:
                 found = {"status": "on disk"} | before | found

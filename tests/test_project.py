@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+import scaleprop
+from release import contents
 from scaleprop.extras import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
     path
-    for folder in ("scaleprop", "tests", "examples", "benchmarks")
+    for folder in ("scaleprop", "tests", "examples", "benchmarks", "release")
     for path in (ROOT / folder).rglob("*.py")
 )
 
@@ -104,10 +106,7 @@ def test_what_the_readme_installs_can_save() -> None:
 
 
 def test_the_changelog_has_this_version() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    changelog = (ROOT / "CHANGELOG.md").read_text()
-    version = re.escape(project["version"])
-    assert re.search(rf"^## \[?({version}|Unreleased)", changelog, re.MULTILINE)
+    assert contents.version() == scaleprop.__version__  # raises where there is no section
 
 
 def test_documents_link_to_files_that_exist() -> None:

@@ -28,10 +28,10 @@ def test_every_benchmark_is_registered_and_listed() -> None:
 
 
 @pytest.mark.parametrize("benchmark", [each for each in BENCHMARKS.values()
-                                       if each.path(quick=False).exists()],
+                                       if each.path().exists()],
                          ids=lambda each: each.module)
 def test_figures_of_the_results_that_are_kept(benchmark: Benchmark) -> None:
-    row = run.summed_up(benchmark, benchmark.path(quick=False))
+    row = run.summed_up(benchmark, benchmark.path())
     assert "problem" not in row and row["figures"]
     assert all(isinstance(value, str) or math.isfinite(value) for value in row["figures"].values())
     assert (harness.RESULTS / row["tables"]).exists()
@@ -45,7 +45,7 @@ def cells(name: str, row: str) -> list[str]:
 
 
 def figure(name: str, label: str) -> str:
-    value = run.summed_up(BENCHMARKS[name], BENCHMARKS[name].path(quick=False))["figures"][label]
+    value = run.summed_up(BENCHMARKS[name], BENCHMARKS[name].path())["figures"][label]
     return value if isinstance(value, str) else f"{value:.2f}"
 
 

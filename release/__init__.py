@@ -1,0 +1,1 @@
+"""Checks before a release: ``make release-check``. No part of what is released."""
