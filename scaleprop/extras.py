@@ -14,5 +14,9 @@ EXTRAS: Mapping[str, str] = {
 
 
 def install_command(package: str) -> str:
-    """What a user types to get an optional package: ``pip install "scaleprop[onnx]"``."""
+    """What a user types to get an optional package.
+
+    >>> install_command("rich")
+    'pip install "scaleprop[cli]"'
+    """
     return f'pip install "scaleprop[{EXTRAS[package]}]"'

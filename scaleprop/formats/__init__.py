@@ -1,9 +1,12 @@
 """Number formats as data: what one element is, who shares a scale, and how to get there and back.
 
->>> x = torch.randn(4, 256)
+>>> import torch
+>>> x = torch.tensor([[0.1, -1.0, 2.4, 6.0] * 8])
 >>> q = quantize(x, "mxfp4")          # data, scale, nbytes
->>> q.dequantize()                    # float32 again
->>> fake_quantize(x, "nvfp4")         # the same, in one step
+>>> q.dequantize()[0, :4]             # float32 again
+tensor([ 0., -1.,  2.,  6.])
+>>> fake_quantize(x, "mxfp4")[0, :4]  # the same, in one step
+tensor([ 0., -1.,  2.,  6.])
 """
 
 from scaleprop.formats.elements import ElementFormat

@@ -329,6 +329,9 @@ def element(name: str) -> ElementFormat:
     bits on the top exponent is IEEE's Inf and NaN (so ``e5m10`` is float16 and ``e8m7`` bfloat16);
     below, every code is a number (as in E3M2, E2M3, E2M1). Wider than eight bits: packed, too.
 
+    >>> element("e3m2").max, element("int4").max
+    (28.0, 7.0)
+
     Raises:
         FormatError: for any other name.
     """

@@ -253,6 +253,10 @@ def _unknown(name: str) -> str:
 def parse(name: str | ScaledFormat) -> ScaledFormat:
     """The format of this name; a format is returned as it is.
 
+    >>> fmt = parse("e2m1[1x16]*e4m3*f32")
+    >>> fmt.element.name, fmt.element.max
+    ('e2m1', 6.0)
+
     Raises:
         FormatError: unknown (with close matches) or contradictory (with the remedy).
     """

@@ -22,6 +22,9 @@ def named_recipes() -> tuple[Recipe, ...]:
 def named_recipe(recipe: str | Path | Recipe) -> Recipe:
     """The recipe meant by a name, a path to a ``.toml`` or ``.json`` file, or a recipe itself.
 
+    >>> str(named_recipe("mxfp4").roles["fprop.w"].format)
+    'mxfp4:even'
+
     Raises:
         ConfigError: on an unknown name (the close ones are listed) or a file that is not a recipe.
     """
