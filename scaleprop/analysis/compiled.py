@@ -348,7 +348,7 @@ class _Rows:
             weight = self._weights.get(operand.parts[0]) if operand.parts else None
             if weight is None:
                 return record
-            return dataclasses.replace(record, values=_values(
+            return dataclasses.replace(record, values=values_of(
                 weight.measured, scaled=weight.scaled, scales=weight.scales))
         node = self._parameters.get(record.operand) or self._nodes.get(record.operand)
         if node is None and record.op != _EMBEDDING:
@@ -360,9 +360,9 @@ class _Rows:
         lost: Rounded | None = (None if operand.quantizer is None or record.format is None
                                 else self._look.extra[operand.quantizer])
         if lost is None:
-            return dataclasses.replace(record, values=_values(seen, predicted))
+            return dataclasses.replace(record, values=values_of(seen, predicted))
         return dataclasses.replace(
-            record, values=_values(seen, predicted, lost.scaled, lost.scales),
+            record, values=values_of(seen, predicted, lost.scaled, lost.scales),
             sqnr_db=lost.sqnr_db if record.sqnr_db is None else record.sqnr_db,
             saturated=lost.saturated if record.saturated is None else record.saturated,
             underflowed=lost.underflowed if record.underflowed is None else record.underflowed)
@@ -401,10 +401,11 @@ class _Rows:
             overflow={name: lost_above(seen, name) for name in FORMATS})
 
 
-def _values(
+def values_of(
     seen: Measured, predicted: float | None = None, scaled: Mapping[int, int] | None = None,
     scales: tuple[float, float] | None = None,
 ) -> Values:
+    """What was measured, as a record has it."""
     return Values(
         count=seen.count, amax=seen.amax, rms=seen.rms, mean=seen.mean, kurtosis=seen.kurtosis,
         zeros=seen.zeros, nonfinite=seen.nonfinite + seen.masked, exponents=seen.exponents,

@@ -10,6 +10,7 @@ import torch
 import torch.fx
 from torch.export import ExportedProgram
 
+from scaleprop.analysis.compiled import values_of
 from scaleprop.analysis.outliers import Detector, with_difficulty_after
 from scaleprop.calibration import TensorStatistics
 from scaleprop.calibration.feed import feed, refuse_bare
@@ -21,6 +22,8 @@ from scaleprop.passes.canonicalise import Canonicalise
 from scaleprop.passes.capture import capture
 from scaleprop.passes.cleanup import CleanUp
 from scaleprop.passes.pipeline import parse_pass
+from scaleprop.passes.provenance import innermost_module
+from scaleprop.passes.statistics import Sums
 from scaleprop.report import Report
 from scaleprop.report.records import TensorRecord
 from scaleprop.rules import Contraction, contraction_of
@@ -30,6 +33,7 @@ WEIGHT_FORMATS = ("int8[row]*f32", "int4[1x128]*f32", "e4m3[row]*f32",
                   "mxfp8", "mxfp6", "mxfp4", "nvfp4")
 ACTIVATION_FORMATS = ("int8[tensor]*f32+zp", "int8[row]*f32", "e4m3[row]*f32",
                       "mxfp8", "mxfp6", "mxfp4", "nvfp4")
+_PIECE = 1 << 18  # elements that are in float64 at a time
 OUTLIER = 32.0  # amax/rms above which int8 keeps fewer than two bits for a typical value
 POOR = 20.0  # SQNR in decibels: a tenth of the signal is noise
 _NAMED = 8  # how many tensors a note lists
@@ -50,6 +54,7 @@ class _Operand:
         self.noise = [0.0] * len(names)
         self.underflowed = [0] * len(names)
         self._tally = Tally()
+        self.sums = Sums()
 
     @property
     def seen(self) -> TensorStatistics:
@@ -64,6 +69,8 @@ class _Operand:
             return
         x = value.flatten(1) if self.is_weight and value.dim() > 2 else value
         self._tally.add(x)
+        for piece in x.detach().reshape(-1).split(_PIECE):
+            self.sums.add(piece)
         for index, fmt in enumerate(self.formats):
             rounded = fake_quantize(x, fmt, axis=self.axis)
             self.noise[index] += float((x - rounded).double().square().sum())
@@ -150,6 +157,7 @@ def _adder(several: Sequence[Callable[[torch.Tensor], None]]) -> Callable[[torch
 
 def _records(operand: _Operand) -> list[TensorRecord]:
     node, seen = operand.node, operand.seen
+    values = values_of(operand.sums.total())
     return [
         TensorRecord(
             node=node.name, op=str(node.target), operand=str(operand.source),
@@ -158,7 +166,7 @@ def _records(operand: _Operand) -> list[TensorRecord]:
             scale_kind="weight" if operand.is_weight else "dynamic",
             sqnr_db=operand.sqnr_db(index),
             underflowed=operand.underflowed[index] / seen.count if seen.count else None,
-            source=source_line(node),
+            source=source_line(node), module=innermost_module(node), values=values,
             lowering=f"amax {seen.amax:.3g}, rms {seen.rms:.3g}",
         )
         for index, fmt in enumerate(operand.formats)

@@ -58,7 +58,7 @@ class Measured:
     ) -> Measured:
         """Of all elements of several tensors, as if they were one. unit: a power of two that
         brings fourth powers into float64's range."""
-        sums = _Sums(limits, unit)
+        sums = Sums(limits, unit)
         for piece in pieces:
             sums.add(piece, masks, dtype)
         return sums.total()
@@ -74,17 +74,20 @@ _PIECE = 1 << 18  # elements: the temporaries of a piece stay small
 _LEAST_EXPONENT = -1075  # of float64's subnormals; the greatest is 1023
 
 
-class _Sums:
+class Sums:
     """Running sums of central moments, merged piece by piece: Pébay, SAND2008-6212, 2008."""
 
-    def __init__(self, limits: Sequence[float], unit: float) -> None:
+    def __init__(self, limits: Sequence[float] = (), unit: float = 1.0) -> None:
         self.unit = unit
         self.count = self.masked = self.number = self.live = 0
         self.amax = self.mean = self.second = self.third = self.fourth = 0.0
         self.above = dict.fromkeys(limits, 0)
         self.exponents = torch.zeros(1024 - _LEAST_EXPONENT, dtype=torch.int64)
 
-    def add(self, piece: torch.Tensor, masks: bool, dtype: torch.dtype | None) -> None:
+    def add(
+        self, piece: torch.Tensor, masks: bool = False, dtype: torch.dtype | None = None
+    ) -> None:
+        """Count one piece; masks, dtype: see ``rules.moments.numbers``."""
         counted, masked = numbers(piece, masks, dtype)
         counted = counted.cpu()
         self.count += piece.numel()
@@ -119,6 +122,7 @@ class _Sums:
         self.number = total
 
     def total(self) -> Measured:
+        """Of everything so far."""
         count, number = self.count, self.number
         bad = count - number - self.masked
         variance = self.second / number if number else 0.0
