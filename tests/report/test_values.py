@@ -221,7 +221,8 @@ def test_real_reports_fit_the_schema_and_come_back(
         assert schemas.problem(data) is None
         assert Report.load(tmp_path / f"{index}.json").to_dict() == data
     assert {row.phase for row in step.tensors} >= {"forward", "backward"}
-    assert set(int8.report.to_dict()["formats"]) == {record.format for record in int8.report.quantized}
+    quantized = int8.report.quantized
+    assert set(int8.report.to_dict()["formats"]) == {record.format for record in quantized}
 
 
 def test_schema_and_records_have_the_same_fields() -> None:
