@@ -16,7 +16,7 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from pathlib import Path
 
 _AT_FDCWD = -100  # linux/fcntl.h: paths are relative to the working folder
@@ -109,6 +109,15 @@ def _put_aside(folder: Path, target: Path) -> Path:
         os.replace(aside, target)
         raise
     return aside
+
+
+def empty(folder: Path, but: Collection[str] = ()) -> None:
+    """Delete everything in ``folder``, except files of the names in ``but``."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in but:
+            path.unlink()
 
 
 @contextlib.contextmanager

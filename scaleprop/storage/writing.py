@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,11 +43,7 @@ def fill(
 ) -> None:
     """Write ``texts``, ``files`` and their manifest to ``folder``, where a killed ``fill`` may have
     left some of them, or ``durable.install`` some of an older model."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name not in files:
-            path.unlink()
+    durable.empty(folder, but=files)
     manifest: dict[str, Any] = {"format_version": format_version, "files": {}, "tensors": {}}
     for name, tensors in files.items():
         digests = _finished(folder / name, tensors)

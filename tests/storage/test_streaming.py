@@ -1,4 +1,4 @@
-"""Models compiled from files, a layer at a time: what ``compile`` and ``save`` write."""
+"""Models compiled from files, a layer at a time: the bytes that ``compile`` and ``save`` write."""
 
 from __future__ import annotations
 

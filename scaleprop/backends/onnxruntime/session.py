@@ -237,6 +237,5 @@ def _beside(path: Path) -> Generator[Path]:
         except OSError as error:
             raise ConfigError(f"cannot export to {str(path)!r}: {error}; "
                               f"remedy: choose an existing, writable folder") from error
-        for left in folder.iterdir():  # by an export that was killed
-            left.unlink()
+        durable.empty(folder)  # of what an export left that was killed
         yield folder
