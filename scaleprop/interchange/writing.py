@@ -89,12 +89,13 @@ def quantization_config(
     for name, weight in plan.coded.items():
         groups.setdefault(weight.key, []).append(name)
     described: dict[str, Any] = {}
-    # the largest group is "Linear"; modules of others are named, which comes first
+    # One group is all of "Linear"; of several the modules are named, as vLLM looks for the class
+    # before it looks for the parts of fused modules.
     for index, members in enumerate(sorted(groups.values(), key=len, reverse=True)):
         example = plan.coded[members[0]]
         named = sorted(names[name].removesuffix(".weight") for name in members)
         described[f"group_{index}"] = {
-            "targets": named if index else ["Linear"],
+            "targets": named if len(groups) > 1 else ["Linear"],
             "weights": example.weights,
             "input_activations": example.activations,
             "output_activations": None,

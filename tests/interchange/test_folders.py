@@ -18,19 +18,15 @@ from scaleprop.cli import app
 from scaleprop.errors import BackendUnavailable, ConfigError
 from scaleprop.interchange import decoded
 from scaleprop.interchange.shards import ShardReader, ShardWriter, parse_size
-from tests.interchange.tiny import IDS, captured, compiled, llama, recipe, same_bits, tensors
+from scaleprop.passes.base import Program
+from tests.interchange.tiny import IDS, compiled, recipe, same_bits, tensors
 
 STATIC = recipe("int8[row]*f32", "int8[tensor]*f32+zp", static=True)
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return llama()
-
-
-@pytest.fixture(scope="module")
-def ours(model: Any) -> CompiledModel:
-    return compiled(captured(model), STATIC)
+def ours(program: Program) -> CompiledModel:
+    return compiled(program, STATIC)
 
 
 @pytest.fixture

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import scaleprop
 from scaleprop.errors import ConfigError, FormatError
 from scaleprop.interchange.gptq import read_awq, read_gptq
-from tests.interchange.tiny import IDS, llama
+from scaleprop.interchange.reading import read_checkpoint
+from scaleprop.passes.base import Program
+from tests.interchange.tiny import IDS, llama, recompiled
 
 Arrays = dict[str, np.ndarray]
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -188,13 +190,16 @@ def gptq_1(*given: Any) -> Arrays:
     ("settings", "pack", "g_idx"),
     [({**GPTQ, "desc_act": True}, gptq_1, True), (AWQ, awq, False)], ids=["gptq", "awq"])
 def test_a_checkpoint_becomes_a_scaled_graph(
-    settings: dict[str, Any], pack: Callable[..., Arrays], g_idx: bool, tmp_path: Path
+    settings: dict[str, Any], pack: Callable[..., Arrays], g_idx: bool, program: Program,
+    tmp_path: Path,
 ):
     state = checkpoint(tmp_path, settings, pack, g_idx)
     model = llama()
     model.load_state_dict(state)
-    compiled = scaleprop.from_pretrained(
-        tmp_path, {"input_ids": IDS}, "onnxruntime" if g_idx else "reference", verify=g_idx)
+    if g_idx:
+        compiled = scaleprop.from_pretrained(tmp_path, {"input_ids": IDS}, verify=True)
+    else:
+        compiled = recompiled(program, read_checkpoint(tmp_path))
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
     actual = compiled(input_ids=IDS).logits
@@ -224,8 +229,6 @@ def test_settings_that_are_not_read(change: dict[str, Any], why: str, tmp_path: 
 
 def test_a_bias_that_the_model_has_no_place_for(tmp_path: Path):
     checkpoint(tmp_path, GPTQ, gptq_1)
-    from safetensors.torch import load_file
-
     state = load_file(tmp_path / "model.safetensors")
     name = next(name for name in state if name.endswith("q_proj.bias"))
     state[name] += 1

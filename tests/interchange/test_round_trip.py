@@ -13,23 +13,20 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from scaleprop.api import CompiledModel, _compiled
+from scaleprop.api import CompiledModel
 from scaleprop.backends.registry import backend_named
 from scaleprop.formats import fake_quantize, parse
 from scaleprop.interchange import layouts, schemes
-from scaleprop.interchange.assigning import AssignStored, OrderStored
 from scaleprop.interchange.programs import quantized_weights, with_high_activations
-from scaleprop.interchange.reading import Checkpoint, read_checkpoint
+from scaleprop.interchange.reading import read_checkpoint
 from scaleprop.passes.base import Program
-from scaleprop.passes.pipeline import build
 from scaleprop.recipes import Recipe
 from tests.interchange.tiny import (
     IDS,
-    captured,
     compiled,
     config,
-    llama,
     recipe,
+    recompiled,
     same_bits,
     tensors,
 )
@@ -59,24 +56,6 @@ CASES: dict[str, tuple[Recipe, Any]] = {
     "nvfp4": (recipe("nvfp4", "nvfp4", static=True), DECODED),
     "nvfp4-weight": (recipe("nvfp4:mse"), DECODED),
 }
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return llama()
-
-
-@pytest.fixture(scope="module")
-def program(model: Any) -> Program:
-    return captured(model)
-
-
-def recompiled(program: Program, checkpoint: Checkpoint) -> CompiledModel:
-    """``from_pretrained`` on the graph of a model that is captured already."""
-    passes = (OrderStored(weights=checkpoint.weights),
-              AssignStored(recipe=checkpoint.recipe, weights=checkpoint.weights))
-    return _compiled(program, build(checkpoint.recipe, extra=passes), checkpoint.recipe,
-                     "reference", False)
 
 
 @pytest.mark.parametrize("name", CASES)

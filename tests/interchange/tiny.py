@@ -11,6 +11,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from scaleprop.api import CompiledModel, _compiled
+from scaleprop.interchange.assigning import AssignStored, OrderStored
+from scaleprop.interchange.reading import Checkpoint
 from scaleprop.passes.base import Program
 from scaleprop.passes.capture import capture
 from scaleprop.passes.pipeline import build
@@ -66,6 +68,14 @@ def compiled(program: Program, chosen: Recipe, backend: str = "reference") -> Co
     """What ``scaleprop.compile`` makes of a model that is captured already."""
     data = [{"input_ids": IDS}] if chosen.needs_calibration else None
     return _compiled(program, build(chosen, calibration=data), chosen, backend, False)
+
+
+def recompiled(program: Program, checkpoint: Checkpoint) -> CompiledModel:
+    """``from_pretrained`` on the graph of a model that is captured already."""
+    passes = (OrderStored(weights=checkpoint.weights),
+              AssignStored(recipe=checkpoint.recipe, weights=checkpoint.weights))
+    return _compiled(program, build(checkpoint.recipe, extra=passes), checkpoint.recipe,
+                     "reference", False)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
