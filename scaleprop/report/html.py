@@ -94,7 +94,7 @@ def _worst(report: Report, slugs: Sequence[str]) -> list[tuple[str, str]]:
 def _variants(variants: Sequence[Variant], recipe: str | None) -> str:
     """The recipes side by side."""
     measures = list(dict.fromkeys(name for variant in variants for name in variant.fidelity))
-    head = ("recipe", "backend", "parameters", "of float32", "speed", *measures)
+    head = ("recipe", "backend", "parameters", "size", "speed", *measures)
     rows = [(
         variant.recipe + (" (this page)" if variant.recipe == recipe else ""), variant.backend,
         text.megabytes(variant.nbytes),
