@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -372,11 +372,10 @@ def quantized_matrix(
     """
     fmt = parse(role.format)
     searched = fmt.replace(rule="mse") if (clipping or role.clipping) == "mse" else fmt
-    pieces = [
-        quantize(piece, searched, rounding=role.rounding, generator=generator).parts
-        for piece in _independent_rows(matrix, fmt)
-    ]
-    parts = pieces[0] if len(pieces) == 1 else _joined(pieces)
+    pieces = _independent_rows(matrix, fmt)
+    found = (quantize(piece, searched, rounding=role.rounding, generator=generator).parts
+             for piece in pieces)
+    parts = next(found) if len(pieces) == 1 else _joined(found, matrix.shape[0])
     # how a scale was found is not part of what is stored
     return ScaledTensor.from_parts(parts, fmt, matrix.shape, dtype=matrix.dtype)
 
@@ -401,5 +400,13 @@ def _independent_rows(matrix: torch.Tensor, fmt: ScaledFormat) -> Sequence[torch
     return matrix.split(max(_CHUNK // max(matrix.shape[1], 1), 1))
 
 
-def _joined(pieces: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-    return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+def _joined(pieces: Iterable[Sequence[torch.Tensor]], rows: int) -> list[torch.Tensor]:
+    """The parts of all ``rows``; each piece is dropped before the next one is made."""
+    whole: list[torch.Tensor] = []
+    start = 0
+    for parts in pieces:
+        whole = whole or [part.new_empty((rows, *part.shape[1:])) for part in parts]
+        for part, into in zip(parts, whole, strict=True):
+            into[start : start + part.shape[0]] = part
+        start += parts[0].shape[0]
+    return whole

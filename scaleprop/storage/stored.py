@@ -23,6 +23,7 @@ _DESCRIBES = frozenset({
     "nbytes", "itemsize", "is_sparse", "is_quantized", "is_meta", "is_nested", "names", "size",
     "stride", "dim", "numel", "element_size", "is_floating_point", "is_complex", "is_contiguous",
     "storage_offset", "is_cpu", "is_cuda", "__len__", "is_signed", "is_mkldnn", "_is_view",
+    "untyped_storage", "is_inference", "is_conj", "is_neg",
 })
 
 
