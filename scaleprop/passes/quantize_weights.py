@@ -30,6 +30,7 @@ from scaleprop.errors import (
     source_line,
 )
 from scaleprop.formats import ScaledFormat, ScaledTensor, parse, quantize
+from scaleprop.formats.scales import tensor_scale_of, whole_amax
 from scaleprop.passes.assign import ASSIGNMENT, Assignment, assignment_of
 from scaleprop.passes.base import Pass, PassResult, Program
 from scaleprop.passes.compensation import DAMPING, compensated
@@ -372,9 +373,11 @@ def quantized_matrix(
     """
     fmt = parse(role.format)
     searched = fmt.replace(rule="mse") if (clipping or role.clipping) == "mse" else fmt
-    pieces = _independent_rows(matrix, fmt)
-    found = (quantize(piece, searched, rounding=role.rounding, generator=generator).parts
-             for piece in pieces)
+    outer = _tensor_scale(matrix, fmt) if role.rounding == "nearest" else None
+    pieces = _rows(matrix) if outer is not None else _independent_rows(matrix, fmt)
+    scales = None if outer is None else [outer]
+    found = (quantize(piece, searched, rounding=role.rounding, generator=generator,
+                      scales=scales).parts for piece in pieces)
     parts = next(found) if len(pieces) == 1 else _joined(found, matrix.shape[0])
     # how a scale was found is not part of what is stored
     return ScaledTensor.from_parts(parts, fmt, matrix.shape, dtype=matrix.dtype)
@@ -397,7 +400,20 @@ def _independent_rows(matrix: torch.Tensor, fmt: ScaledFormat) -> Sequence[torch
     """Chunks of rows that share no scale: their temporaries are small and stay in cache."""
     if fmt.two_level or fmt.granularity.kind not in ("row", "block"):
         return [matrix]
+    return _rows(matrix)
+
+
+def _rows(matrix: torch.Tensor) -> Sequence[torch.Tensor]:
     return matrix.split(max(_CHUNK // max(matrix.shape[1], 1), 1))
+
+
+def _tensor_scale(matrix: torch.Tensor, fmt: ScaledFormat) -> torch.Tensor | None:
+    """The scale that all blocks share: with it given, rows are independent, bit for bit. None where
+    there is none, or it is not finite."""
+    if not fmt.two_level or fmt.granularity.kind != "block" or matrix.dtype == torch.float64:
+        return None
+    amax = whole_amax(torch.stack([whole_amax(piece.abs()) for piece in _rows(matrix)]))
+    return tensor_scale_of(amax, fmt) if bool(amax.isfinite()) else None
 
 
 def _joined(pieces: Iterable[Sequence[torch.Tensor]], rows: int) -> list[torch.Tensor]:
@@ -405,8 +421,11 @@ def _joined(pieces: Iterable[Sequence[torch.Tensor]], rows: int) -> list[torch.T
     whole: list[torch.Tensor] = []
     start = 0
     for parts in pieces:
-        whole = whole or [part.new_empty((rows, *part.shape[1:])) for part in parts]
+        whole = whole or [part.new_empty((rows, *part.shape[1:])) if part.ndim else part
+                          for part in parts]
         for part, into in zip(parts, whole, strict=True):
+            if not part.ndim:
+                continue  # of the whole tensor
             into[start : start + part.shape[0]] = part
         start += parts[0].shape[0]
     return whole

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 import scaleprop
+import scaleprop.formats
 from scaleprop.cli.app import run
 from scaleprop.errors import ConfigError
 from scaleprop.storage import tensorfile
@@ -315,3 +316,29 @@ def test_a_stored_tensor_is_computed_with_like_any_other(tmp_path: Path) -> None
     assert stored.shape == (6, 4) and stored.dtype == torch.float32 and stored.nbytes == 96
     with pytest.raises(ConfigError, match=r"a\.safetensors"):
         stored + 1
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "int4-fp8", "mxfp4", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_rows_at_a_time_give_the_bits_of_all_at_once(
+    recipe: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scaleprop.passes import quantize_weights
+
+    monkeypatch.setattr(quantize_weights, "_CHUNK", 7 * WIDTH)  # rows of a piece, times their width
+    torch.manual_seed(0)
+    model = torch.nn.Linear(WIDTH, 64, bias=False).to(dtype)
+    with torch.no_grad():
+        model.weight *= torch.logspace(-6, 3, 64)[:, None]
+        model.weight[5] = 0
+    compiled = scaleprop.compile(model, torch.ones(2, WIDTH, dtype=dtype), recipe, "reference")
+    role = compiled.recipe.roles["fprop.w"]
+    fmt = scaleprop.formats.parse(role.format)
+    searched = fmt.replace(rule="mse") if role.clipping == "mse" else fmt
+    want = scaleprop.quantize(model.weight, searched).parts
+    found = dict(compiled.program.module.named_buffers())
+    names = ["weight_data", "weight_scale", *(["weight_tensor_scale"] if fmt.two_level else []),
+             *(["weight_zero_point"] if fmt.zero_point else [])]
+    for name, part in zip(names, want, strict=True):
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8),
+                           part.reshape(-1).view(torch.uint8)), name

@@ -26,7 +26,8 @@ from scaleprop.streaming import compile_from_safetensors
 from scaleprop.sweeps import running
 from tests.sweep import tiny
 
-WIDTH, BLOCKS = 144, 6
+WIDTH, BLOCKS = 144, 4
+AXES = {"*.format": ["mxfp8", "mxfp4"]}
 SHARD = 30_000
 COMMANDS = ("save", "export", "compile", "sweep")
 _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree",
@@ -72,7 +73,8 @@ def work(command: str, folder: Path, source: Path, compiled: CompiledModel) -> N
             return perform(*args)
 
         running.perform = counted
-        tiny.run(folder / "out.sqlite").to_csv(folder / "out.csv")
+        found = tiny.run(folder / "out.sqlite", axes=AXES, steps=2, baseline=None)
+        found.to_csv(folder / "out.csv")
 
 
 def child(request: dict[str, Any], compiled: CompiledModel) -> None:
@@ -97,7 +99,7 @@ def child(request: dict[str, Any], compiled: CompiledModel) -> None:
 
 
 def serve() -> None:
-    """For every line {command, folder, source, log, kill_at}: the child's id, then its status."""
+    """For every line {command, folder, source, log, kill_at, kill_after}: how the child ended."""
     torch.set_num_threads(1)
     compiled = made(1)[1]
     for line in sys.stdin:
@@ -109,13 +111,21 @@ def serve() -> None:
             finally:  # nor may anything else of this process go on in the child
                 traceback.print_exc()
                 os._exit(1)
-        answer(process)
-        answer(os.waitpid(process, 0)[1])
+        sys.stdout.write(f"{ended(process, json.loads(line)['kill_after'])}\n")
+        sys.stdout.flush()
 
 
-def answer(number: int) -> None:
-    sys.stdout.write(f"{number}\n")
-    sys.stdout.flush()
+def ended(process: int, kill_after: float | None) -> int:
+    """A child's exit status, or minus the signal that ended it: SIGKILL after so many seconds."""
+    deadline = None if kill_after is None else time.monotonic() + kill_after
+    while True:
+        found, status = os.waitpid(process, os.WNOHANG if deadline is not None else 0)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if deadline is not None and time.monotonic() >= deadline:
+            os.kill(process, signal.SIGKILL)
+            deadline = None
+        time.sleep(0.001)
 
 
 if __name__ == "__main__":
