@@ -203,6 +203,14 @@ def int4_cnn(data: Any) -> Figures:
             "in 4 bits": f"{statistics.fmean(row['int4'] for row in rows):.2f} %"}
 
 
+def larger_than_memory(data: Any) -> Figures:
+    peak = max(run["peak_vm"] for run in data["runs"])
+    return {"model ÷ memory limit": data["model_bytes"] / data["limit"],
+            "peak address space ÷ limit": peak / data["limit"],
+            "weights compared and equal": f"{len(data['compared']) - len(data['different'])} of "
+                                          f"{len(data['compared'])}"}
+
+
 def fp4_design_space(rows: Sequence[Mapping[str, str]]) -> Figures:
     combinations = [row for row in rows if row["kind"] == "combination" and row["gap_percent"]]
     best = min(combinations, key=lambda row: float(row["gap_percent"]))

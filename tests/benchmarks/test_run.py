@@ -16,7 +16,9 @@ from benchmarks import harness, run
 from benchmarks.registry import BENCHMARKS, Benchmark
 
 FOLDER = Path(run.__file__).parent
-APART = {"run", "demo", "readme_table", "llm_compressor_rows"}  # no benchmarks, or a part of one
+# no benchmarks, or a part of one
+APART = {"run", "demo", "readme_table", "llm_compressor_rows", "block_pictures",
+         "report_screenshots"}
 
 
 def test_every_benchmark_is_registered_and_listed() -> None:
