@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from scaleprop import ops
 from scaleprop.errors import ConfigError
-from scaleprop.formats import ScaledFormat, parse
+from scaleprop.formats import parse
 from scaleprop.formats.tensor import storage_layout
 from scaleprop.passes.assign import unfit
 from scaleprop.passes.quantize_weights import PLAIN_NAMES, part_names, quantized_matrix
@@ -45,26 +45,27 @@ _OPERATORS: Mapping[type[nn.Module], Any] = {
 class Plan:
     """What becomes of one module.
 
-    base: the type that it is treated as. weight, activation: None for an activation that stays as
-        it is. transposed: its weight lies as [K, N].
+    base: the type that it is treated as. operator: what it is in a graph. weight, activation: None
+        for an activation that stays as it is. transposed: its weight lies as [K, N].
+    format, names: of the stored parts, the latter as buffers. reads: the activation's format.
     """
 
     base: type[nn.Module]
-    kind: Kind
     operator: str
     weight: Role
     activation: Role | None
     transposed: bool = False
+    # found once: torch.compile does not trace formats
+    format: str = dataclasses.field(init=False)
+    names: tuple[str, ...] = dataclasses.field(init=False)
+    reads: str | None = dataclasses.field(init=False)
 
-    @property
-    def format(self) -> ScaledFormat:
-        """What the weight is stored in."""
-        return parse(self.weight.format)
-
-    @property
-    def names(self) -> list[str]:
-        """Of the buffers."""
-        return [f"weight_{name}" for name in part_names(self.format)]
+    def __post_init__(self) -> None:
+        fmt, read = parse(self.weight.format), self.activation
+        found = {"format": str(fmt), "names": tuple(f"weight_{name}" for name in part_names(fmt)),
+                 "reads": None if read is None else str(parse(read.format))}
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int]:
         """[N, K] of a weight of this shape, K being what is summed."""
@@ -100,7 +101,7 @@ def plan_for(module: nn.Module, recipe: Recipe, linears: Mapping[type[nn.Module]
     if stored is None or computes_wide or getattr(module, "max_norm", None) is not None:
         return None
     read = _fitting(recipe.roles.get(names[1] or ""), contraction, "activation")
-    return Plan(base=base, kind=kind, operator=str(operator), weight=stored, activation=read,
+    return Plan(base=base, operator=str(operator), weight=stored, activation=read,
                 transposed=linears.get(base, False))
 
 
@@ -154,7 +155,7 @@ def _fitting(role: Role | None, contraction: Contraction,
 
 def empty_parts(plan: Plan, shape: Sequence[int], device: Any) -> dict[str, Tensor]:
     """Buffers of the right shapes and dtypes for a weight of this shape."""
-    layout = storage_layout(plan.format, plan.matrix_shape(shape))
+    layout = storage_layout(parse(plan.format), plan.matrix_shape(shape))
     return {name: torch.empty(size, dtype=dtype, device=device)
             for name, (size, dtype) in zip(plan.names, layout, strict=True)}
 
@@ -201,8 +202,7 @@ class ScaledWeight(nn.Module):
     def weight(self) -> Tensor:
         """What the codes stand for, dequantized at every reading."""
         shape = list(self.weight_plan.matrix_shape(self.weight_shape))
-        matrix = ops.dequantize(self.parts, str(self.weight_plan.format), shape, -1,
-                                self.weight_dtype)
+        matrix = ops.dequantize(self.parts, self.weight_plan.format, shape, -1, self.weight_dtype)
         return matrix.t() if self.weight_plan.transposed else matrix.view(self.weight_shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScaledWeight:
@@ -220,7 +220,7 @@ class ScaledWeight(nn.Module):
         return _without_state, (self.original, self.weight_plan.base), self.__dict__
 
     def extra_repr(self) -> str:
-        read = f", x={self.weight_plan.activation.format}" if self.weight_plan.activation else ""
+        read = f", x={self.weight_plan.reads}" if self.weight_plan.reads else ""
         return f"{super().extra_repr()}, weight={self.weight_plan.format}{read}".removeprefix(", ")
 
 
@@ -237,10 +237,10 @@ class ScaledLinear(ScaledWeight):
                               f", its input is {input.dtype}. Remedy: model.dequantize()")
         parts = [input]
         if role is not None:
-            name = str(parse(role.format))
+            name = self.weight_plan.reads
             parts = ops.quantize(input, name, -1, role.rounding)
         k = self.weight_plan.matrix_shape(self.weight_shape)[1]
-        product = ops.scaled_mm(parts, self.parts, self.bias, name, str(self.weight_plan.format), k)
+        product = ops.scaled_mm(parts, self.parts, self.bias, name, self.weight_plan.format, k)
         return product.to(input.dtype)
 
 
@@ -251,7 +251,7 @@ class ScaledConv(ScaledWeight):
         """As the convolution that it was."""
         role = self.weight_plan.activation
         if role is not None:
-            input = ops.fake_quantize(input, str(parse(role.format)), -1, role.rounding)
+            input = ops.fake_quantize(input, self.weight_plan.reads, -1, role.rounding)
         return super().forward(input)
 
 
@@ -262,7 +262,7 @@ class ScaledEmbedding(ScaledWeight):
         """[…] indices → […, width]."""
         rows = [part[input] if part.ndim else part for part in self.parts]
         shape = [*input.shape, self.weight_shape[-1]]
-        return ops.dequantize(rows, str(self.weight_plan.format), shape, -1, self.weight_dtype)
+        return ops.dequantize(rows, self.weight_plan.format, shape, -1, self.weight_dtype)
 
 
 def _moved(part: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:

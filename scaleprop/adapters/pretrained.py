@@ -156,8 +156,8 @@ class ScalepropQuantizer(HfQuantizer):
         _retie(model, self._groups, self._plans)
         if not self.pre_quantized:
             return
-        wide = [re.compile(pattern.replace("*", ".*"))
-                for pattern in model._get_dtype_plan(model.dtype)]
+        kept = model._get_dtype_plan(model.dtype)  # names of what computes in float32
+        wide = [re.compile(pattern.replace("*", ".*")) for pattern in kept]
         for path, plan in self._plans.items():
             module = model.get_submodule(path)
             if isinstance(module, ScaledWeight):

@@ -18,7 +18,7 @@ from scaleprop.adapters.base import Preparation
 from scaleprop.errors import ConfigError
 
 LIBRARIES = {"transformers": "transformers", "lightning": "pytorch_lightning",
-             "accelerate": "accelerate"}
+             "accelerate": "accelerate", "pretrained": "transformers"}
 
 
 def prepared(model: nn.Module) -> set[str]:
