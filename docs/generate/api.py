@@ -14,7 +14,7 @@ _PAGES: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "api/index": ("Compile and analyze", "What most programs need.", (
         "scaleprop.compile", "scaleprop.CompiledModel", "scaleprop.load", "scaleprop.analyze",
         "scaleprop.from_pretrained", "scaleprop.compile_from_safetensors",
-        "scaleprop.interchange.decoded")),
+        "scaleprop.interchange.decoded", "scaleprop.ScalepropConfig")),
     "api/formats": ("Formats", "Numbers as data.", (
         "scaleprop.formats.parse", "scaleprop.formats.named_formats", "scaleprop.quantize",
         "scaleprop.dequantize", "scaleprop.fake_quantize", "scaleprop.ScaledTensor",
