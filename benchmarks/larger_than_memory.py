@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 import random
 import re
 import shlex
@@ -78,10 +79,11 @@ class Shape:
         return sum(map(_nbytes, self.shards()))
 
     @classmethod
-    def of(cls, nbytes: float, width: int) -> Shape:
+    def of(cls, nbytes: float, width: int, vocabulary: int = 32000) -> Shape:
         """The shallowest of at least ``nbytes``."""
-        empty, one = cls(width, 0).nbytes, _nbytes(cls(width, 1).shards()[1])
-        return cls(width, max(1, -int(-(nbytes - empty) // one)))
+        empty = cls(width, 0, vocabulary).nbytes
+        one = cls(width, 1, vocabulary).nbytes - empty
+        return cls(width, max(1, math.ceil((nbytes - empty) / one)), vocabulary)
 
 
 def _nbytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
