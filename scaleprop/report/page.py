@@ -84,13 +84,18 @@ def _head(title: str, sections: Sequence[Section]) -> str:
 
 
 def _embedded(data: Any) -> str:
-    """``data`` as JSON, deflated (zlib) and in base64: browsers inflate it, and a page is a third
-    of what it would be. The same numbers are in the file that ``save`` writes as .json."""
+    """``data`` as JSON. The same numbers are in the file that ``save`` writes as .json."""
     if data is None:
         return ""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    packed = base64.b64encode(zlib.compress(text.encode(), 9)).decode()
-    return f'<script type="application/octet-stream" id="data">{packed}</script>\n'
+    return packed("data", json.dumps(data, ensure_ascii=False, allow_nan=False,
+                                     separators=(",", ":")))
+
+
+def packed(name: str, text: str) -> str:
+    """``text`` deflated (zlib) and in base64: scripts inflate it, and a page is a third of what it
+    would be."""
+    letters = base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+    return f'<script type="application/octet-stream" id="{name}">{letters}</script>\n'
 
 
 def _asset(name: str) -> str:

@@ -1,4 +1,7 @@
-"""The table of tensors on a page: complete without scripts, sorted and searched with them."""
+"""The table of tensors on a page: sorted and searched by scripts, and there without them, too.
+
+Of a table of thousands of rows, the first ``PLAIN`` are; scripts add the others, deflated.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from typing import Literal
 from urllib.parse import quote
 
 from scaleprop.report import text
+from scaleprop.report.page import packed
 
+PLAIN = 1500  # rows that are there without scripts: more would be most of a page of a megabyte
 Kind = Literal["number", "node", "name", "short", "outcome"]
 
 _STYLES: dict[Kind, str] = {  # of the cells of a column, which carry no class of their own
@@ -81,7 +86,11 @@ class TensorTable:
         chosen = "".join(f'<label>{_LABELS.get(name, name)}<select name="{name}"></select>'
                          "</label>\n" for name in filters)
         node = next(i for i, column in enumerate(self.columns) if column.name == "node")
-        body = "\n".join(_row(row, node) for row in self.rows)
+        rows = [_row(row, node) for row in self.rows]
+        body, more = "\n".join(rows[:PLAIN]), rows[PLAIN:]
+        rest = "" if not more else (
+            f"<noscript><p>The first {PLAIN} of {len(rows)}: scripts show the others, and the "
+            f"report saved as .json has them.</p></noscript>\n{packed('rows', ''.join(more))}")
         return f"""<div class="controls scripted" role="search" aria-label="Tensors">
 <label>Search (press /)<input type="search" name="text" autocomplete="off"
  placeholder="words in any column"></label>
@@ -95,7 +104,7 @@ Headings sort. ↑ and ↓ move between rows, Enter opens one, Escape closes it.
 <thead><tr>{headings}</tr></thead><tbody>
 {body}
 </tbody></table></div>
-"""
+{rest}"""
 
 
 def _row(row: Row, node: int) -> str:

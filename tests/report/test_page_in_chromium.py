@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scaleprop.report import Report
+from scaleprop.report import Report, tensors_html
 from tests.report.pages import full_report, training_report
 
 pytestmark = pytest.mark.browser
@@ -52,7 +52,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     reports = {"full": full_report(), "empty": Report(), "training": training_report()}
     for name, report in reports.items():
         report.save(folder / f"{name}.html")
-    return {name: (folder / f"{name}.html").as_uri() for name in reports}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensors_html, "PLAIN", 10)
+        reports["full"].save(folder / "long.html")
+    return {name: (folder / f"{name}.html").as_uri() for name in (*reports, "long")}
 
 
 class Opened:
@@ -363,6 +366,18 @@ def test_without_scripts_the_table_is_complete(browser, files):
         assert page.get_by_text("The charts need JavaScript").is_visible()
         page.locator(".worst a").first.click()  # leads to the row
         assert page.locator("#tensors tr:target").count() == 1
+
+
+def test_the_rows_of_a_long_table_are_all_there(browser, files):
+    with Opened(browser, files["full"]) as page:
+        whole = shown(page)
+    with Opened(browser, files["long"]) as page:
+        assert shown(page) == whole and page.locator("#shown").inner_text().startswith("37 of 37")
+        page.locator("#tensors tbody tr").last.locator("a").click()
+        assert page.locator("#panel").is_visible()
+    with Opened(browser, files["long"], java_script_enabled=False) as page:
+        assert page.locator("#tensors tbody tr").count() == 10
+        assert page.get_by_text("The first 10 of 37: scripts show the others").is_visible()
 
 
 def test_an_empty_report_is_a_page(browser, files):

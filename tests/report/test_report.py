@@ -27,7 +27,7 @@ from scaleprop.report import (
     text,
 )
 from scaleprop.report.outliers import AttentionProfile, Outlier, OutlierTable, Profile, grouped
-from tests.report.pages import full_report, large_report
+from tests.report.pages import full_report, large_report, training_report
 
 HOSTILE = "</script><script>alert('x')</script>$\\frac"
 
@@ -352,6 +352,15 @@ def test_a_page_of_32_layers_is_less_than_a_megabyte(tmp_path: Path, backward: b
     assert len(report.records) == 32 * (7 * 2 + 4)
     report.save(tmp_path / "r.html")
     assert (tmp_path / "r.html").stat().st_size < 1_000_000
+
+
+def test_the_page_of_a_step_of_32_layers_is_less_than_a_megabyte(tmp_path: Path) -> None:
+    step = training_report()
+    copies = 1 + 4000 // len(step.tensors)
+    dataclasses.replace(step, tensors=tuple(
+        dataclasses.replace(tensor, node=f"{tensor.node}_{i}")
+        for i in range(copies) for tensor in step.tensors)).save(tmp_path / "step.html")
+    assert 100_000 < (tmp_path / "step.html").stat().st_size < 1_000_000
 
 
 def page_data(path: Path) -> dict[str, Any]:

@@ -42,12 +42,16 @@ const shortened = (name, length) => (name.length <= length ? name : `…${name.s
 
 const shortOperator = (op) => op.replace(/^aten\./, "").replace(/\.default$/, "");
 
+// The text that the page carries deflated.
+const inflated = async (element) => {
+  const bytes = Uint8Array.from(atob(element.textContent), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Response(stream).text();
+};
+
 // The data that the page carries: columns by name, each with one entry per tensor.
 const readData = async () => {
-  const bytes = Uint8Array.from(atob(document.getElementById("data").textContent),
-    (letter) => letter.charCodeAt(0));
-  const inflated = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const found = JSON.parse(await new Response(inflated).text());
+  const found = JSON.parse(await inflated(document.getElementById("data")));
   const numbers = { Infinity, "-Infinity": -Infinity, NaN };
   const named = (value) => (typeof value === "string" ? numbers[value] ?? value : value);
   const texts = new Set(["node", "op", "operand", "role", "module", "shape", "format", "kind", "by",

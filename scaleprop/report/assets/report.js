@@ -4,6 +4,8 @@ const startReport = async () => {
   const element = document.getElementById("tensors");
   let table = null;
   if (element) {
+    const rest = document.getElementById("rows"); // of a long table; escaped as the others are
+    if (rest) element.tBodies[0].insertAdjacentHTML("beforeend", await inflated(rest));
     fillFilters(data);
     table = startTable(element, {
       number: (row, column) => data.get(column, row),

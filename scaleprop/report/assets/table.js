@@ -1,4 +1,4 @@
-// Sorting, filtering and walking through the table. Without JavaScript it is complete, in graph order.
+// Sorting, filtering and walking through the table. Without them it is in graph order.
 // number(row, column): what a column of numbers sorts by; facet(row, name): what a filter compares;
 // words(row): what is searched besides what is seen.
 const startTable = (table, { number, facet, words = () => "" } = {}) => {
