@@ -89,8 +89,8 @@ class TensorTable:
         rows = [_row(row, node) for row in self.rows]
         body, more = "\n".join(rows[:PLAIN]), rows[PLAIN:]
         rest = "" if not more else (
-            f"<noscript><p>The first {PLAIN} of {len(rows)}: scripts show the others, and the "
-            f"report saved as .json has them.</p></noscript>\n{packed('rows', ''.join(more))}")
+            f'<p class="unscripted">The first {PLAIN} of {len(rows)}: scripts show the others, and '
+            f"the report saved as .json has them.</p>\n{packed('rows', ''.join(more))}")
         return f"""<div class="controls scripted" role="search" aria-label="Tensors">
 <label>Search (press /)<input type="search" name="text" autocomplete="off"
  placeholder="words in any column"></label>

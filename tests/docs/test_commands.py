@@ -44,7 +44,7 @@ def test_commands_exist(page: str, line: str) -> None:
     elif program == "python":
         assert words[1] == "-m" and importlib.util.find_spec(words[2]), line
     elif program == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert not {word for word in words[1:] if "=" not in word} - set(targets), line
     elif program == "pip":
         check_pip(words)
