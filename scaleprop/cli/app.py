@@ -77,7 +77,7 @@ app.add_command(report_group)
                    "several are compared.")
 @decisions
 @click.option("--from-safetensors", "source", metavar="DIR",
-              type=click.Path(path_type=Path, exists=True, file_okay=False),
+              type=click.Path(path_type=Path),
               help="Parameters come from these files, a layer at a time: for models larger than "
                    "memory. MODEL makes the module; without it, DIR's config.json does.")
 @click.option("--ignore", multiple=True, metavar="PATTERN",
