@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 import transformers
-from examples.minilm import EXAMPLE, Task
 
 import scaleprop
 from benchmarks import peers
+from benchmarks.demo import EXAMPLE, Task
 from scaleprop.report import Report, Variant
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",

@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 import random
 
+from scaleprop.passes.training import Lowered
+from scaleprop.passes.training.lower import Cast
+from scaleprop.passes.training.operands import Operands
+from scaleprop.passes.training.rewrite import Quantized
+from scaleprop.recipes.training import Operand
 from scaleprop.report import (
     Report,
     ScaleProvenance,
@@ -17,6 +22,7 @@ from scaleprop.report import (
 from scaleprop.report.outliers import OutlierTable
 from scaleprop.report.records import ScaleKind, TransformRecord, TrialRecord
 from scaleprop.report.scales import FORMATS, Finding, Phase
+from scaleprop.training import ScaleReports
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HIGH = (("aten.rms_norm.default", "norms run in high precision"),
@@ -146,3 +152,13 @@ def training_report() -> ScaleReport:
         model="Decoder", tensors=(*parameters, *report.scales.tensors), notes=("one step",),
         findings=(Finding(name="residual-growth", warning=True, message="it grows", figures={},
                           advice="scale it"),))
+
+
+def prepared_report() -> ScaleReports:
+    """Two graphs of a prepared model, one of each kind."""
+    low = Operand(format="mxfp4", rounding="stochastic", hadamard=16, signs="layer")
+    return ScaleReports((
+        Lowered(products={"mm": "fprop"}, high={"mm_1": "the last layer"}, rescales=1, unruled={},
+                casts=tuple(Cast(f"x_{i}", "x", "e4m3", 3.25, 1.0, -i, False) for i in range(8))),
+        Operands((Quantized("up.weight", "fprop.x", "relu", 1, Operand(format="mxfp4")),
+                  Quantized("up.weight", "dgrad.dy", "mm_3", 1, low)), {})))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from scaleprop.report import Report, tensors_html
-from tests.report.pages import full_report, training_report
+from tests.report.pages import full_report, prepared_report, training_report
 
 pytestmark = pytest.mark.browser
 
@@ -49,7 +49,8 @@ def absent(what: str) -> None:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Saved pages by name."""
     folder = tmp_path_factory.mktemp("pages")
-    reports = {"full": full_report(), "empty": Report(), "training": training_report()}
+    reports = {"full": full_report(), "empty": Report(), "training": training_report(),
+               "prepared": prepared_report()}
     for name, report in reports.items():
         report.save(folder / f"{name}.html")
     with pytest.MonkeyPatch.context() as patch:
@@ -277,6 +278,17 @@ def test_the_page_of_a_training_step(browser, files):
         assert heading(page).startswith("mm_")
         assert page.locator("#panel .range").count() == 2  # of e4m3, as in the charts
         page.keyboard.press("Escape")
+        assert page.evaluate(ACCESSIBILITY) == []
+
+
+def test_the_page_of_a_prepared_model(browser, files):
+    with Opened(browser, files["prepared"]) as page:
+        choose(page, "role", "dgrad.dy")
+        page.locator("#tensors tbody tr:not([hidden]) a").first.click()
+        said = page.locator("#panel").inner_text()
+        assert heading(page) == "mm_3" and "stochastic" in said and "16 layer" in said
+        assert "Figures" not in said  # there are none
+        choose(page, "role", "")
         assert page.evaluate(ACCESSIBILITY) == []
 
 
