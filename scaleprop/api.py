@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from scaleprop import storage
+from scaleprop.analysis.blocks import block_for_report
 from scaleprop.analysis.compiled import look_at_compiled
 from scaleprop.analysis.origin import Origin, readers_of, with_effects
 from scaleprop.backends.base import Executable
@@ -47,7 +48,8 @@ class CompiledModel:
     baseline: the unquantized model's flat outputs on the example inputs, for verification.
     fidelity: what ``compile(verify=True)`` measured; None without. It is not saved.
     origin: what transforms are compared with; None where there were none. It is not saved.
-    scales: the values through depth, of a model that was measured before it was saved.
+    scales, block: values through depth, and a picture of one block, of a model that was measured
+    before it was saved.
     progress: whether to show progress on standard error where the report measures.
     """
 
@@ -61,6 +63,7 @@ class CompiledModel:
     fidelity: Fidelity | None = None
     origin: Origin | None = dataclasses.field(default=None, repr=False, compare=False)
     scales: ScaleReport | None = dataclasses.field(default=None, repr=False)
+    block: Block | None = dataclasses.field(default=None, repr=False)
     progress: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -81,8 +84,9 @@ class CompiledModel:
     def report(self) -> Report:
         """What happened to every tensor, who decided it, and why.
 
-        ``measured``, ``save`` and ``to_dict`` add what the numbers are: for that the model runs
-        once, on the reference and the example inputs, when they are first called.
+        ``measured``, ``save`` and ``to_dict`` add what the numbers are: for that the model runs on
+        the reference and the example inputs when they are first called; once, and once more for
+        scales that are found at run time.
         """
         lowerings = self.executable.lowerings
         records = tuple(
@@ -116,18 +120,18 @@ class CompiledModel:
         """Records and transforms with all that was measured so far; ``save`` keeps that."""
         if "_numbers" in self.__dict__:  # what functools.cached_property fills
             return self._numbers
-        return Known(self.program.records, self.program.transforms, self.scales)
+        return Known(self.program.records, self.program.transforms, self.scales, self.block)
 
     @functools.cached_property
     def _numbers(self) -> Known:
         """What one run tells; see ``analysis.compiled``."""
         if self.scales is not None:
-            return Known(self.program.records, self.program.transforms, self.scales)
+            return Known(self.program.records, self.program.transforms, self.scales, self.block)
         readers = readers_of(self.program.transforms)
         name = f"the model, as {self.recipe.name}"
         found = look_at_compiled(self.program, name, readers, self.progress)
         transforms = with_effects(self.program, self.origin, found)
-        return Known(found.records, transforms, found.scales)
+        return Known(found.records, transforms, found.scales, block_for_report(self.graph_view))
 
     def _measured(self, report: Report) -> Report:
         """``report`` with what ``_numbers`` has of its records."""
@@ -137,7 +141,8 @@ class CompiledModel:
             dataclasses.replace(found.get((one.node, one.operand, one.role), one),
                                 lowering=one.lowering) for one in report.records)
         return dataclasses.replace(report, records=records, transforms=known.transforms,
-                                   scales=report.scales or known.scales, measure=None)
+                                   scales=report.scales or known.scales, block=known.block,
+                                   measure=None)
 
     def verify(self) -> Fidelity:
         """Compare this backend with the reference on the example inputs.
@@ -365,6 +370,7 @@ def load(
         signature=Signature.of(saved.program),
         executable=backend_named(name).lower(saved.program),
         baseline=saved.baseline, nbytes_before=saved.nbytes_before, scales=saved.scales,
+        block=saved.block,
     )
 
 
@@ -373,7 +379,7 @@ def report_of(model: CompiledModel | storage.SavedModel) -> Report:
     program = model.program
     return Report(recipe=model.recipe.name, backend=model.backend,
                   records=model.known.records, transforms=model.known.transforms,
-                  trials=program.trials, scales=model.known.scales,
+                  trials=program.trials, scales=model.known.scales, block=model.known.block,
                   nbytes_before=model.nbytes_before, nbytes_after=stored_bytes(program.module),
                   notes=program.notes)
 

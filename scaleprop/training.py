@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,18 @@ class ScaleReports(tuple[Report, ...]):
             console.print(_table(f"graph {place}: {title}", names, rows, graph.high))
         if self.unread:
             console.print(f"not compiled, as it was: {', '.join(self.unread)}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``path``: ``.html`` (one offline page) or ``.json`` (schema: version 1 in
+        ``scaleprop.analysis.prepared``): every value that was cast, and why products stayed high.
+
+        Raises:
+            ConfigError: on another suffix, or where the path cannot be written.
+        """
+        from scaleprop.analysis.prepared import render, to_dict
+        from scaleprop.report.files import write_report
+
+        write_report(path, lambda: render(self), lambda: to_dict(self))
 
     def graph_view(
         self, block: str | None = None, depth: int | None = None, graph: int = 0

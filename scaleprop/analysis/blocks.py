@@ -8,14 +8,17 @@ is like most of its kind.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
 
-from scaleprop.errors import ConfigError
+from scaleprop.errors import ConfigError, ScalePropError
 from scaleprop.passes.outline import Outline, Read, Step
 from scaleprop.report.graph import Block, BlockEdge, BlockNode, Scale
 from scaleprop.report.text import short_place
+
+logger = logging.getLogger(__name__)
 
 _FEWEST = 4  # operators of a block; modules of fewer are operators with a name
 _MOST_OF = 0.8  # of what the best class of modules holds: nested ones hold about the same
@@ -123,6 +126,20 @@ def block_of(
                  nodes=nodes, edges=edges,
                  notes=(*notes, "Not drawn: moves and casts of whole values, masks and integers, "
                                 "biases and other vectors of parameters."))
+
+
+def block_for_report(draw: Callable[[], Block]) -> Block | None:
+    """What ``draw`` makes of the most typical block; None where no block is there several times, or
+    it cannot be drawn, which is no reason to have no report: the log says which."""
+    try:
+        block = draw()
+    except (ScalePropError, RuntimeError, LookupError, TypeError, ValueError) as error:
+        logger.debug("no picture of a block: %s: %s", type(error).__name__, error)
+        return None
+    if not block.path:
+        logger.debug("no picture of a block: none is there several times")
+        return None
+    return block
 
 
 class _Drawing:

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.fx
 
+from scaleprop.analysis.blocks import block_for_report
 from scaleprop.analysis.ranges import LIMITS, is_moved, lost_above, lost_below
 from scaleprop.backends.joint import TrainingStep, capture_training
 from scaleprop.errors import CalibrationError, ConfigError, describe, source_line
@@ -35,6 +36,8 @@ def look_at_training(
     model: Any, example_inputs: Any, loss_fn: Any, calibration: Any, dynamic_shapes: Any
 ) -> ScaleReport:
     """``analyze`` with a loss: see there."""
+    from scaleprop.analysis.training_view import measured_block
+
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"loss_fn needs a torch.nn.Module, not {type(model).__name__}: an "
                           "exported program has no gradients")
@@ -48,6 +51,7 @@ def look_at_training(
     _check(step, run)
     refuse_nonfinite(run, step.loss, step.gradients, step.parameters)
     predicted = predict(step.joint.graph, run.given)
+    mode = f"one step, in {'training' if model.training else 'evaluation'} mode"
     found = visits(step.torch_level, step.given, run.masks)
     rows = _Rows(step, run)
     return ScaleReport(
@@ -56,7 +60,8 @@ def look_at_training(
         visits=tuple(found), listings=tuple(listings(found)),
         findings=(*nonfinite_finding(run), *findings(step.joint.graph, run, step.parameters)),
         unknown=dict(predicted.unknown),
-        notes=(f"one step, in {'training' if model.training else 'evaluation'} mode",
+        block=block_for_report(lambda: measured_block(step, made=mode)),
+        notes=(mode,
                "given, not predicted: parameters, inputs, and what depends on neither parameters "
                "nor gradients"))
 

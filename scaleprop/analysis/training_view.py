@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.fx
 from torch.fx.node import map_arg
 
 from scaleprop import _torch_compat as compat
-from scaleprop.analysis.blocks import block_of
+from scaleprop.analysis.blocks import block_of, chosen_block
 from scaleprop.analysis.scales import loss_function
 from scaleprop.backends.dynamo import Options, compile_with
 from scaleprop.backends.joint import TrainingStep, capture_training
@@ -185,8 +185,11 @@ def measured_block(
     Raises:
         ConfigError: on an unknown block.
     """
-    forward, backward = _rms(step)
     outline = forward_outline(step.joint.graph, step.parameters, gradient_values(step.joint.graph))
+    inside = set(chosen_block(outline, block).steps)
+    forward, backward = _rms(step, {name for reader in outline.steps for read in reader.reads
+                                    if reader.name in inside or read.source in inside
+                                    for name in read.via})
 
     def facts(source: Step, read: Read, _: Step) -> tuple[Scale | None, Scale | None, str]:
         sizes = [next((table[name] for name in read.via if name in table), None)
@@ -198,9 +201,12 @@ def measured_block(
     return block_of(outline, block, depth, facts, _SIZES, made)
 
 
-def _rms(step: TrainingStep) -> tuple[dict[str, float], dict[str, float]]:
-    """RMS of each float value of the forward part, and of the loss's gradient with respect to it:
-    by autograd, as the joint graph does not say which of its values is whose gradient."""
+def _rms(
+    step: TrainingStep, wanted: Collection[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """RMS of each float value of the forward part that is wanted, and of the loss's gradient with
+    respect to it: by autograd, as the joint graph does not say which of its values is whose
+    gradient."""
     left_out = gradient_values(step.joint.graph)
     graph = step.joint.graph
     given = dict(zip(graph.find_nodes(op="placeholder"), step.inputs, strict=True))
@@ -214,7 +220,8 @@ def _rms(step: TrainingStep) -> tuple[dict[str, float], dict[str, float]]:
             values[node] = learned[node] if node.op == "placeholder" else \
                 _value(step.joint, node, values)
         floats = {node: value for node, value in values.items()
-                  if isinstance(value, torch.Tensor) and value.is_floating_point()}
+                  if node.name in wanted and isinstance(value, torch.Tensor)
+                  and value.is_floating_point()}
         tracked = {node: value for node, value in floats.items() if value.requires_grad}
         gradients: Any = torch.autograd.grad(
             values[step.loss], list(tracked.values()), allow_unused=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from scaleprop import durable
 from scaleprop.errors import ConfigError
@@ -17,6 +20,24 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     if not (target.parent.is_dir() and os.access(target.parent, os.W_OK | os.X_OK)):
         raise ConfigError(f"cannot write {str(target)!r}: create the folder "
                           f"{str(target.parent)!r}, or choose one that can be written to")
+
+
+def write_report(
+    path: str | os.PathLike[str], page: Callable[[], str], data: Callable[[], Any]
+) -> None:
+    """Write ``path``: the ``page`` as ``.html``, or ``data`` as ``.json``.
+
+    Raises:
+        ConfigError: on another suffix, or where the path cannot be written.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".html":
+        write_text(path, page())
+    elif suffix == ".json":
+        write_text(path, json.dumps(data(), indent=1, allow_nan=False) + "\n")
+    else:
+        raise ConfigError(f"a report is saved as .html or .json, not "
+                          f"{suffix or 'without a suffix'}: {os.fspath(path)!r}")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

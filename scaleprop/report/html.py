@@ -9,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from scaleprop.report import text, transforms_table
+from scaleprop.report.block_html import Drawn, block_section, with_records, with_values
 from scaleprop.report.outliers_table import section as outliers_section
 from scaleprop.report.page import REPORT, Section, cards, notes_section, page, simple_table
 from scaleprop.report.page_data import report_data, slugs_of
@@ -42,9 +43,11 @@ def render(report: Report) -> str:
     """``report`` as a complete HTML document. Every name in it is escaped."""
     slugs = slugs_of(f"{record.node}:{record.operand}" for record in report.records)
     table = _tensors(report.records, slugs)
+    data = report_data(report.records, slugs, report.scales)
     parts = (
         Section("overview", "Overview", _overview(report, slugs)),
         Section("depth", "Through depth", depth_figures(bool(report.records or report.scales))),
+        block_section(_blocks(report, slugs, data["ids"][len(slugs):])),
         Section("outliers", "Outliers", outliers_section(report.outliers)),
         Section("transforms", "Transforms",
                 transforms_table.section(report.transforms, report.trials)),
@@ -52,8 +55,20 @@ def render(report: Report) -> str:
         notes_section(report.notes),
         Section("tensor-table", "Tensors", table.html(_FILTERS)),
     )
-    data = report_data(report.records, slugs, report.scales)
     return page(f"scaleprop: {report.recipe or 'analysis'}", parts, data, REPORT, table.style())
+
+
+def _blocks(report: Report, slugs: Sequence[str], others: Sequence[str]) -> list[Drawn]:
+    """The compiled block and that of a training step; ``others`` are the slugs of ``scales``."""
+    scales, found = report.scales, list[Drawn]()
+    values = {} if scales is None else dict(zip(
+        (tensor.node for tensor in scales.tensors), others, strict=True))
+    if report.block is not None:  # a step has nodes of the same names, but other ones
+        is_step = scales is not None and bool(scales.of_phase("backward"))
+        found.append(with_records(report.block, report.records, slugs, {} if is_step else values))
+    if scales is not None and scales.block is not None:
+        found.append(with_values(scales.block, values))
+    return found
 
 
 def _overview(report: Report, slugs: Sequence[str]) -> str:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from scaleprop.errors import ConfigError
-from scaleprop.report.files import write_text
+from scaleprop.report.files import write_report
+from scaleprop.report.graph.model import Block
 from scaleprop.report.outliers import OutlierTable
 from scaleprop.report.plain import (
     plain,
@@ -56,6 +57,7 @@ class Report:
     outliers: of an analysis: what stands out in activations, weights and attention.
     transforms: of channels, applied or refused. trials: chains that were tried, and what they gave.
     scales: how large values are through depth, forward, and backward where a loss was given.
+    block: a picture of one block, of a compiled model; None where none is there several times.
     variants: what several recipes made of the model, side by side.
     measure: fills in what only a run of the model tells, see ``measured``; None where it is there.
     """
@@ -71,14 +73,16 @@ class Report:
     transforms: tuple[TransformRecord, ...] = ()
     trials: tuple[TrialRecord, ...] = ()
     scales: ScaleReport | None = None
+    block: Block | None = None
     variants: tuple[Variant, ...] = ()
     measure: Callable[[Report], Report] | None = dataclasses.field(
         default=None, repr=False, compare=False)
 
     def measured(self) -> Report:
-        """This report with ``values``, what rounding lost in activations, the effects of transforms
-        and ``scales``: of a compiled model, they are measured on its example inputs when they are
-        first asked for. ``save`` and ``to_dict`` ask; ``show`` shows what is there.
+        """This report with ``values``, what rounding lost in activations, the effects of
+        transforms, ``scales`` and ``block``: of a compiled model, they are measured on its example
+        inputs when they are first asked for. ``save`` and ``to_dict`` ask; ``show`` shows what is
+        there.
         """
         return self if self.measure is None else self.measure(self)
 
@@ -147,18 +151,9 @@ class Report:
         Raises:
             ConfigError: on another suffix, or where the path cannot be written.
         """
-        suffix = Path(path).suffix.lower()
-        if suffix == ".html":
-            from scaleprop.report.html import render
+        from scaleprop.report.html import render
 
-            write_text(path, render(self.measured()))
-        elif suffix == ".json":
-            write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-        else:
-            raise ConfigError(
-                f"a report is saved as .html or .json, not {suffix or 'without a suffix'}: "
-                f"{os.fspath(path)!r}"
-            )
+        write_report(path, lambda: render(self.measured()), self.to_dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, measured; see the schema in this module's docstring."""
@@ -176,7 +171,8 @@ class Report:
                         for name, range_ in ranges_of(self.records).items()},
             "records": [record_to_plain(record) for record in self.records],
             **{name: part.to_dict()
-               for name, part in (("outliers", self.outliers), ("scales", self.scales))
+               for name, part in (("outliers", self.outliers), ("scales", self.scales),
+                                  ("block", self.block))
                if part is not None},
             **{name: [plain(dataclasses.asdict(item)) for item in items]
                for name, items in (("transforms", self.transforms), ("trials", self.trials),
@@ -210,6 +206,8 @@ class Report:
                 fields["outliers"] = OutlierTable.from_dict(fields["outliers"])
             if "scales" in fields:
                 fields["scales"] = ScaleReport.from_dict(fields["scales"])
+            if "block" in fields:
+                fields["block"] = Block.from_dict(fields["block"])
             return cls(**fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"not a report: {type(error).__name__}: {error}") from error

@@ -11,6 +11,7 @@ JSON schema, version 1 (``ScaleReport.save("x.json")``, ``to_dict``)::
     findings        list of objects with the fields of ``Finding``
     unknown         operator → how often nothing could be predicted of its output
     notes           list of sentences
+    block           a picture of one block, see ``report.graph.Block``; may be left out
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from scaleprop.errors import ConfigError
-from scaleprop.report.files import write_text
+from scaleprop.report.files import write_report
+from scaleprop.report.graph.model import Block
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,7 +136,8 @@ class ScaleReport:
 
     tensors: every float tensor, but those that only move another's elements, in graph order.
     visits, listings: lines of the model's source, and their text. findings: on depth. unknown:
-    operators without a prediction → how often. notes: what a reader should know besides.
+    operators without a prediction → how often. notes: what a reader should know besides. block: one
+    block with these sizes on its edges, of a step; None where none is there several times.
     """
 
     model: str
@@ -144,6 +147,7 @@ class ScaleReport:
     findings: tuple[Finding, ...] = ()
     unknown: Mapping[str, int] = dataclasses.field(default_factory=lambda: dict[str, int]())
     notes: tuple[str, ...] = ()
+    block: Block | None = None
 
     def of_phase(self, phase: Phase) -> tuple[TensorScale, ...]:
         """The tensors of one phase."""
@@ -199,20 +203,16 @@ class ScaleReport:
         Raises:
             ConfigError: on another suffix, or where the path cannot be written.
         """
-        suffix = Path(path).suffix.lower()
-        if suffix == ".html":
-            from scaleprop.report.scales_html import render
+        from scaleprop.report.scales_html import render
 
-            write_text(path, render(self))
-        elif suffix == ".json":
-            write_text(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-        else:
-            raise ConfigError(f"a report is saved as .html or .json, not "
-                              f"{suffix or 'without a suffix'}: {os.fspath(path)!r}")
+        write_report(path, lambda: render(self), self.to_dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; see the schema in this module's docstring."""
-        data = dataclasses.asdict(self)
+        data = dataclasses.asdict(dataclasses.replace(self, block=None))
+        del data["block"]
+        if self.block is not None:
+            data["block"] = self.block.to_dict()
         for tensor in data["tensors"]:
             tensor["exponents"] = sorted([e, n] for e, n in tensor["exponents"].items())
         plain = _plain(data)
@@ -236,6 +236,8 @@ class ScaleReport:
             fields["listings"] = tuple(_listing(item) for item in fields["listings"])
             fields["findings"] = tuple(_finding(item) for item in fields["findings"])
             fields["notes"] = tuple(fields["notes"])
+            if "block" in fields:
+                fields["block"] = Block.from_dict(fields["block"])
             return cls(**fields)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"not a report: {type(error).__name__}: {error}") from error

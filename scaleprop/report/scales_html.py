@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from scaleprop.report import text
+from scaleprop.report.block_html import block_section, with_values
 from scaleprop.report.html import depth_figures
 from scaleprop.report.listing import size
 from scaleprop.report.page import REPORT, Section, notes_section, page, simple_table
@@ -29,9 +30,12 @@ def render(report: ScaleReport) -> str:
     slugs = slugs_of(tensor.node for tensor in report.tensors)
     table = TensorTable.of(COLUMNS, list(map(_row, report.tensors, slugs)))
     listed = report.annotated_source()
+    values = dict(zip((tensor.node for tensor in report.tensors), slugs, strict=True))
+    drawn = [with_values(report.block, values)] if report.block is not None else []
     return page(f"scaleprop: scales of {report.model}", (
         Section("overview", "Overview", _summary(report)),
         Section("depth", "Through depth", depth_figures(bool(report.tensors))),
+        block_section(drawn),
         Section("findings", "Signal propagation through depth", _findings(report.findings)),
         Section("source", "Source: RMS of values (→) and of their gradients (←)",
                 '<div class="scroll" tabindex="0" role="region" aria-label="Source">'

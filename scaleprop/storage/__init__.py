@@ -32,6 +32,7 @@ from scaleprop.graph_json import graph_from_json, graph_to_json
 from scaleprop.passes.base import Program
 from scaleprop.passes.values import propagate_values
 from scaleprop.recipes import Recipe
+from scaleprop.report.graph.model import Block
 from scaleprop.report.plain import (
     plain,
     record_from_plain,
@@ -57,11 +58,13 @@ del _ops
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What the report of a compiled model has of it; scales: None before it was measured."""
+    """What the report of a compiled model has of it; scales: None before it was measured, and then
+    so is block."""
 
     records: tuple[TensorRecord, ...]
     transforms: tuple[TransformRecord, ...]
     scales: ScaleReport | None
+    block: Block | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,11 +77,12 @@ class SavedModel:
     baseline: tuple[Any, ...]
     nbytes_before: int
     scales: ScaleReport | None = None
+    block: Block | None = None
 
     @property
     def known(self) -> Known:
         """What its report has."""
-        return Known(self.program.records, self.program.transforms, self.scales)
+        return Known(self.program.records, self.program.transforms, self.scales, self.block)
 
 
 def save(
@@ -126,6 +130,7 @@ def _config(compiled: CompiledModel | SavedModel, aliases: Mapping[str, str]) ->
         "records": [record_to_plain(record) for record in known.records],
         "transforms": [plain(dataclasses.asdict(record)) for record in known.transforms],
         "scales": None if known.scales is None else known.scales.to_dict(),
+        "block": None if known.block is None else known.block.to_dict(),
         "trials": [plain(dataclasses.asdict(trial)) for trial in program.trials],
         "example": [_constant(leaf) for leaf in program.example_leaves],
         "baseline": [_constant(leaf) for leaf in compiled.baseline],
@@ -241,6 +246,7 @@ def _restored(
         baseline=tuple(_leaves("baseline", config, stored)),
         nbytes_before=config["nbytes_before"],
         scales=None if config.get("scales") is None else ScaleReport.from_dict(config["scales"]),
+        block=None if config.get("block") is None else Block.from_dict(config["block"]),
     )
 
 

@@ -55,7 +55,8 @@ const readData = async () => {
   const numbers = { Infinity, "-Infinity": -Infinity, NaN };
   const named = (value) => (typeof value === "string" ? numbers[value] ?? value : value);
   const texts = new Set(["node", "op", "operand", "role", "module", "shape", "format", "kind", "by",
-    "reason", "lowering", "source", "pass", "statistic", "value", "name", "phase"]);
+    "reason", "lowering", "source", "pass", "statistic", "value", "name", "phase", "layer",
+    "rounding", "rotation", "scaling", "why"]);
   const count = found.ids.length;
   for (const [name, column] of Object.entries(found.tensors)) {
     const values = Array.isArray(column) ? column : column.at.map((place) => column.of[place]);

@@ -99,10 +99,12 @@ const detailsOf = (data, place, link) => [
   ...whereIs(data, place),
   ...outcomeOf(data, place),
   ...histogramsOf(data, place),
-  make("h3", {}, "Figures"), figuresOf(data, place),
+  ...headed("Figures", figuresOf(data, place)),
   ...provenanceOf(data, place, link),
   ...neighboursOf(data, place, link),
 ];
+
+const headed = (name, list) => (list.childElementCount ? [make("h3", {}, name), list] : []);
 
 const facts = (pairs) => make("dl", { class: "facts" }, pairs
   .filter(([, value]) => value !== null && value !== undefined && value !== "")
@@ -117,6 +119,9 @@ const whereIs = (data, place) => {
     ["module", get("module") && make("code", {}, get("module"))],
     ["source", get("source") && make("code", {}, get("source"))],
     ["shape", get("shape")], ["role", get("role")], ["phase", get("phase")],
+    ["layer", get("layer") && make("code", {}, get("layer"))],
+    ["format", get("operand") === null ? get("format") : ""], ["rounding", get("rounding")],
+    ["rotation", get("rotation")], ["scale", get("scaling")], ["why", get("why")],
   ])];
 };
 

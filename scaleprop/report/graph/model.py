@@ -94,11 +94,11 @@ class Block:
         """``encoder.layer.0: Layer, 1 of 12``."""
         return f"{self.path or 'model'}: {self.what}"
 
-    def svg(self, prefix: str = "block") -> str:
+    def svg(self, prefix: str = "block", links: Mapping[str, str] | None = None) -> str:
         """An ``<svg>`` element that stands alone or in a page; see ``render_block``."""
         from scaleprop.report.graph.svg import render_block
 
-        return render_block(self, prefix)
+        return render_block(self, prefix, links)
 
     def dot(self) -> str:
         """The block in GraphViz's language."""

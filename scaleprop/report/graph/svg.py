@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from scaleprop.report.graph.dot import label_lines
@@ -30,29 +30,36 @@ svg.sg:root{color-scheme:light dark;color:CanvasText;background:Canvas}
 .sg .sg-parameter{stroke-dasharray:4 3}
 .sg path{fill:none;stroke:currentColor;stroke-opacity:.45;stroke-width:1.2}
 .sg .sg-arrow{fill:currentColor;fill-opacity:.55;stroke:none}
+.sg a{color:inherit}
+.sg a:hover rect{stroke-width:2.5}
 .sg .sg-low{stroke-opacity:1;stroke-width:2}
 .sg g:hover>path.sg-line{stroke-opacity:1;stroke-width:3}
 """
 
 
-def render_block(block: Block, prefix: str = "block") -> str:
+def render_block(
+    block: Block, prefix: str = "block", links: Mapping[str, str] | None = None
+) -> str:
     """``block`` as an ``<svg>`` element, to stand in a page or alone.
 
     Text is text; tooltips have the exact numbers, and why values stayed high; title and
     description say the same to who does not see it. prefix: of its ids, which a page has once.
+    links: a node's name → the address that its box leads to.
     """
-    drawn = layout_of(block)
+    drawn, links = layout_of(block), links or {}
     prefix = re.sub(r"\W", "-", prefix)
     foot = _legend(block)
     texts = ((block.title, _LARGE + 2), (block.made, _SMALL), *((text, _SMALL) for text, _ in foot))
     width = max(drawn.width, *(len(text) * size * _LETTER for text, size in texts)) + 2 * _MARGIN
     height = drawn.height + 2 * _MARGIN + 52 + 16 * len(foot)
     left = (width - drawn.width) / 2
+    role = "group" if links else "img"  # links in an image are not seen by screen readers
     body = "".join((
         *(_edge(edge, route) for edge, route in zip(block.edges, drawn.routes, strict=True)),
-        *(_node(node, box) for node, box in zip(block.nodes, drawn.boxes, strict=True))))
+        *(_node(node, box, links.get(node.name))
+          for node, box in zip(block.nodes, drawn.boxes, strict=True))))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="sg" role="img" viewBox="0 0 '
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="sg" role="{role}" viewBox="0 0 '
         f'{width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" '
         f'aria-labelledby="{prefix}-title" aria-describedby="{prefix}-desc" '
         f'style="max-width:100%;height:auto">'
@@ -90,7 +97,7 @@ def _label_size(edge: BlockEdge) -> tuple[float, float]:
     return max((len(line) * _SMALL * _LETTER for line in lines), default=0.0), 13.0 * len(lines)
 
 
-def _node(node: BlockNode, box: Box) -> str:
+def _node(node: BlockNode, box: Box, link: str | None) -> str:
     kind = {"input": " class=\"sg-outside\"", "output": " class=\"sg-outside\"",
             "parameter": " class=\"sg-parameter\""}.get(node.kind, "")
     colour = f' style="stroke:{colour_of(node.format)};fill:{colour_of(node.format)};' \
@@ -101,11 +108,13 @@ def _node(node: BlockNode, box: Box) -> str:
         f'<text class="{"sg-name" if size == _LARGE else "sg-quiet"}" x="{box.x:.1f}" '
         f'y="{top + 16 + 15 * line:.1f}" text-anchor="middle">{escape(text)}</text>'
         for line, (text, size) in enumerate(texts))
-    return (f'\n<g class="sg-node" data-node="{escape(node.name)}">'
-            f"<title>{escape(_tooltip(node))}</title>"
-            f'<rect{kind}{colour} x="{box.x - box.width / 2:.1f}" y="{top:.1f}" '
+    body = (f'<rect{kind}{colour} x="{box.x - box.width / 2:.1f}" y="{top:.1f}" '
             f'width="{box.width:.1f}" height="{box.height:.1f}" '
-            f'rx="{_CORNERS.get(node.kind, 4.0):g}"/>{written}</g>')
+            f'rx="{_CORNERS.get(node.kind, 4.0):g}"/>{written}')
+    if link is not None:
+        body = f'<a href="{escape(link)}">{body}</a>'
+    return (f'\n<g class="sg-node" data-node="{escape(node.name)}">'
+            f"<title>{escape(_tooltip(node))}</title>{body}</g>")
 
 
 def _tooltip(node: BlockNode) -> str:
