@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import pickle
+import re
+from html import escape
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,10 @@ from torch import nn
 
 import scaleprop
 from scaleprop.errors import ConfigError
+from scaleprop.passes.training.operands import Operands
+from scaleprop.passes.training.rewrite import Quantized
+from scaleprop.recipes.training import Operand
+from scaleprop.training import ScaleReports
 
 
 def model_and_inputs() -> tuple[nn.Module, torch.Tensor]:
@@ -125,6 +134,58 @@ def test_the_report_is_a_method_and_is_shown(capsys):
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with pytest.raises(ConfigError, match="was not given to"):
             copied.scale_report()
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "nvfp4"])
+def test_the_report_is_saved(recipe: str, tmp_path: Path):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    blocks = [nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+              for _ in range(2)]
+    model = scaleprop.prepare_training(nn.Sequential(*blocks, nn.Linear(32, 4)), recipe,
+                                       inner="eager")
+    model.scale_report().save(tmp_path / "none.html")
+    assert "was not called since it was prepared" in (tmp_path / "none.html").read_text()
+    model(torch.randn(16, 32)).square().mean().backward()
+    reports = scaleprop.scale_report(model)
+    for suffix in ("json", "html"):
+        reports.save(tmp_path / f"r.{suffix}")
+    data = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
+    assert (data["schema"], data["schema_version"]) == ("scaleprop.training", 1)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    (report,), (graph,) = reports, data["graphs"]
+    assert graph["high"] == report.high and data["unread"] == []
+    if recipe == "fp8":
+        assert graph["products"] == report.products
+        assert graph["casts"] == [dataclasses.asdict(cast) for cast in report.casts]
+        shown = [(cast.value, cast.element) for cast in report.casts]
+    else:
+        assert graph["operands"] == [
+            {**dataclasses.asdict(each.operand), "layer": each.layer, "role": each.role,
+             "value": each.value, "axis": each.axis, "why": each.why}
+            for each in report.quantized]
+        shown = [(each.value, each.operand.format) for each in report.quantized]
+    rows = re.findall(r'<tr id="t=[^"]*"><td><a>([^<]*)</a>.*?<td>.*?<td>([^<]*)', page)
+    assert rows == shown
+    assert all(escape(reason) in page for reason in report.high.values())
+    assert graph["block"] == reports.graph_view().to_dict() | {"made": "graph 0"}
+    assert re.search(r'data-node="primals_\d+"><title>[^<]*</title><a href="#t=primals_', page)
+
+
+def test_other_files_are_refused_and_names_are_escaped(tmp_path: Path):
+    nasty = "<b>&\"'</script>"
+    report = Operands((Quantized(nasty, "fprop.x", nasty, 1, Operand(format="mxfp4"), nasty),),
+                      {nasty: nasty})
+    reports = ScaleReports((report, Operands((), {}, truncated=7)))
+    reports.unread = (nasty,)
+    reports.save(tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert nasty not in page and page.count(escape(nasty)) >= 6
+    assert "7 values" in page and 'id="block"' not in page  # they have no outline
+    for path, why in (("r.txt", "saved as .html or .json"), ("no/r.json", "create the folder")):
+        with pytest.raises(ConfigError, match=why):
+            reports.save(tmp_path / path)
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html"]
 
 
 def test_complex_numbers_stay_as_they_are():

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import dataclasses
+import html
 import json
+import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -17,6 +23,7 @@ from scaleprop.analysis.training_view import prepared_view, training_view
 from scaleprop.cli import main
 from scaleprop.errors import ConfigError
 from scaleprop.passes.training import Lowered
+from scaleprop.report import Report, ScaleReport
 from scaleprop.report.graph import Block, BlockEdge
 from scaleprop.report.graph.model import power_of_two
 from scaleprop.training import scale_report
@@ -279,6 +286,71 @@ def test_a_prepared_model_draws_what_it_was_compiled_to(inputs: torch.Tensor) ->
     assert edges["addmm down → add"].backward is not None
     assert edges["gelu → quantize"].forward is None
     assert not isinstance(reports[0], Lowered)
+
+
+def targets(page: str) -> tuple[dict[str, str], set[str]]:
+    """Box → slug that it leads to; and all slugs of the page's rows and data."""
+    links = {html.unescape(node): unquote(link) for node, link in re.findall(
+        r'<g class="sg-node" data-node="([^"]+)"><title>[^<]*</title><a href="#t=([^"]+)">', page)}
+    (packed,) = re.findall('<script type="application/octet-stream" id="data">(.*?)<', page)
+    return links, set(json.loads(zlib.decompress(base64.b64decode(packed)))["ids"])
+
+
+def test_reports_have_the_block(
+    model: Model, inputs: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled = scaleprop.compile(model, inputs, "mxfp4", "reference")
+    assert compiled.report.block is None  # nothing was measured yet
+    report = compiled.report.measured()
+    assert report.block == compiled.graph_view()
+    report.save(tmp_path / "r.json")
+    assert Report.load(tmp_path / "r.json").block == report.block
+    assert scaleprop.load(compiled.save(tmp_path / "saved")).report.block == report.block
+    report.save(tmp_path / "r.html")
+    links, slugs = targets((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert report.block is not None
+    labels = {node.name: node.label for node in report.block.nodes}
+    assert set(links.values()) <= slugs
+    found = {labels[name]: slug for name, slug in links.items() if labels[name] != "linear"}
+    assert found["up.weight"].endswith(":layers.0.up.weight")
+    assert found["gelu"] == "gelu" and found["quantize"].startswith("scaled_mm")
+    # without one: a report and a page all the same, and the reason in the log
+    data = {key: value for key, value in report.to_dict().items() if key != "block"}
+    Report.from_dict(data).save(tmp_path / "old.html")
+    assert 'id="block"' not in (tmp_path / "old.html").read_text(encoding="utf-8")
+    alone = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    with caplog.at_level("DEBUG", logger="scaleprop.analysis.blocks"):
+        for empty in (alone, nn.Flatten()):
+            made = scaleprop.compile(empty, torch.randn(2, 16), "mxfp4", "reference")
+            assert made.report.measured().block is None
+    assert "none is there several times" in caplog.text and "nothing to draw" in caplog.text
+    assert all(record.levelname == "DEBUG" for record in caplog.records)
+
+
+def test_reports_of_a_step_have_the_block(
+    model: Model, inputs: torch.Tensor, tmp_path: Path
+) -> None:
+    step = scaleprop.analyze(model, inputs, loss_fn=loss_fn)
+    assert step.block == training_view(model, inputs, loss_fn)
+    step.save(tmp_path / "s.json")
+    assert ScaleReport.load(tmp_path / "s.json") == step
+    old = {key: value for key, value in step.to_dict().items() if key != "block"}
+    assert ScaleReport.from_dict(old) == dataclasses.replace(step, block=None)
+    with pytest.raises(ConfigError, match="not a block"):
+        ScaleReport.from_dict({**old, "block": {**step.to_dict()["block"], "nodes": 3}})
+    step.save(tmp_path / "s.html")
+    links, slugs = targets((tmp_path / "s.html").read_text(encoding="utf-8"))
+    assert all(slug == name for name, slug in links.items()) and set(links) <= slugs
+    assert len(links) > 6
+    # a compiled model's report with a step has both, and only the step's values are the step's
+    compiled = scaleprop.compile(model, inputs, "mxfp4", "reference")
+    compiled.report.with_scales(step).save(tmp_path / "both.html")
+    page = (tmp_path / "both.html").read_text(encoding="utf-8")
+    ids = re.findall(r'\bid="(block[^"]*)"', page)
+    assert len(ids) == len(set(ids)) and {"block", "block-0-title", "block-1-title"} <= set(ids)
+    (first, second) = page.split('<svg xmlns')[1:3]
+    assert "data-node=\"gelu\"><title>" in first
+    assert 'href="#t=gelu"' not in first and 'href="#t=gelu"' in second
 
 
 MODULE = """

@@ -19,6 +19,7 @@ from scaleprop.report import (
     Values,
     Variant,
 )
+from scaleprop.report.graph import Block, BlockEdge, BlockNode, Scale
 from scaleprop.report.outliers import OutlierTable
 from scaleprop.report.records import ScaleKind, TransformRecord, TrialRecord
 from scaleprop.report.scales import FORMATS, Finding, Phase
@@ -58,7 +59,23 @@ def large_report(layers: int = 32, backward: bool = False) -> Report:
         recipe="mxfp4", backend="onnxruntime", nbytes_before=16_000_000_000,
         nbytes_after=4_300_000_000, fidelity={"cosine": 0.9931, "sqnr_db": 18.4},
         records=tuple(records), notes=("a note",), scales=ScaleReport(
-            model="Decoder", tensors=tuple(tensors)), variants=variants())
+            model="Decoder", tensors=tuple(tensors)), variants=variants(), block=decoder_block())
+
+
+def decoder_block() -> Block:
+    """The first layer's linears, one after the other, each with what it reads in low precision."""
+    nodes, edges = [BlockNode(name="norm_0_0", label="rms_norm")], list[BlockEdge]()
+    for place, name in enumerate(LINEARS):
+        node, quantized, weight = f"scaled_mm_{place}", f"quantize_{place}", f"{name}_weight_data"
+        nodes += [BlockNode(name=quantized, label="quantize", kind="quantize", format="mxfp4"),
+                  BlockNode(name=weight, label=f"{name}.weight", kind="parameter", format="mxfp4"),
+                  BlockNode(name=node, label="linear", module=name)]
+        scale = Scale(2.0**-place, 2.0**(-place - 3), 2.0**(2 - place), "mxfp4")
+        edges += [BlockEdge(source=nodes[-4].name, target=quantized, detail="high precision"),
+                  *(BlockEdge(source=each, target=node, forward=scale, detail="SQNR 18.4 dB")
+                    for each in (quantized, weight))]
+    return Block(path="model.layers.0", what="DecoderLayer, 1 of 32", made="mxfp4, onnxruntime",
+                 meaning="→ what the data are divided by", nodes=tuple(nodes), edges=tuple(edges))
 
 
 def variants() -> tuple[Variant, ...]:
@@ -132,6 +149,7 @@ def full_report() -> Report:
         recipe=report.recipe, backend=report.backend, records=(*report.records, odd),
         notes=report.notes, nbytes_before=report.nbytes_before, nbytes_after=report.nbytes_after,
         fidelity=report.fidelity, scales=report.scales, variants=report.variants,
+        block=report.block,
         outliers=OutlierTable(notes=("too short to tell",)),
         transforms=(TransformRecord(
             by="smooth", kind="scale", seed="value_0_0", members=2, absorbed=("norm.weight",),
@@ -150,6 +168,7 @@ def training_report() -> ScaleReport:
                        for i in range(3))
     return ScaleReport(
         model="Decoder", tensors=(*parameters, *report.scales.tensors), notes=("one step",),
+        block=report.block,
         findings=(Finding(name="residual-growth", warning=True, message="it grows", figures={},
                           advice="scale it"),))
 

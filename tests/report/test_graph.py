@@ -171,6 +171,15 @@ def test_names_are_escaped_and_ids_are_prefixed() -> None:
     assert "→ 2^-3" in description
 
 
+def test_boxes_lead_where_links_say() -> None:
+    drawn = parsed(small_block().svg(links={"up": "#t=a&b\"", "gone": "#t=c"}))
+    assert drawn.get("role") == "group"
+    assert {group.get("data-node"): link.get("href") for group in drawn.iter(f"{SVG}g")
+            for link in group.findall(f"{SVG}a")} == {"up": "#t=a&b\""}
+    alone = parsed(small_block().svg())
+    assert alone.get("role") == "img" and not list(alone.iter(f"{SVG}a"))
+
+
 def test_nothing_is_loaded_from_elsewhere() -> None:
     svg = small_block().svg()
     assert re.findall(r"(?:href|src|url\(|@import)", svg) == []

@@ -225,6 +225,15 @@ def test_links_lead_from_tensor_to_tensor_and_back(browser, files):
         assert heading(page) in shown(page)
 
 
+def test_boxes_of_the_block_open_their_tensors(browser, files):
+    with Opened(browser, files["full"]) as page:
+        page.locator("#block .sg-node[data-node=v_proj_weight_data] a").click()
+        assert heading(page) == "model.layers.0.self_attn.v_proj.weight"
+        page.locator("#block .sg-node[data-node=quantize_4] a").click()
+        assert heading(page) == "value_0_4" and "scaled_mm_4" in page.url
+        assert page.locator("#block .sg-node[data-node=scaled_mm_4] a").count() == 0  # of the step
+
+
 def test_odd_names_and_numbers_are_shown_as_they_are(browser, files):
     with Opened(browser, files["full"]) as page:
         page.locator("#tensors tbody tr").last.locator("a").click()
@@ -330,7 +339,7 @@ def test_the_theme_follows_the_system_or_the_choice(browser, files):
 def test_the_focus_is_always_seen(browser, files):
     with Opened(browser, files["full"]) as page:
         seen: set[str] = set()
-        for _ in range(45):
+        for _ in range(80):
             page.keyboard.press("Tab")
             tag, outline = page.evaluate(
                 "[document.activeElement.tagName, "
@@ -348,6 +357,8 @@ def test_a_small_screen_does_not_scroll_sideways(browser, files):
         assert page.evaluate("document.documentElement.scrollWidth") == 360
     with Opened(browser, files["full"], viewport=small) as page:
         assert page.evaluate("document.documentElement.scrollWidth") == 360
+        assert page.evaluate("(box => box.scrollWidth > box.clientWidth)"
+                             "(document.querySelector('.block'))")  # it scrolls in its own box
         page.locator(".worst a").first.click()
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         box = page.locator("#panel").bounding_box()
@@ -360,7 +371,7 @@ def test_it_prints_charts_and_table_without_controls(browser, files):
         page.emulate_media(media="print")
         for selector in ("#panel", ".controls", "nav", "#theme"):
             assert not page.locator(selector).first.is_visible()
-        for selector in (".cards", ".depth svg", "#tensors"):
+        for selector in (".cards", ".depth svg", ".block svg", "#tensors"):
             assert page.locator(selector).first.is_visible()
         assert page.locator("#tensors tbody tr").last.is_visible()
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == \

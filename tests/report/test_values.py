@@ -204,6 +204,7 @@ def test_saved_models_keep_what_they_know(
     loaded = scaleprop.load(tmp_path / "saved").report
     assert loaded.transforms == report.transforms and loaded.transforms[0].before
     assert loaded.records == report.records and loaded.scales == report.scales
+    assert report.block is loaded.block is None  # no module is there twice
 
 
 def test_real_reports_fit_the_schema_and_come_back(

@@ -175,7 +175,8 @@ def _arrow(text: str, scale: Scale) -> str:
     """A line of a label, its arrow in the format's colour."""
     if not scale.format:
         return escape(text)
-    colour = colour_of(scale.format)
+    # mixed with that of text: alone it is readable as a line, not as a letter
+    colour = f"color-mix(in srgb,{colour_of(scale.format)} 75%,currentColor)"
     return f'<tspan style="fill:{colour};font-weight:700">{text[0]}</tspan>{escape(text[1:])}'
 
 
