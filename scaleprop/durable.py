@@ -14,6 +14,8 @@ import errno
 import fcntl
 import itertools
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Collection, Generator
@@ -21,6 +23,7 @@ from pathlib import Path
 
 _AT_FDCWD = -100  # linux/fcntl.h: paths are relative to the working folder
 _RENAME_EXCHANGE = 2  # linux/fs.h
+_TEMPORARY = ".tmp"
 
 
 def flush(path: Path) -> None:
@@ -45,23 +48,47 @@ def write(target: Path, data: bytes) -> None:
     Raises:
         OSError: ``target`` is then as it was.
     """
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp",
-                                         dir=target.parent)
+    _delete_abandoned(target)
+    temporary, handle = _temporary(target)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp made it private
-        replace(Path(temporary), target)
+            file.flush()
+            replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _temporary(target: Path) -> tuple[Path, int]:
+    """A new file beside ``target``, open and ours, with the permissions that new files get."""
+    while True:
+        path = target.parent / f".{target.name}.{secrets.token_hex(4)}{_TEMPORARY}"
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileExistsError:
+            continue
+        try:
+            ours = _lock(handle) and _is(path, handle)
+        except OSError:  # the file system has no locks: nobody deletes what is abandoned
+            return path, handle
+        if ours:
+            return path, handle
+        os.close(handle)  # another process took it for abandoned
+
+
+def _delete_abandoned(target: Path) -> None:
+    """Delete what killed processes left of files that were to be ``target``."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(_TEMPORARY)}")
+    with contextlib.suppress(OSError):  # they are in nobody's way
+        for path in [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]:
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if _lock(handle):
+                    path.unlink()
+            finally:
+                os.close(handle)
 
 
 def install(folder: Path, target: Path) -> None:
@@ -162,7 +189,7 @@ def _claim(parent: Path, name: str) -> tuple[Path, int]:
 
 
 def _lock(handle: int) -> bool:
-    """Whether an open folder is ours, until it is closed or this process ends."""
+    """Whether an open file or folder is ours, until it is closed or this process ends."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -170,8 +197,8 @@ def _lock(handle: int) -> bool:
     return True
 
 
-def _is(folder: Path, handle: int) -> bool:
+def _is(path: Path, handle: int) -> bool:
     try:
-        return os.path.samestat(folder.stat(), os.fstat(handle))
+        return os.path.samestat(path.stat(), os.fstat(handle))
     except FileNotFoundError:
         return False

@@ -15,6 +15,7 @@ Format 2, which has one ``tensors.safetensors`` and no manifest, is read as well
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -90,6 +91,8 @@ def save(
 ) -> Path:
     """Write ``compiled`` to ``directory``, which must not exist or be a saved model.
 
+    Of a symbolic link, what it points to is replaced.
+
     Raises:
         ConfigError: where the directory holds something else or cannot be written, or
             ``shard_bytes`` is no positive number.
@@ -106,10 +109,21 @@ def save(
     examples = _indexed("example", program.example_leaves) | _indexed("baseline", compiled.baseline)
     files = {**shards(tensors, shard_bytes), EXAMPLES: examples}
     make_parents(directory)
-    with durable.scratch(directory, "saving") as folder:
-        fill(folder, FORMAT_VERSION, texts, files)
-        durable.install(folder, directory)
+    place = directory.resolve()
+    try:
+        with durable.scratch(place, "saving") as folder:
+            fill(folder, FORMAT_VERSION, texts, files)
+            durable.install(folder, place)
+    except OSError as error:
+        raise ConfigError(f"cannot write {directory}: {error.strerror}. Remedy: {_remedy(error)}"
+                          ) from error
     return directory
+
+
+def _remedy(error: OSError) -> str:
+    return {errno.ENOSPC: "make room on that disk", errno.EDQUOT: "make room on that disk",
+            errno.EBUSY: "a folder in it: it is a mount point",
+            errno.ENAMETOOLONG: "a shorter name"}.get(error.errno or 0, "choose another path")
 
 
 def _config(compiled: CompiledModel | SavedModel, aliases: Mapping[str, str]) -> dict[str, Any]:
@@ -157,8 +171,16 @@ def make_parents(directory: Path) -> None:
 
 
 def check_replaceable(directory: Path) -> None:
-    """Raise ``ConfigError`` where something is lost but a model that ``save`` wrote."""
-    if not _replaceable(directory):
+    """Raise ``ConfigError`` where something is lost but a model that ``save`` wrote, and where the
+    name is too long for the hidden ones beside it."""
+    try:
+        free = _replaceable(directory)
+        place = directory.resolve()
+        (place.parent / f".{place.name}.compiling.99").exists()
+    except OSError as error:
+        raise ConfigError(f"cannot write {directory}: {error.strerror}. Remedy: "
+                          f"{_remedy(error)}") from error
+    if not free:
         raise ConfigError(f"{directory} exists and is not a saved model; choose another path")
 
 

@@ -91,6 +91,7 @@ def compile_from_safetensors(
     plan = named_recipe(recipe)
     backend_named(backend)
     storage.check_replaceable(target)
+    target = target.resolve()
     manager = build(plan, exclude=exclude, include=include, calibration=calibration, extra=passes,
                     progress=progress)
     _refuse_several(manager, plan)

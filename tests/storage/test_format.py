@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +240,64 @@ def test_saving_over_the_folder_that_is_loaded(saved: Path, tmp_path: Path) -> N
     before = contents(folder)
     loaded.save(folder, shard_bytes=SHARD)
     assert contents(folder) == before
+
+
+def test_saving_through_a_link_replaces_what_it_points_to(
+    compiled: CompiledModel, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(saved, tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    for _ in range(2):
+        compiled.save(tmp_path / "link", shard_bytes=SHARD)
+        assert (tmp_path / "link").is_symlink() and contents(tmp_path / "real") == contents(saved)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    compiled.save(".", shard_bytes=SHARD)
+    assert contents(tmp_path / "here") == contents(saved)
+    assert sorted(os.listdir(tmp_path)) == ["here", "link", "real"]
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_names_that_are_too_long_are_refused_in_words(
+    compiled: CompiledModel, length: int, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="shorter name"):
+        compiled.save(tmp_path / ("n" * length))
+    assert not os.listdir(tmp_path)
+
+
+def test_a_full_disk_is_said_and_leaves_the_older_model(
+    compiled: CompiledModel, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    monkeypatch.setattr(tensorfile, "write", full)
+    with pytest.raises(ConfigError, match=r"No space left.*Remedy: make room"):
+        compiled.save(folder)
+    assert contents(folder) == contents(saved) and os.listdir(tmp_path) == ["copy"]
+
+
+def test_what_a_killed_write_left_is_deleted_by_the_next_one(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    code = ("import os, sys, pathlib; from scaleprop import durable\n"
+            "durable.replace = lambda *_: os._exit(9)\n"
+            "durable.write(pathlib.Path(sys.argv[1]), b'half')")
+    assert subprocess.run([sys.executable, "-c", code, str(target)]).returncode == 9
+    (left,) = tmp_path.iterdir()
+    (tmp_path / ".a.json.mine.tmp").touch()
+    with left.with_name(".a.json.0123abcd.tmp").open("w") as held:  # as a living process does
+        fcntl.flock(held, fcntl.LOCK_EX)
+        mask = os.umask(0o027)
+        try:
+            durable.write(target, b"whole")
+        finally:
+            os.umask(mask)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".a.json.0123abcd.tmp", ".a.json.mine.tmp", "a.json"]
+    assert target.read_bytes() == b"whole" and target.stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("shard_bytes", [0, -1])
