@@ -87,9 +87,8 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 def visible(folder: Path) -> list[str]:
-    """Every name but those of small files that were being written; weights have two names."""
-    return sorted(path.name.replace(".1.data", ".data") for path in folder.iterdir()
-                  if path.suffix != ".tmp")
+    """Every name; weights have two."""
+    return sorted(path.name.replace(".1.data", ".data") for path in folder.iterdir())
 
 
 @dataclasses.dataclass
