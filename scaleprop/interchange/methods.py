@@ -32,6 +32,10 @@ def method_of(settings: Any) -> tuple[str, tuple[str, ...], Reader]:
         raise ConfigError("config.json has no quantization_config. Remedy: load the model with "
                           "transformers, and compile it")
     method = str(settings.get("quant_method"))
+    if method == "scaleprop":
+        raise ConfigError("ScalepropConfig made these codes, in a model of transformers. Remedy: "
+                          "load it with transformers' from_pretrained; scaleprop.compile keeps "
+                          "its codes")
     if method not in _METHODS:
         raise ConfigError(f"quant_method {method!r} is unknown; known: {', '.join(_METHODS)}")
     return method, *_METHODS[method](settings)
@@ -54,8 +58,8 @@ def _compressed_tensors(settings: dict[str, Any]) -> tuple[tuple[str, ...], Read
         group = _group(groups, module, kind)
         if group.get("output_activations"):
             raise FormatError("outputs are quantized: that is not read")
-        args = _with_strategy(group["weights"])
-        inputs = group.get("input_activations")
+        args = _arguments(group, "weights")
+        inputs = _arguments(group, "input_activations") if group.get("input_activations") else None
         compression = group.get("format") or (whole if whole != "mixed-precision" else None)
         tensor = layouts.read(parts, args, compression or schemes.compression(args, inputs))
         if not inputs:
@@ -68,9 +72,10 @@ def _compressed_tensors(settings: dict[str, Any]) -> tuple[tuple[str, ...], Read
             *_INPUTS), reader
 
 
-def _with_strategy(args: Any) -> dict[str, Any]:
+def _arguments(group: Mapping[str, Any], what: str) -> dict[str, Any]:
+    args = group.get(what)
     if not isinstance(args, dict):
-        raise FormatError("its group says nothing of weights")
+        raise FormatError(f"its group says nothing of {what}")
     return args
 
 
@@ -79,14 +84,28 @@ def _group(groups: Mapping[str, Any], module: str, kind: type[nn.Module]) -> dic
     classes = {base.__name__ for base in kind.__mro__}
     tests: tuple[Callable[[str], bool], ...] = (
         lambda target: target == module,
-        lambda target: target.startswith("re:") and bool(re.match(target[3:], module)),
+        lambda target: _fits(target, module),
         lambda target: target in classes,
     )
     for test in tests:
         for group in groups.values():
-            if any(test(target) for target in group.get("targets", ())):
+            if any(test(target) for target in _targets(group)):
                 return group
     raise FormatError("no config group is for it")
+
+
+def _targets(group: Mapping[str, Any]) -> list[str]:
+    targets = group.get("targets", [])
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise FormatError(f"targets of a config group are {targets!r}, not a list of names")
+    return targets
+
+
+def _fits(target: str, module: str) -> bool:
+    try:
+        return target.startswith("re:") and bool(re.match(target[3:], module))
+    except re.error as error:
+        raise FormatError(f"target {target!r} of a config group is no pattern: {error}") from error
 
 
 def _input_scales(parts: Mapping[str, Tensor], args: Mapping[str, Any]) -> tuple[float, ...]:

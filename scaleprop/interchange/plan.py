@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -137,7 +137,8 @@ class _Planning:
     def plan(self) -> Plan:
         for name, weight in quantized_weights(self.program):
             self._place(name, weight)
-        folded = any(record.refused is None for record in self.program.transforms)
+        folded = {name for record in self.program.transforms if record.refused is None
+                  for name in record.absorbed}  # fmt: skip
         for name in self.state:
             if name not in self.coded and name not in self.dense:
                 self.dense[name] = self._number(name, folded)
@@ -192,13 +193,15 @@ class _Planning:
             raise ConfigError(f"{describe(weight.node)}: a pass gave it a bias ({bias}), which the "
                               f"model has no parameter for. {REMEDY}; or leave that pass out")
 
-    def _number(self, name: str, folded: bool) -> Tensor:
+    def _number(self, name: str, folded: Set[str]) -> Tensor:
         """What the graph reads under this name, or another of the same tensor; else the model's."""
-        for other in (name, *self.groups[id(self.state[name])]):
+        names = self.groups[id(self.state[name])]
+        for other in (name, *names):
             if other in self.read:
                 return tensor_of(self.program, other)
         original = self.state[name].detach()
-        if folded and original.is_floating_point() and self._is_norm(name):
+        is_folded = not folded.isdisjoint(names)  # else of a part that the example never reaches
+        if is_folded and original.is_floating_point() and self._is_norm(name):
             # a gain or bias that others took up: unread by the graph, and 1 or 0 in the model
             one = 1.0 if name.endswith("weight") else 0.0
             return torch.full_like(original, one)

@@ -105,14 +105,15 @@ def _config(directory: Path) -> dict[str, Any]:
 def _class(directory: Path) -> tuple[nn.Module, Callable[[dict[str, Tensor], set[str]], nn.Module]]:
     """The model without memory, and how it is made of a state."""
     transformers = library("transformers", "from_pretrained")
+    invalid = library("huggingface_hub.errors", "from_pretrained").StrictDataclassError
     try:
-        config = transformers.AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError) as error:
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, AttributeError, invalid) as error:
         raise ConfigError(f"{directory}: transformers cannot read its config.json: {error}"
                           ) from error
     names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
-    if kind is None:
+    kind = getattr(transformers, str(names[0]), None) if names else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise ConfigError(f"{directory}: its architecture {names} is none of transformers' own")
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -124,6 +125,9 @@ def _class(directory: Path) -> tuple[nn.Module, Callable[[dict[str, Tensor], set
         model, info = kind.from_pretrained(None, config=config, state_dict=dict(state),
                                            dtype=dtype, output_loading_info=True)
         _check_loaded(directory, info, state, coded)
+        model.name_or_path = model.config.name_or_path = str(directory)
+        if model.can_generate() and (directory / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
         return model.eval()
 
     return skeleton, build

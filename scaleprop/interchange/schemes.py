@@ -208,8 +208,7 @@ def _granularity(args: Args, known: Mapping[str, str]) -> str:
     if strategy == "group":
         return f"1x{group}"
     if strategy == "block" and args.get("block_structure"):
-        rows, columns = args["block_structure"]
-        return f"{rows}x{columns}"
-    if strategy not in known:
+        return "x".join(map(str, args["block_structure"]))
+    if not isinstance(strategy, str) or strategy not in known:
         raise FormatError(f"strategy {strategy!r}")
     return known[strategy]

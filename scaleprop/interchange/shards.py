@@ -102,6 +102,10 @@ def new_folder(directory: Path) -> Generator[Path]:
     if not _replaceable(directory):
         raise ConfigError(f"{directory} exists and holds no checkpoint that scaleprop wrote; "
                           "choose another path")
+    directory = directory.resolve()  # a link stays, and what it leads to is replaced
+    if directory == Path.cwd():
+        raise ConfigError(f"{directory} is the working directory, which cannot be replaced; choose "
+                          "another path")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
@@ -135,7 +139,11 @@ def _install(scratch: Path, directory: Path) -> None:
         os.replace(scratch, directory)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-    os.replace(directory, aside)
+    try:
+        os.replace(directory, aside)
+    except OSError as error:  # a mount point, say
+        aside.rmdir()
+        raise ConfigError(f"cannot replace {directory}: {error}") from error
     try:
         os.replace(scratch, directory)
     except BaseException:
@@ -172,6 +180,8 @@ class ShardReader:
             raise ConfigError(f"{self._directory / self._files[name]}: {error}") from error
 
     def _find(self) -> dict[str, str]:
+        if (self._directory / SINGLE).is_file():
+            return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         index = self._directory / INDEX
         if index.is_file():
             try:
@@ -182,8 +192,6 @@ class ShardReader:
             if outside:
                 raise ConfigError(f"{index} names {outside[0]!r}, which is not in its folder")
             return files
-        if (self._directory / SINGLE).is_file():
-            return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         pickled = sorted(path.name for path in self._directory.glob("*.bin"))
         if pickled:
             raise ConfigError(f"{self._directory} has {pickled[0]}, which would have to be "

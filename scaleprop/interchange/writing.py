@@ -12,7 +12,7 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 METHOD = "compressed-tensors"
 _MIXED = "mixed-precision"
+_OTHERS = ("adapter_config.json", "quantize_config.json", "quant_config.json")  # of what it was
 _TEXTS = (".json", ".txt", ".model", ".jinja")  # of tokenizers and processors
 
 
@@ -93,7 +94,7 @@ def quantization_config(
     # before it looks for the parts of fused modules.
     for index, members in enumerate(sorted(groups.values(), key=len, reverse=True)):
         example = plan.coded[members[0]]
-        named = sorted(names[name].removesuffix(".weight") for name in members)
+        named = _modules(members, names)
         described[f"group_{index}"] = {
             "targets": named if len(groups) > 1 else ["Linear"],
             "weights": example.weights,
@@ -102,8 +103,7 @@ def quantization_config(
             "format": example.compression,
         }
     formats = {weight.compression for weight in plan.coded.values()}
-    ignore = sorted(names[name].removesuffix(".weight") for name in linears
-                    if name in names and name not in plan.coded)  # fmt: skip
+    ignore = _modules([name for name in linears if name in names and name not in plan.coded], names)
     return {
         "quant_method": METHOD,
         "format": formats.pop() if len(formats) == 1 else _MIXED,
@@ -114,6 +114,12 @@ def quantization_config(
         "global_compression_ratio": None,
         "producer": f"{PRODUCER} {_version()}",
     }
+
+
+def _modules(parameters: Iterable[str], names: Mapping[str, str]) -> list[str]:
+    """Their modules, as the checkpoint has them (vLLM), and as the model has (transformers)."""
+    return sorted({name.removesuffix(".weight")
+                   for parameter in parameters for name in (parameter, names[parameter])})
 
 
 def _write_config(folder: Path, like: Any, plan: Plan, names: Mapping[str, str]) -> None:
@@ -141,7 +147,8 @@ def _write_tokenizer(folder: Path, like: Any, tokenizer: Any) -> None:
         return
     source = Path(like.name_or_path) if like.name_or_path else None
     for file in sorted(source.iterdir()) if source is not None and source.is_dir() else ():
-        taken = (folder / file.name).exists() or file.name.endswith(".index.json")
+        taken = ((folder / file.name).exists() or file.name in _OTHERS
+                 or file.name.endswith(".index.json"))
         if file.suffix in _TEXTS and file.is_file() and not taken:
             shutil.copyfile(file, folder / file.name)
 

@@ -100,6 +100,22 @@ def test_folders_of_others_are_left_alone(ours: CompiledModel, model: Any, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
+def test_links_stay_and_the_working_directory_is_refused(
+    ours: CompiledModel, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    ours.save_pretrained(tmp_path / "link", model, check=False)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "model.safetensors").is_file()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="is the working directory"):
+        ours.save_pretrained(".", model, check=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "real"]
+    assert not list((tmp_path / "empty").iterdir())
+
+
 def test_an_interrupted_write_leaves_the_old_one(
     ours: CompiledModel, model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -124,10 +140,12 @@ def test_the_tokenizer_comes_along(ours: CompiledModel, model: Any, tmp_path: Pa
     model.save_pretrained(source)
     (source / "tokenizer.json").write_text("{}")
     (source / "README.md").write_text("of the model")
+    (source / "quantize_config.json").write_text("{}")
     like = AutoModelForCausalLM.from_pretrained(source)
     folder = ours.save_pretrained(tmp_path / "1", like, check=False)
     assert (folder / "tokenizer.json").read_text() == "{}"
     assert not (folder / "README.md").exists()
+    assert not (folder / "quantize_config.json").exists()
     assert (folder / "generation_config.json").is_file()
 
     class Tokenizer:
@@ -151,6 +169,12 @@ def test_the_tokenizer_comes_along(ours: CompiledModel, model: Any, tmp_path: Pa
         ({"config_groups": {}}, "no config group is for it"),
         ({"config_groups": ["W8A8"]}, "no config_groups"),
         ({"quant_method": "hqq"}, "quant_method 'hqq' is unknown"),
+        ({"quant_method": "scaleprop"}, "Remedy: load it with transformers' from_pretrained"),
+        ({"config_groups": {"a": {"targets": ["Linear"]}}}, "says nothing of weights"),
+        ({"config_groups": {"a": {"targets": None}}}, "targets of a config group are None"),
+        ({"config_groups": {"a": {"targets": ["re:("]}}}, r"'re:\('.* is no pattern"),
+        ({"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 8},
+                                  "input_activations": [1]}}}, "nothing of input_activations"),
     ],
 )
 def test_settings_that_are_not_read(folder: Path, settings: dict[str, Any], why: str):
@@ -165,6 +189,8 @@ def test_settings_that_are_not_read(folder: Path, settings: dict[str, Any], why:
         ({"num_bits": 5}, {}, "int of 5 bits"),
         ({"type": "float", "num_bits": 16}, {}, "float of 16 bits"),
         ({"strategy": "attn_head"}, {}, "strategy 'attn_head'"),
+        ({"strategy": ["channel"]}, {}, r"strategy \['channel'\]"),
+        ({"strategy": "block", "block_structure": [1, 2, 3]}, {}, ".*1x2x3"),
         ({}, {"strategy": "tensor_group", "dynamic": True}, "a scale of the whole tensor found at"),
         ({}, {"strategy": "group", "group_size": 32, "dynamic": False}, "static scales per"),
     ],
@@ -197,6 +223,51 @@ def test_tensors_that_do_not_fit(folder: Path, edit: Callable[..., Any], why: st
         decoded(folder)
 
 
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"architectures": ["logging"]}, "is none of transformers' own"),
+        ({"architectures": ["AutoModel"]}, "is none of transformers' own"),
+        ({"architectures": [3]}, "is none of transformers' own"),
+        ({"dtype": "float99"}, "cannot read its config.json"),
+        ({"hidden_size": "x"}, "cannot read its config.json"),
+    ],
+)
+def test_configurations_of_no_model(folder: Path, settings: dict[str, Any], why: str):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(ConfigError, match=why):
+        decoded(folder)
+
+
+def test_code_in_a_folder_is_neither_run_nor_offered(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = folder / "config.json"
+    code = {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | code))
+    (folder / "code.py").write_text("raise SystemExit('it ran')")
+
+    def asked(prompt: str = "") -> str:
+        pytest.fail(f"asked {prompt!r}")
+
+    monkeypatch.setattr("builtins.input", asked)
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        decoded(folder)
+
+
+def test_settings_of_generation_and_tokenizers_survive(
+    ours: CompiledModel, folder: Path, tmp_path: Path
+):
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [7, 9]}))
+    (folder / "tokenizer.json").write_text("{}")
+    like = decoded(folder)
+    again = ours.save_pretrained(tmp_path / "again", like, check=False)
+    assert json.loads((again / "generation_config.json").read_text())["eos_token_id"] == [7, 9]
+    assert (again / "tokenizer.json").read_text() == "{}"
+
+
 def test_nothing_is_unpickled(folder: Path):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"has pytorch_model\.bin, which would have to be unpick"):
@@ -221,6 +292,8 @@ def test_damaged_files(folder: Path, tmp_path: Path):
 def test_an_index_cannot_lead_out_of_its_folder(folder: Path):
     index = {"weight_map": {"lm_head.weight": "../model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lm_head.weight" in ShardReader(folder)  # of two, transformers reads the single file
+    (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="which is not in its folder"):
         ShardReader(folder)
 

@@ -10,7 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CompressedTensorsConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 import scaleprop
 from scaleprop.errors import ConfigError
@@ -259,3 +267,28 @@ def test_json_says_where_it_is_from(model: Any, program: Program, tmp_path: Path
     assert json.loads(text)["quantization_config"]["producer"].startswith("scaleprop ")
     given = CompressedTensorsConfig(dequantize=True)
     assert logits(tmp_path / "1", quantization_config=given).shape == (2, 7, 96)
+
+
+def test_names_differ_and_the_example_reaches_a_part(tmp_path: Path):
+    """Of vision and language the language alone runs; checkpoints name its modules otherwise."""
+    torch.manual_seed(2)
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+                             "num_attention_heads": 4}
+    model = LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=8),
+        text_config=LlamaConfig(**sizes, vocab_size=96, use_cache=False), image_token_index=95,
+    )).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data = 1 + torch.rand_like(parameter)
+    plan = recipe("int8[row]*f32")
+    manager = build(plan, extra=["fold-norms"], exclude=["lm_head"])
+    first = scaleprop.api._compiled(captured(model), manager, plan, "reference", False)
+    first.save_pretrained(tmp_path / "1", model)
+    loaded: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "1").eval()
+    with torch.no_grad():
+        found = loaded(input_ids=IDS).logits
+    assert distance(found, first(input_ids=IDS).logits) < 1e-6
+    seen, wanted = loaded.model.vision_tower.state_dict(), model.model.vision_tower.state_dict()
+    assert same_bits(seen, wanted)
+    assert bool((loaded.model.language_model.norm.weight == 1).all())
