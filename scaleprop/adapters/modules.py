@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from scaleprop import ops
 from scaleprop.errors import ConfigError
@@ -90,7 +91,8 @@ def plan_for(module: nn.Module, recipe: Recipe, linears: Mapping[type[nn.Module]
     """
     base = next((kind for kind in (*linears, *_OPERATORS) if isinstance(module, kind)), None)
     weight = dict(module.named_parameters(recurse=False)).get("weight")
-    if base is None or weight is None or not _reaches(type(module), base):
+    is_read = isinstance(module, NonDynamicallyQuantizableLinear)  # by attention, which owns it
+    if base is None or weight is None or is_read or not _reaches(type(module), base):
         return None
     operator = aten.linear.default if base in linears else _OPERATORS[base]
     contraction = _contraction(operator)
@@ -208,10 +210,12 @@ class ScaledWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScaledWeight:
         """Parts go along to another device and keep their dtypes, which are the format's."""
         parts = {name: self._buffers.pop(name) for name in self.weight_plan.names}
-        super()._apply(fn, recurse)
-        for name, part in parts.items():
-            assert part is not None
-            self._buffers[name] = _moved(part, fn)
+        kept: Mapping[str, Tensor | None] = parts
+        try:
+            super()._apply(fn, recurse)
+            kept = {name: _moved(part, fn) for name, part in parts.items() if part is not None}
+        finally:  # a device that does not exist must not cost the weight
+            self._buffers.update(kept)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self
 
@@ -257,6 +261,14 @@ class ScaledConv(ScaledWeight):
 
 class ScaledEmbedding(ScaledWeight):
     """Rows are looked up as codes."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another number of rows: transformers would resize a copy that nothing reads."""
+        if name == "num_embeddings" and value != self.weight_shape[0]:
+            raise ConfigError(f"an embedding of {self.weight_shape[0]} rows in codes cannot be "
+                              f"resized to {value}. Remedy: resize the float model, save it, and "
+                              "load that with ScalepropConfig")
+        super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
         """[…] indices → […, width]."""

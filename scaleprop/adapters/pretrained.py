@@ -169,6 +169,18 @@ class ScalepropQuantizer(HfQuantizer):
         for path, source in _twins(self._groups, self._plans):
             _make_twin(model.get_submodule(path), model.get_submodule(source), keep=False)
 
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """Called by ``save_pretrained``.
+
+        Raises:
+            ConfigError: where a layer was replaced by one without codes, which loading expects.
+        """
+        for path in self._plans:
+            if not isinstance(model.get_submodule(path), ScaledWeight):
+                raise ConfigError(f"{path} has no codes any more: it was replaced. Remedy: change "
+                                  "the float model, save it, and load that with ScalepropConfig")
+        return super().get_state_dict_and_metadata(model)
+
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor of the checkpoint becomes codes, its own or those of one tied to it."""
         return any(_path(name) in self._plans and name.endswith(".weight")
@@ -226,7 +238,11 @@ class ScalepropQuantizer(HfQuantizer):
             bias = getattr(module, "bias", None)
             if bias is not None and not (bias.is_meta or hasattr(bias, "_is_hf_initialized")):
                 nn.init.zeros_(bias)
-        for path, source in _twins(self._groups, self._plans):
+        twins = dict(_twins(self._groups, self._plans))
+        for path, plan in self._plans.items():
+            if self.pre_quantized and path not in twins:
+                _initialize_missing(model, path, plan)
+        for path, source in twins.items():
             module, other = model.get_submodule(path), model.get_submodule(source)
             if any(part.is_meta for part in (*module.parts, *other.parts)):
                 continue  # offloaded, each on its own
@@ -387,6 +403,28 @@ def _make_twin(module: ScaledWeight, other: ScaledWeight, keep: bool) -> None:
         delattr(module, name)
         shared = getattr(other, name).to(part.device) if keep else part
         module.register_buffer(name, shared, persistent=False)
+
+
+def _initialize_missing(model: Any, path: str, plan: Plan) -> None:
+    """Where the checkpoint has no codes, as of a new head, those of a weight that is new.
+
+    Raises:
+        ConfigError: where it has some parts and lacks others.
+    """
+    module = model.get_submodule(path)
+    missing = [name for name in plan.names
+               if not (getattr(module, name).is_meta
+                       or hasattr(getattr(module, name), "_is_hf_initialized"))]
+    if not missing:
+        return
+    if len(missing) < len(plan.names):
+        raise ConfigError(f"the checkpoint lacks {path}.{missing[0]}, and has other parts of this "
+                          "weight: it is damaged")
+    with torch.no_grad():
+        restore_module(module)
+        module.weight.zero_()  # there is nothing but memory yet
+        model._init_weights(module)
+        _scale(module, plan, plan.quantized(module.weight))
 
 
 def _same_bytes(left: Tensor, right: Tensor) -> bool:

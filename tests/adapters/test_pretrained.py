@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import scaleprop
@@ -268,6 +269,51 @@ def test_a_new_head_is_quantized_as_it_was_initialized(saved: Callable[[str], Sa
     assert "classifier" in scaled(model)
     assert model.classifier.weight.abs().sum() > 0
     assert model.classifier.bias.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_new_head_on_codes_is_initialized(saved: Callable[[str], Saved], tmp_path: Path) -> None:
+    saved("encoder").load("int8-weight").save_pretrained(tmp_path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    weight = scaled(model)["classifier"].weight
+    assert 0 < float(weight.abs().max()) < 6 * model.config.initializer_range
+    state = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in state if name.endswith("query.weight_scale"))
+    del state[name]
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks .*query\.weight_scale.*damaged"):
+        transformers.AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_move_that_fails_costs_nothing(saved: Callable[[str], Saved]) -> None:
+    source = saved("tied")
+    model = source.load("int8-token")
+    found = source.run(model)
+
+    def fails(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such device")
+
+    for module in scaled(model).values():
+        with pytest.raises(RuntimeError, match="no such device"):
+            module._apply(fails)  # pyright: ignore[reportPrivateUsage]
+    assert torch.equal(source.run(model), found)
+
+
+def test_codes_are_not_resized(saved: Callable[[str], Saved], tmp_path: Path) -> None:
+    source = saved("untied")
+    model = source.load("mxfp4")
+    found = source.run(model)
+    with pytest.raises(ConfigError, match=r"cannot be resized to .*Remedy: resize the float model"):
+        model.resize_token_embeddings(model.config.vocab_size + 8)
+    assert torch.equal(source.run(model), found)
+    model = source.load(ScalepropConfig("mxfp4", exclude=[TABLE]))
+    model.resize_token_embeddings(model.config.vocab_size + 8)  # makes a new head, of floats
+    with pytest.raises(ConfigError, match=f"{HEAD} has no codes any more"):
+        model.save_pretrained(tmp_path)
+
+
+def test_weights_that_attention_reads_by_itself_stay() -> None:
+    attention = nn.MultiheadAttention(32, 2)
+    assert plan_for(attention.out_proj, named_recipe("int8-token"), {}) is None
 
 
 def test_copies_and_dtypes(saved: Callable[[str], Saved]) -> None:
