@@ -17,6 +17,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import random
 import re
 import shlex
@@ -153,8 +154,9 @@ def compile_limited(
     scratch = out.parent / f".{out.name}.compiling"
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:
+        # each thread may otherwise reserve address space for a heap of its own, or not
         process = subprocess.Popen(["bash", "-c", limited], stdout=subprocess.DEVNULL, stderr=log,
-                                   cwd=harness.ROOT)
+                                   cwd=harness.ROOT, env={**os.environ, "MALLOC_ARENA_MAX": "1"})
         peak_rss = peak_vm = 0
         killed = False
         while process.poll() is None:

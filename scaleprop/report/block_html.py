@@ -18,9 +18,14 @@ def block_section(blocks: Sequence[Drawn]) -> Section:
     body = "".join(
         f'<div class="scroll fit block" tabindex="0" role="region" '
         f'aria-label="{escape(block.title)}, {escape(block.made)}">\n'
-        f"{block.svg(f'block-{number}', links)}</div>\n"
+        f"{_inline(block.svg(f'block-{number}', links))}</div>\n"
         for number, (block, links) in enumerate(blocks))
     return Section("block", "One block, with scales on its edges", body)
+
+
+def _inline(svg: str) -> str:
+    """``svg`` as a part of HTML, which needs no namespace: the page names no address at all."""
+    return svg.replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)
 
 
 def with_records(block: Block, records: Sequence[TensorRecord], slugs: Sequence[str],

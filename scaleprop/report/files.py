@@ -58,6 +58,6 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         durable.write(target, data)
     except OSError as error:
         raise ConfigError(
-            f"cannot write {str(target)!r}: {error.strerror}; "
+            f"cannot write {str(target)!r}: {error.strerror or error}; "
             f"create the folder {str(target.parent)!r} or choose another path"
         ) from error

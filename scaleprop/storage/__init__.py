@@ -115,8 +115,8 @@ def save(
             fill(folder, FORMAT_VERSION, texts, files)
             durable.install(folder, place)
     except OSError as error:
-        raise ConfigError(f"cannot write {directory}: {error.strerror}. Remedy: {_remedy(error)}"
-                          ) from error
+        raise ConfigError(f"cannot write {directory}: {error.strerror or error}. Remedy: "
+                          f"{_remedy(error)}") from error
     return directory
 
 
@@ -178,7 +178,7 @@ def check_replaceable(directory: Path) -> None:
         place = directory.resolve()
         (place.parent / f".{place.name}.compiling.99").exists()
     except OSError as error:
-        raise ConfigError(f"cannot write {directory}: {error.strerror}. Remedy: "
+        raise ConfigError(f"cannot write {directory}: {error.strerror or error}. Remedy: "
                           f"{_remedy(error)}") from error
     if not free:
         raise ConfigError(f"{directory} exists and is not a saved model; choose another path")
