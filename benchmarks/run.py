@@ -120,7 +120,7 @@ class Suite:
                        if benchmark.interpreted or name != "TRITON_INTERPRET"}
         with log.open("w", encoding="utf-8") as output:
             status = _ended(self.command(benchmark), seconds, output, environment)
-        row: Row = {"status": "ok", "seconds": round(time.time() - started, 1),
+        row: Row = {"status": "ok", "seconds": round(time.time() - started, 3),
                     "commit": self.results.data["commit"],
                     "when": time.strftime("%Y-%m-%d %H:%M:%S %Z"), **summed_up(benchmark, path)}
         last = " ".join(log.read_text(encoding="utf-8").strip().splitlines()[-2:])[-200:]
