@@ -7,7 +7,8 @@ A Llama's shards are written with random weights, one tensor at a time, to a tem
 ``scaleprop compile --from-safetensors`` then runs in a process whose address space is limited (the
 kernel refuses what is above), is killed with SIGKILL when half of the weights are done, and runs
 again. Peaks are the kernel's. Some of the results are compared with ``scaleprop.quantize`` of what
-the safetensors library reads.
+the safetensors library reads. A smaller model is compiled without a limit by several recipes: its
+peaks, above those of next to nothing, are in units of its largest layer.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ from scaleprop.storage import tensorfile
 
 GIB = 1 << 30
 CHECKED = 8  # weights compared
+RECIPES = ("int4", "int8-dynamic", "fp8-weight", "mxfp4", "nvfp4")
+UNLIMITED = 1 << 40
+TINY, SMALLER = (128, 1, 64), (2048, 4, 1024)  # width, layers, vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +204,20 @@ def differences(source: Path, out: Path, recipe: str, seed: int = 0) -> tuple[li
     return names, wrong
 
 
+def layers_needed(folder: Path) -> dict[str, float]:
+    """Recipe → peak address space above that of next to nothing, in units of the largest layer."""
+    shapes = {"tiny": Shape(*TINY), "smaller": Shape(*SMALLER)}
+    for name, shape in shapes.items():
+        (folder / name).mkdir()
+        write_model(shape, folder / name)
+    found: dict[str, float] = {}
+    for recipe in RECIPES:
+        peaks = {name: compile_limited(folder / name, folder / f"{name}-{recipe}", recipe,
+                                       UNLIMITED).peak_vm for name in shapes}
+        found[recipe] = (peaks["smaller"] - peaks["tiny"]) / shapes["smaller"].largest_layer
+    return found
+
+
 def measure(limit: int, shape: Shape, recipe: str, folder: Path) -> dict[str, Any]:
     """Write the model, compile it twice (killed, resumed), and check what came of it."""
     source, out = folder / "model", folder / "compiled"
@@ -241,9 +259,13 @@ def markdown(found: Mapping[str, Any]) -> str:
                      f"{found['weights']} | {run['peak_vm'] / GIB:.2f} | "
                      f"{run['peak_rss'] / GIB:.2f} |")
     equal = len(found["compared"]) - len({name.rpartition("_")[0] for name in found["different"]})
+    width, layers, vocabulary = SMALLER
     lines += ["", f"{equal} of {len(found['compared'])} weights compared are what "
               "`scaleprop.quantize` makes of the source, bit for bit; every checksum holds; "
-              f"{len(found['left_over'])} files are left over."]
+              f"{len(found['left_over'])} files are left over.", "",
+              f"Peak address space above that of next to nothing, {layers} blocks of width "
+              f"{width}, {vocabulary} words:", "", "| recipe | layers |", "|---|---:|",
+              *(f"| `{recipe}` | {needed:.2f} |" for recipe, needed in found["needed"].items())]
     return "\n".join(lines) + "\n"
 
 
@@ -259,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = Shape.of(given.limit * given.times * GIB, given.width)
     with tempfile.TemporaryDirectory(prefix="larger-") as folder:
         found = measure(int(given.limit * GIB), shape, given.recipe, Path(folder))
+        found["needed"] = layers_needed(Path(folder))
     target = given.results / "larger_than_memory"
     target.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     target.with_suffix(".md").write_text(markdown(found))

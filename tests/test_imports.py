@@ -17,7 +17,7 @@ PACKAGE = ROOT / "scaleprop"
 
 # Each line may import from itself and from the lines above.
 LAYERS = (
-    ("errors", "extras", "durable", "_torch_compat"),
+    ("errors", "extras", "durable", "memory", "_torch_compat"),
     ("formats",),
     ("ops",),
     ("rules",),

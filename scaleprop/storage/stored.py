@@ -6,7 +6,6 @@ It is read by ``pread``, not mapped: mapped files count against a limit of addre
 from __future__ import annotations
 
 import math
-import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from torch.utils import _pytree as pytree
 from scaleprop.errors import ConfigError
 
 _READ = 1 << 26  # bytes asked for at a time
-_OWN_PAGES = 1 << 16  # bytes: larger tensors have pages of their own
 # what is known without the values
 _DESCRIBES = frozenset({
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad", "grad_fn",
@@ -57,7 +55,7 @@ class StoredTensor(torch.Tensor):
         Raises:
             ConfigError: where the file is gone or cut short.
         """
-        whole = unfilled(tuple(self.shape), self.dtype)
+        whole = torch.empty(tuple(self.shape), dtype=self.dtype)
         if whole.numel():
             view = whole.reshape(-1).view(torch.uint8).numpy().data
             with self._opened() as file:
@@ -70,7 +68,7 @@ class StoredTensor(torch.Tensor):
         total = math.prod(self.shape) * self.dtype.itemsize
         if not total:
             return
-        buffer = unfilled((min(size, total),), torch.uint8).numpy().data
+        buffer = torch.empty(min(size, total), dtype=torch.uint8).numpy().data
         with self._opened() as file:
             for at in range(0, total, size):
                 part = buffer[: min(size, total - at)]
@@ -123,19 +121,6 @@ class StoredTensor(torch.Tensor):
     ) -> Any:
         """As ``__torch_function__``, below it."""
         return func(*_values(args), **_values(kwargs or {}))
-
-
-def unfilled(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """As ``torch.empty``, but the memory of a large tensor goes back to the system with it.
-
-    ``malloc`` keeps what is freed, in blocks that what stays has cut up: weights of other sizes do
-    not fit into them, and the process would grow with every layer.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if size <= _OWN_PAGES:
-        return torch.empty(tuple(shape), dtype=dtype)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(tuple(shape))
 
 
 def _values(arguments: Any) -> Any:

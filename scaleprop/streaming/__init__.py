@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from scaleprop import durable, storage
+from scaleprop import durable, memory, storage
 from scaleprop.api import AUTO, Calibration, report_of, stored_bytes
 from scaleprop.backends.registry import backend_named
 from scaleprop.calibration.progress import progress_bar
@@ -40,6 +40,7 @@ _NOT_LOWERED = ("compiled from files, one layer at a time: no backend has run it
                 "lowers it, and its verify() compares it with the reference")
 
 
+@memory.returned()
 def compile_from_safetensors(
     directory: str | Path,
     out: str | Path,

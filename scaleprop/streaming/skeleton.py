@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from scaleprop import _torch_compat
 from scaleprop.errors import BackendUnavailable, ConfigError
 from scaleprop.extras import install_command
-from scaleprop.storage.stored import unfilled
-
-_EMPTY = torch.ops.aten.empty.memory_format
-_CPU = torch.device("cpu")
-_PLAIN = frozenset({"device", "dtype", "pin_memory"})
 
 
 @contextmanager
@@ -34,24 +28,9 @@ def without_memory() -> Generator[None]:
 
     hook = register_module_parameter_registration_hook(to_meta)
     try:
-        with _Returned():
-            yield
+        yield
     finally:
         hook.remove()
-
-
-class _Returned(TorchDispatchMode):
-    """What layers allocate for their parameters goes back to the system with them, see
-    ``unfilled``."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        given = dict(kwargs or {})
-        if func is _EMPTY and given.get("device") == _CPU and given.keys() <= _PLAIN:
-            return unfilled(args[0], given.get("dtype") or torch.get_default_dtype())
-        return func(*args, **given)
 
 
 def from_factory(factory: Callable[[], Any]) -> tuple[torch.nn.Module, Any]:

@@ -1,0 +1,31 @@
+"""Memory that goes back to the system when it is freed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+
+_MMAP_THRESHOLD = -3  # of mallopt(3)
+_FIRST, _LAST = 1 << 17, 1 << 25  # bytes: what glibc begins with, and what it raises it to at most
+
+
+@contextmanager
+def returned() -> Generator[None]:
+    """In here, the memory of what is larger than 128 KiB goes back to the system with it.
+
+    glibc raises that bound to the largest block freed so far. Tensors then lie on one heap, where
+    what stays cuts up what is freed, and the process grows with every layer. The bound cannot be
+    asked for: after, it is what glibc raises it to where large tensors are freed. Other C libraries
+    have no ``mallopt``, nor such a bound.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, _FIRST)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, _LAST)
