@@ -13,9 +13,10 @@ _FIRST, _LAST = 1 << 17, 1 << 25  # bytes: what glibc begins with, and what it r
 
 @contextmanager
 def returned() -> Generator[None]:
-    """In here, the memory of what is larger than 128 KiB goes back to the system with it.
+    """In here, the heap does not grow for what is larger than 128 KiB: that has pages of its own,
+    which go back to the system with it.
 
-    glibc raises that bound to the largest block freed so far. Tensors then lie on one heap, where
+    glibc raises that bound to the largest block freed so far. Tensors then lie on the heap, where
     what stays cuts up what is freed, and the process grows with every layer. The bound cannot be
     asked for: after, it is what glibc raises it to where large tensors are freed. Other C libraries
     have no ``mallopt``, nor such a bound.

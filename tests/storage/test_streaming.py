@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -17,14 +16,12 @@ import torch
 
 import scaleprop
 import scaleprop.formats
-from scaleprop import memory
 from scaleprop.cli.app import run
 from scaleprop.errors import ConfigError
 from scaleprop.storage import tensorfile
 from scaleprop.storage.stored import StoredTensor
 from scaleprop.streaming import compile_from_safetensors
 from scaleprop.streaming.shelf import SMALL
-from scaleprop.streaming.skeleton import from_factory
 
 WIDTH = 256  # weights of 64 KiB and more stay on disk
 SHARD = 200_000
@@ -319,40 +316,6 @@ def test_a_stored_tensor_is_computed_with_like_any_other(tmp_path: Path) -> None
     assert stored.shape == (6, 4) and stored.dtype == torch.float32 and stored.nbytes == 96
     with pytest.raises(ConfigError, match=r"a\.safetensors"):
         stored + 1
-
-
-def is_mapped(address: int) -> bool:
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    ranges = (line.split()[0].split("-") for line in lines)
-    return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="malloc has no such bound")
-def test_memory_of_weights_goes_back_to_the_system(tmp_path: Path) -> None:
-    """Not to malloc, whose heap would grow with every layer."""
-    size = 1 << 21  # float32: 8 MiB
-    tensorfile.write(tmp_path / "a.safetensors", {"w": torch.ones(size)})
-    stored = tensorfile.stored(tmp_path / "a.safetensors")["w"]
-    freed = torch.ones(2 * size)
-    del freed  # from now on, malloc would keep 8 MiB
-    addresses: list[int] = []
-
-    def factory() -> torch.nn.Module:
-        made = torch.empty(size)
-        addresses.append(made.data_ptr())
-        return torch.nn.Linear(2, 2)
-
-    with memory.returned():
-        loaded = stored.load()
-        addresses.append(loaded.data_ptr())
-        assert loaded.sum() == size and is_mapped(addresses[0])
-        del loaded
-        part = next(stored.chunks(size))
-        addresses.append(torch.frombuffer(part, dtype=torch.uint8).data_ptr())
-        del part
-        module, _ = from_factory(factory)
-    assert not any(map(is_mapped, addresses)) and len(addresses) == 3
-    assert all(parameter.is_meta for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "int4-fp8", "mxfp4", "int4"])
