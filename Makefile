@@ -30,8 +30,10 @@ docs: $(STAMP)  ## the documentation, strict, into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # One thread a worker: they would fight otherwise.
-test: lint docs  ## ruff, pyright, the documentation, pytest
-	@OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+test: $(STAMP)  ## ruff, pyright, the documentation, pytest
+	@$(MAKE) --no-print-directory -j$(JOBS) lint docs
+	@OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest \
+		-n $(JOBS) --dist worksteal
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
