@@ -28,8 +28,11 @@ class Options(argparse.Namespace):
     """The command line."""
 
     ranks: int
-    recipe: Literal["fp32", "fp8"]
+    recipe: str
     inner: Literal["inductor", "eager"]
+
+
+How = Callable[[Options, Path], list[float]]  # what a rank does, in a folder that all share
 
 
 class Block(nn.Module):
@@ -97,7 +100,7 @@ def alone(given: Options) -> list[float]:
     return train(model, adamw(model), range(STEPS))
 
 
-def launch(how: Callable[[Options, Path], list[float]], given: Options) -> list[float]:
+def launch(how: How, given: Options) -> list[float]:
     """What ``how`` returns on the first of ``given.ranks`` processes, which share a folder."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -105,9 +108,7 @@ def launch(how: Callable[[Options, Path], list[float]], given: Options) -> list[
         return torch.load(folder / "losses.pt")
 
 
-def _rank(
-    how: Callable[[Options, Path], list[float]], given: Options, folder: Path, rank: int
-) -> None:
+def _rank(how: How, given: Options, folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'ranks'}", rank=rank,
                             world_size=given.ranks)
@@ -129,8 +130,13 @@ def options(about: str | None, arguments: Sequence[str] | None) -> Options:
     return parser.parse_args(arguments, namespace=Options())
 
 
-def shown(found: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Print each step's loss, by what trained."""
-    for label, losses in found.items():
-        print(f"{label:20}", *(f"{loss:.5f}" for loss in losses))
+def compare(
+    about: str | None, arguments: Sequence[str] | None, label: str, how: How
+) -> dict[str, list[float]]:
+    """One process beside what ``how`` does with several: each step's loss, printed and returned."""
+    given = options(about, arguments)
+    found = {"one process": alone(given),
+             f"{label}, {given.ranks} processes": launch(how, given)}
+    for name, losses in found.items():
+        print(f"{name:20}", *(f"{loss:.5f}" for loss in losses))
     return found

@@ -24,10 +24,7 @@ def replicated(given: Options, folder: Path) -> list[float]:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Losses by what trained."""
-    given = small_ranks.options(__doc__, arguments)
-    return small_ranks.shown({
-        "one process": small_ranks.alone(given),
-        f"DDP, {given.ranks} processes": small_ranks.launch(replicated, given)})
+    return small_ranks.compare(__doc__, arguments, "DDP", replicated)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m examples.train_fsdp2 [--ranks 2] [--recipe fp8] [--short]
 
 Prepare first, then shard: FSDP2 shards the blocks one by one, so they are compiled one by one.
+Exponents of ``fp8`` are no part of a checkpoint: behind it they are those of the first batch there.
 """
 
 from __future__ import annotations
@@ -50,10 +51,7 @@ def interrupted(given: Options, folder: Path) -> list[float]:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     """Losses by what trained."""
-    given = small_ranks.options(__doc__, arguments)
-    return small_ranks.shown({
-        "one process": small_ranks.alone(given),
-        f"FSDP2, {given.ranks} processes": small_ranks.launch(interrupted, given)})
+    return small_ranks.compare(__doc__, arguments, "FSDP2", interrupted)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 import scaleprop
 from examples import small_task
 from examples.small_task import ACCUMULATED, BATCH, CLIP, RATE, STEPS, STOP, Measured, Options
+from scaleprop.training import training_state
 
 
 def start(given: Options) -> tuple[small_task.Classifier, torch.optim.AdamW]:
@@ -52,17 +53,18 @@ def main(arguments: Sequence[str] | None = None) -> Measured:
     given.out.mkdir(parents=True, exist_ok=True)
     model, optimizer = start(given)
     losses = train(model, optimizer, range(STOP))
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()},
-               given.out / "loop.pt")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaleprop": training_state(model).state_dict()}, given.out / "loop.pt")
     losses += train(model, optimizer, range(STOP, STEPS))
     evaluated = evaluate(model)
-    print(f"{sum(len(report.products) for report in scaleprop.scale_report(model))} products of "
-          "matrices in low precision")
+    print(f"{sum(len(graph.high) for graph in scaleprop.scale_report(model))} products of matrices "
+          "stayed high; scale_report(model).show() says why")
 
     model, optimizer = start(given)
     saved = torch.load(given.out / "loop.pt")
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
+    training_state(model).load_state_dict(saved["scaleprop"])
     measured = Measured(losses, train(model, optimizer, range(STOP, STEPS)), evaluated)
     measured.show(given.recipe)
     return measured

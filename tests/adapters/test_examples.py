@@ -81,6 +81,11 @@ def test_the_plain_loop_trains(loop: dict[str, Measured]) -> None:
     assert loop["fp32"].losses != loop["fp8"].losses
 
 
+def test_a_resumed_loop_rounds_by_the_same_random_numbers(tmp_path: Path) -> None:
+    found = run("train_loop", "nvfp4", tmp_path)
+    assert found.resumed == found.losses[STOP * ACCUMULATED:]
+
+
 def test_gradients_in_fp8_point_where_they_do_in_float64() -> None:
     torch._dynamo.reset()
     options = small_task.options("", ["--inner", "eager"])
