@@ -8,9 +8,9 @@
 | Accelerate     | ``scaleprop.adapters.accelerate.prepare(accelerator, model, …, recipe=…)``    |
 
 All of them call ``prepare_training`` once the library has built the model: weights, ``state_dict``
-keys, gradient accumulation, clipping, evaluation and checkpoints stay the library's. Their
-checkpoints hold no ``training.training_state``: where a recipe is stochastic or carries amax, save it
-beside them, or a resumed run begins with other random numbers.
+keys, gradient accumulation, clipping, evaluation and checkpoints stay the library's. These
+hold no ``training.training_state``: where a recipe is stochastic or carries amax, save it beside
+them, or a resumed run goes on with other random numbers.
 
 Each takes ``modules``: patterns of module names (``"blocks.*"``) that are compiled one by one, as
 FSDP2 needs it, instead of the whole model. A ``*`` stands for one name between dots.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 
 import ml_dtypes
 import numpy as np
@@ -73,13 +74,14 @@ def test_quartiles_around_one_are_even() -> None:
 
 
 def test_losses_are_said_as_wins_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [pair(0.5, 0.4, 0.6), pair(4.0, 3.0, 5.0, "error")]
+    found = [pair(0.5, 0.4, 0.6), pair(2.0, 1.9, 2.1), pair(4.0, 3.0, 5.0, "error")]
     monkeypatch.setattr(peers, "_COMPARED", (("Things", "casts", lambda: iter(found)),))
     ((_, text),) = peers.pages()
     lost, won = text.split("## Where peers win")[1].split("## Where ours win")
     assert "theirs is 2.00 times as fast as `mine`" in lost
     assert "mine" in won.split("##")[0] and "has 25 % of the error of theirs" in won
-    assert "| 1 | 0 | 1 |" in text
+    # what is half as fast here and twice as fast there is even, whatever else is better
+    assert "| speed | 1 | 0 | 1 | 1.00 |" in text and "| error | 1 | 0 | 0 | 4.00 |" in text
 
 
 def test_a_loss_in_the_results_is_on_the_page() -> None:
@@ -87,6 +89,19 @@ def test_a_loss_in_the_results_is_on_the_page() -> None:
     ours, peer = rows["ours int8-weight"]["mean"], rows["torchao int8 weight"]["mean"]
     (found,) = [each for each in peers.encoder() if each.ours == "int8-weight"]
     assert math.isclose(found.better, (1 - peer) / (1 - ours))
+
+
+def test_training_is_compared_with_its_own_baseline() -> None:
+    rows = peers.load("training_recipes")["sections"]
+    found = {each.ours: each for each in peers.emulation()}
+    assert set(found) == set(rows) - {"bf16", "mus-bf16"}
+    taken = {key: statistics.median(each["wall"])
+             for key, each in rows["mus-fp8"]["timings"].items()}
+    assert found["mus-fp8"].better == pytest.approx(taken["mus-bf16"] / taken["mus-fp8"], rel=0.1)
+
+
+def test_notes_are_about_sections() -> None:
+    assert set(peers._NOTES) <= {title for title, _, _ in peers._COMPARED}
 
 
 def test_an_api_that_hides_a_public_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
