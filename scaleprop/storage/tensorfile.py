@@ -49,7 +49,8 @@ def read_entries(path: Path) -> dict[str, Entry]:
     """Name → place of every tensor in ``path``.
 
     Raises:
-        ConfigError: where the file is missing, cut short, or no safetensors file.
+        ConfigError: where the file is missing, cut short, or no safetensors file; where tensors
+            overlap, or bytes are none's.
     """
     return read_header(path)[0]
 
@@ -70,10 +71,10 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         metadata: dict[str, str] = dict(header.get("__metadata__") or {})
         entries = {name: _entry(name, found, 8 + length) for name, found in header.items()
                    if name != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        end = _end(entries, 8 + length)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is no safetensors file: {error}. Remedy: fetch or write it "
                           "again") from error
-    end = max((entry.end for entry in entries.values()), default=8 + length)
     if end != size:
         raise ConfigError(f"{path} has {size} bytes, its header speaks of {end}. Remedy: fetch or "
                           "write it again")
@@ -97,6 +98,16 @@ def _entry(name: str, found: Mapping[str, Any], base: int) -> Entry:
         raise ValueError(f"tensor {name!r}: {end - start} bytes are no {found['dtype']} "
                          f"{list(shape)}")
     return Entry(dtype, shape, base + start, base + end)
+
+
+def _end(entries: Mapping[str, Entry], end: int) -> int:
+    """Where the tensors, which begin at ``end``, do; the format has them side by side."""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != end:
+            what = "overlaps the one before it" if entry.start < end else "leaves a hole before it"
+            raise ValueError(f"tensor {name!r} {what}: it begins at byte {entry.start}, not {end}")
+        end = entry.end
+    return end
 
 
 def ordered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -319,10 +319,32 @@ def test_dtypes_that_files_cannot_hold_are_named(tmp_path: Path) -> None:
         '{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}',
         '{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}',
         '{"a": {"dtype": "X9", "shape": [2], "data_offsets": [0, 8]}}',
-        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}')),
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
+        "[" * 100_000)),
 ], ids=lambda data: data[:12].hex())
 def test_what_is_no_tensor_file_is_refused(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(data)
     with pytest.raises(ConfigError, match=r"bad\.safetensors"):
+        tensorfile.read_entries(path)
+
+
+@pytest.mark.parametrize(("places", "why"), [
+    ([(0, 8), (4, 12)], r"'1' overlaps the one before it: it begins at byte \d+, not \d+"),
+    ([(0, 8), (0, 8)], "'1' overlaps"),
+    ([(0, 8), (0, 4), (4, 8)], "'0' overlaps"),
+    ([(0, 4), (8, 12)], "'1' leaves a hole before it"),
+    ([(4, 8)], "'0' leaves a hole"),
+    ([(8, 8), (0, 4)], "'0' leaves a hole"),
+])
+def test_tensors_lie_side_by_side(places: list[tuple[int, int]], why: str, tmp_path: Path) -> None:
+    header = {str(index): {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
+              for index, (start, end) in enumerate(places)}
+    text = json.dumps(header).encode()
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text
+                     + bytes(max(end for _, end in places)))
+    with pytest.raises(safetensors.SafetensorError):  # nor does the library take it
+        safetensors.torch.load_file(path)
+    with pytest.raises(ConfigError, match=why):
         tensorfile.read_entries(path)
