@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from scaleprop import durable, storage
 from scaleprop.errors import ConfigError
 from scaleprop.interchange.libraries import library
 
@@ -99,57 +98,28 @@ def new_folder(directory: Path) -> Generator[Path]:
     Raises:
         ConfigError: where ``directory`` holds what this did not write, or cannot be written.
     """
-    if not _replaceable(directory):
-        raise ConfigError(f"{directory} exists and holds no checkpoint that scaleprop wrote; "
-                          "choose another path")
+    storage.check_replaceable(directory, _is_ours, "a checkpoint that scaleprop wrote")
     directory = directory.resolve()  # a link stays, and what it leads to is replaced
     if directory == Path.cwd():
         raise ConfigError(f"{directory} is the working directory, which cannot be replaced; choose "
                           "another path")
+    storage.make_parents(directory)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+        with durable.scratch(directory, "writing") as folder:
+            durable.empty(folder)  # of what a write left that was killed
+            yield folder
+            for path in folder.rglob("*"):
+                durable.flush(path)
+            durable.install(folder, directory)
     except OSError as error:
-        raise ConfigError(f"cannot write {directory}: {error}") from error
-    try:
-        yield scratch
-        scratch.chmod(0o755)  # as mkdir would have made it
-        _install(scratch, directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        raise storage.not_written(directory, error) from error
 
 
-def _replaceable(directory: Path) -> bool:
-    if not directory.exists():
-        return not directory.is_symlink()
-    if not directory.is_dir():
-        return False
-    if not any(directory.iterdir()):
-        return True
+def _is_ours(directory: Path, config: Any) -> bool:
     try:
-        config = json.loads((directory / "config.json").read_text())
         return config["quantization_config"]["producer"].startswith(PRODUCER)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError):
         return False
-
-
-def _install(scratch: Path, directory: Path) -> None:
-    """Rename; what was there is kept aside until that is done."""
-    if not directory.exists():
-        os.replace(scratch, directory)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-    try:
-        os.replace(directory, aside)
-    except OSError as error:  # a mount point, say
-        aside.rmdir()
-        raise ConfigError(f"cannot replace {directory}: {error}") from error
-    try:
-        os.replace(scratch, directory)
-    except BaseException:
-        os.replace(aside, directory)
-        raise
-    shutil.rmtree(aside)
 
 
 class ShardReader:
@@ -187,7 +157,8 @@ class ShardReader:
             try:
                 files: dict[str, str] = json.loads(index.read_text())["weight_map"]
                 outside = [file for file in files.values() if Path(file).name != file]
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError,
+                    RecursionError) as error:
                 raise ConfigError(f"{index} is damaged: {error}") from error
             if outside:
                 raise ConfigError(f"{index} names {outside[0]!r}, which is not in its folder")

@@ -18,7 +18,7 @@ import dataclasses
 import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,15 +115,16 @@ def save(
             fill(folder, FORMAT_VERSION, texts, files)
             durable.install(folder, place)
     except OSError as error:
-        raise ConfigError(f"cannot write {directory}: {error.strerror or error}. Remedy: "
-                          f"{_remedy(error)}") from error
+        raise not_written(directory, error) from error
     return directory
 
 
-def _remedy(error: OSError) -> str:
-    return {errno.ENOSPC: "make room on that disk", errno.EDQUOT: "make room on that disk",
-            errno.EBUSY: "a folder in it: it is a mount point",
-            errno.ENAMETOOLONG: "a shorter name"}.get(error.errno or 0, "choose another path")
+def not_written(directory: Path, error: OSError) -> ConfigError:
+    """What to raise where ``directory`` cannot be written."""
+    remedy = {errno.ENOSPC: "make room on that disk", errno.EDQUOT: "make room on that disk",
+              errno.EBUSY: "a folder in it: it is a mount point",
+              errno.ENAMETOOLONG: "a shorter name"}.get(error.errno or 0, "choose another path")
+    return ConfigError(f"cannot write {directory}: {error.strerror or error}. Remedy: {remedy}")
 
 
 def _config(compiled: CompiledModel | SavedModel, aliases: Mapping[str, str]) -> dict[str, Any]:
@@ -170,25 +171,25 @@ def make_parents(directory: Path) -> None:
         raise ConfigError(f"cannot write {directory}: nothing can be made in {directory.parent}")
 
 
-def check_replaceable(directory: Path) -> None:
-    """Raise ``ConfigError`` where something is lost but a model that ``save`` wrote, and where the
-    name is too long for the hidden ones beside it."""
+def check_replaceable(
+    directory: Path, ours: Callable[[Path, Any], bool] | None = None, what: str = "a saved model"
+) -> None:
+    """Raise ``ConfigError`` where something is lost but what scaleprop wrote, and where the name is
+    too long for the hidden ones beside it.
+
+    ours: whether a folder with this ``config.json`` is ``what``; default: that ``save`` wrote it.
+    """
     try:
-        free = _replaceable(directory)
+        free = _replaceable(directory, ours or _is_saved)
         place = directory.resolve()
         (place.parent / f".{place.name}.compiling.99").exists()
     except OSError as error:
-        raise ConfigError(f"cannot write {directory}: {error.strerror or error}. Remedy: "
-                          f"{_remedy(error)}") from error
+        raise not_written(directory, error) from error
     if not free:
-        raise ConfigError(f"{directory} exists and is not a saved model; choose another path")
+        raise ConfigError(f"{directory} exists and is not {what}; choose another path")
 
 
-def _replaceable(directory: Path) -> bool:
-    """Whether nothing is lost there but a model that ``save`` wrote.
-
-    Other libraries keep a ``config.json`` too: ours has a ``format_version`` and a graph.
-    """
+def _replaceable(directory: Path, ours: Callable[[Path, Any], bool]) -> bool:
     if not directory.exists():
         return not directory.is_symlink()
     if not directory.is_dir():
@@ -197,8 +198,13 @@ def _replaceable(directory: Path) -> bool:
         return True
     try:
         config = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
+    return ours(directory, config)
+
+
+def _is_saved(directory: Path, config: Any) -> bool:
+    """Other libraries keep a ``config.json`` too: ours has a ``format_version`` and a graph."""
     return (isinstance(config, dict) and "format_version" in config
             and (directory / "graph.json").is_file())
 

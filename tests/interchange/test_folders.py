@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def test_folders_of_others_are_left_alone(ours: CompiledModel, model: Any, tmp_p
     other = tmp_path / "other"
     model.save_pretrained(other)
     before = {path.name: path.read_bytes() for path in other.iterdir()}
-    with pytest.raises(ConfigError, match="holds no checkpoint that scaleprop wrote"):
+    with pytest.raises(ConfigError, match="is not a checkpoint that scaleprop wrote"):
         ours.save_pretrained(other, model, check=False)
     assert {path.name: path.read_bytes() for path in other.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
@@ -133,6 +134,39 @@ def test_an_interrupted_write_leaves_the_old_one(
     ours.save_pretrained(folder, model, check=False)
     assert not (folder / "mark").exists()
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_the_folder_is_there_at_any_moment(
+    ours: CompiledModel, model: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rename = os.replace
+
+    def watched(source: Any, target: Any) -> None:
+        rename(source, target)
+        assert (folder / "config.json").is_file()
+
+    monkeypatch.setattr(os, "replace", watched)
+    left = folder.with_name(f".{folder.name}.writing")  # as a killed write leaves it
+    left.mkdir()
+    (left / "half.safetensors").touch()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "mark").touch()
+    ours.save_pretrained(folder, model, check=False)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_folders_that_cannot_be_written(ours: CompiledModel, model: Any, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"cannot write .*Remedy: a shorter name"):
+        ours.save_pretrained(tmp_path / ("n" * 300), model, check=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot write .*file"):
+        ours.save_pretrained(tmp_path / "file" / "inside", model, check=False)
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    (deep / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="is not a checkpoint that scaleprop wrote"):
+        ours.save_pretrained(deep, model, check=False)
 
 
 def test_the_tokenizer_comes_along(ours: CompiledModel, model: Any, tmp_path: Path):
