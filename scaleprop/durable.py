@@ -13,6 +13,7 @@ import ctypes
 import errno
 import fcntl
 import itertools
+import logging
 import os
 import re
 import secrets
@@ -20,6 +21,8 @@ import shutil
 import tempfile
 from collections.abc import Collection, Generator
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 _AT_FDCWD = -100  # linux/fcntl.h: paths are relative to the working folder
 _RENAME_EXCHANGE = 2  # linux/fs.h
@@ -148,16 +151,19 @@ def empty(folder: Path, but: Collection[str] = ()) -> None:
 
 
 @contextlib.contextmanager
-def scratch(target: Path, purpose: str, *, keep: bool = False) -> Generator[Path]:
+def scratch(
+    target: Path, purpose: str, *, keep: bool = False, in_turn: bool = False
+) -> Generator[Path]:
     """A folder beside ``target`` for this process alone, with what a killed one left in it.
 
     purpose: part of its hidden name. keep: an exception leaves it for the next process, as a kill
-    does; else, and at the end, it is deleted.
+    does; else, and at the end, it is deleted. in_turn: wait while another has one for this target
+    and purpose; else the next one is taken.
 
     Raises:
         OSError: where the parent folder cannot be written.
     """
-    folder, handle = _claim(target.parent, f".{target.name}.{purpose}")
+    folder, handle = _claim(target.parent, f".{target.name}.{purpose}", in_turn)
     done = False
     try:
         yield folder
@@ -169,8 +175,11 @@ def scratch(target: Path, purpose: str, *, keep: bool = False) -> Generator[Path
         os.close(handle)
 
 
-def _claim(parent: Path, name: str) -> tuple[Path, int]:
-    """The first folder that no living process holds, and what holds it now."""
+def _claim(parent: Path, name: str, in_turn: bool) -> tuple[Path, int]:
+    """The first folder that no living process holds, and what holds it now.
+
+    in_turn: the first folder, when no living process holds it any more.
+    """
     for attempt in itertools.count(1):
         folder = parent / (name if attempt == 1 else f"{name}.{attempt}")
         while True:
@@ -180,8 +189,11 @@ def _claim(parent: Path, name: str) -> tuple[Path, int]:
             except FileNotFoundError:  # its holder has just deleted it
                 continue
             if not _lock(handle):
-                os.close(handle)
-                break
+                if not in_turn:
+                    os.close(handle)
+                    break
+                logger.warning("waiting for another writer, which holds %s", folder)
+                fcntl.flock(handle, fcntl.LOCK_EX)
             if _is(folder, handle):
                 return folder, handle
             os.close(handle)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import mmap
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -14,7 +16,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from google.protobuf.message import DecodeError
 
 from scaleprop import durable
 from scaleprop.backends.base import Executable
@@ -182,7 +183,8 @@ def write(
     The files are written in a folder beside ``path``, checked there, flushed to the disk and
     renamed. external: weights in ``<path>.data``; None decides by size. Where the file that is
     replaced has its weights there, the new ones are called ``<path>.1.data``: each ``.onnx`` names
-    its own, and the old ones are deleted last.
+    its own, and the old ones are deleted last. Two exports to one ``path`` write one after the
+    other.
 
     Raises:
         ConfigError: where ``path`` does not end in ``.onnx`` or cannot be written.
@@ -193,10 +195,10 @@ def write(
         raise ConfigError(f"cannot export to {str(path)!r}: it is a directory")
     if external is None:
         external = weight_bytes(emitted.model) > INLINE_LIMIT
-    data = _data_name(path) if external else None  # the model has its name in it
     with _beside(path) as folder:
         written = folder / path.name
         try:
+            data = _data_name(path) if external else None  # the model has its name in it
             _save(emitted.model, written, data)
         except OSError as error:
             raise ConfigError(f"cannot export to {str(path)!r}: {error}") from error
@@ -204,7 +206,12 @@ def write(
         if data is not None and (folder / data).exists():
             durable.replace(folder / data, path.with_name(data))
         durable.replace(written, path)
-    for name in _data_names(path):  # of the file that was replaced, or of an interrupted export
+        _delete_others(path, data)
+
+
+def _delete_others(path: Path, data: str | None) -> None:
+    """Weights of the file that was replaced, or of an interrupted export."""
+    for name in _data_names(path):
         if name != data:
             path.with_name(name).unlink(missing_ok=True)
 
@@ -217,23 +224,20 @@ def _data_names(path: Path) -> tuple[str, str]:
 def _data_name(path: Path) -> str:
     """That of them which the file that is there does not read."""
     first, second = _data_names(path)
-    if not path.is_file():
+    if not path.is_file() or not path.stat().st_size:
         return first
-    try:
-        values = ir.load(path).graph.initializers.values()
-    except DecodeError:  # it is no ONNX file: it reads nothing
-        return first
-    reads = any(isinstance(value.const_value, ir.ExternalTensor)
-                and str(value.const_value.location) == first for value in values)
-    return second if reads else first
+    # Whatever the file is, and wherever it names its weights: it need not be parsed.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        return second if pages.find(os.fsencode(first)) >= 0 else first
 
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Generator[Path]:
-    """An empty folder on the same file system as ``path``; gone whatever happens."""
+    """An empty folder on the same file system as ``path``, for one export at a time; gone whatever
+    happens."""
     with contextlib.ExitStack() as stack:
         try:
-            folder = stack.enter_context(durable.scratch(path, "exporting"))
+            folder = stack.enter_context(durable.scratch(path, "exporting", in_turn=True))
         except OSError as error:
             raise ConfigError(f"cannot export to {str(path)!r}: {error}; "
                               f"remedy: choose an existing, writable folder") from error

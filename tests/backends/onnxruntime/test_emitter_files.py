@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn as nn
 
 import scaleprop.backends.onnxruntime as onnxruntime_backend
+from scaleprop import durable
 from scaleprop.backends.onnxruntime import OnnxRuntimeBackend, SessionConfig, emit, session
 from scaleprop.backends.onnxruntime.sizes import other_size
 from scaleprop.errors import BackendError, ConfigError, MismatchError
@@ -129,6 +131,68 @@ def test_weights_of_the_old_file_stay_until_the_new_one_is_there(
         BACKEND.export(other, path, external_data=True)
         assert names(tmp_path) == ["model.onnx", data]
         same_results(path, other)
+
+
+def reading(place: str, offset: str) -> bytes:
+    """A file with a tensor in ``model.onnx.data``: an initializer, or a constant of a branch."""
+    tensor = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location="EXTERNAL")
+    tensor.external_data.add(key="location", value="model.onnx.data")
+    tensor.external_data.add(key="offset", value=offset)
+    inner = onnx.helper.make_graph([], "branch", [], [], [tensor])
+    if place == "initializer":
+        return onnx.helper.make_model(inner).SerializeToString()
+    branches = onnx.helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)
+    return onnx.helper.make_model(
+        onnx.helper.make_graph([branches], "graph", [], [])).SerializeToString()
+
+
+@pytest.mark.parametrize(("old", "data"), [
+    (reading("initializer", "0"), "model.onnx.1.data"),
+    (reading("initializer", "nowhere"), "model.onnx.1.data"),
+    (reading("branch", "0"), "model.onnx.1.data"),
+    (onnx.helper.make_model(onnx.helper.make_graph([], "", [], [
+        onnx.ValueInfoProto(name="y", type=onnx.TypeProto(
+            tensor_type=onnx.TypeProto.Tensor(elem_type=99)))])).SerializeToString(),
+     "model.onnx.data"),
+    (b"junk", "model.onnx.data"), (b"", "model.onnx.data"),
+], ids=["reads", "damaged", "branch", "type", "junk", "empty"])
+def test_what_is_replaced_need_not_be_a_model(
+    program: Program, old: bytes, data: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(old)
+    path = BACKEND.export(program, tmp_path / "model.onnx", external_data=True, check=False)
+    assert names(tmp_path) == ["model.onnx", data]
+    same_results(path, program)
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_two_exports_to_one_path_do_not_mix(
+    program: Program, external: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rename, met = tmp_path / "model.onnx", durable.replace, threading.Event()
+    linears = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 8))  # weights alone would hide a mix
+    other = capture(linears, (torch.randn(3, 32),), {}, ({0: torch.export.Dim("batch")},))
+
+    def export() -> None:
+        try:
+            BACKEND.export(other, path, external_data=True, check=False)
+        finally:
+            met.set()
+
+    second = threading.Thread(target=export)
+
+    def between(source: Path, target: Path) -> None:
+        rename(source, target)
+        if second.ident is None:  # the first file of the first export has its name
+            second.start()
+            met.wait()  # until the second is done, or waits
+
+    monkeypatch.setattr(durable, "replace", between)
+    monkeypatch.setattr(durable.logger, "warning", lambda *_: met.set())
+    BACKEND.export(program, path, external_data=external, check=False)
+    second.join()
+    assert len(names(tmp_path)) == 2
+    same_results(path, other)
 
 
 def test_large_models_choose_external_data(
