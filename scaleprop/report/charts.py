@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import io
 import re
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,4 +74,4 @@ def to_svg(figure: Any, label: str) -> str:
         drawing = drawing.replace(stand_in, colour)
     salt = re.sub(r"\W", "-", label)  # ids must not collide with another chart's
     drawing = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{salt}-", drawing)
-    return drawing.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return drawing.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "scaleprop.report.diff"
 SCHEMA_VERSION = 1
-_COMPARED = ("format", "sqnr_db", "nbytes", "decided_by", "reason")
+_COMPARED = ("format", "sqnr_db", "nbytes", "decided_by", "reason", "shape", "scale_kind",
+             "lowering")  # fmt: skip
 
 Change = Literal["changed", "added", "removed"]
 
@@ -30,7 +31,8 @@ class TensorDifference:
 
     change: ``added`` and ``removed`` are operands of one report alone: their other side is empty.
     loss_db: SQNR before − after, in decibels; None where either is unknown. fields: those that
-    differ, of format, sqnr_db, nbytes, decided_by and reason.
+    differ, of format, sqnr_db, nbytes, decided_by, reason, shape, scale_kind and lowering; of an
+    analysis, ``lowering`` is a phrase of numbers, and is not compared.
     """
 
     node: str
@@ -97,7 +99,8 @@ def compare(before: Report, after: Report, threshold: float = 0.0) -> ReportDiff
     found: list[TensorDifference] = []
     for key in dict.fromkeys((*old, *new)):
         one, other = old.get(key), new.get(key)
-        fields = _differing(one, other, threshold)
+        fields = tuple(name for name in _differing(one, other, threshold)
+                       if not (by_format and name == "lowering"))
         record = one or other
         if not fields or record is None:
             continue
@@ -176,6 +179,8 @@ def shown(record: TensorRecord | None, name: str) -> str:
     if record is None:
         return "–"
     value = getattr(record, name)
+    if name == "shape":
+        return text.shape(record)
     if name == "sqnr_db":
         return text.decibels(value)
     if name == "format":

@@ -58,7 +58,7 @@ def _tensors(difference: ReportDifference) -> Table:
     table.add_column("loss dB", justify="right")
     for heading in ("format", "SQNR dB", "bytes"):
         table.add_column(heading, overflow="fold")
-    table.add_column("decided by, or why not", overflow="fold", ratio=1)
+    table.add_column("what else changed", overflow="fold", ratio=1)
     for one in difference.tensors:
         cells = ({"changed": "~", "added": "+", "removed": "-"}[one.change], one.node, one.operand,
                  text.decibels(one.loss_db) if one.loss_db else "",
@@ -73,4 +73,10 @@ def _sides(one: TensorDifference, name: str) -> str:
 
 
 def _why(one: TensorDifference) -> str:
-    return "; ".join(_sides(one, name) for name in ("decided_by", "reason") if name in one.fields)
+    """Shape, kind of scale, what it runs as, who decided and why; of one report alone, that one's.
+    """
+    names = [name for name in ("shape", "scale_kind", "lowering", "decided_by", "reason")
+             if name in one.fields]
+    if one.change == "changed":
+        return "; ".join(_sides(one, name) for name in names)
+    return "; ".join(filter(None, (shown(one.before or one.after, name) for name in names)))

@@ -41,8 +41,9 @@ def write_report(
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8, as ``write_bytes`` does."""
-    write_bytes(path, text.encode())
+    """Write ``text`` as UTF-8, as ``write_bytes`` does; ``?`` for what UTF-8 has no bytes for, such
+    as parts of file names that were no text."""
+    write_bytes(path, text.encode(errors="replace"))
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

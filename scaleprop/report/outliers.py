@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 OutlierKind = Literal["activation channel", "activation token", "massive activation",
                       "weight row", "weight column", "attention sink"]  # fmt: skip
@@ -147,9 +147,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
+_SERIES = frozenset(("amax", "sizes", "shares", "received", "value_norms"))
+_FIGURES = frozenset(("kurtosis", "channel_kurtosis", "difficulty", "relative_difficulty", "after",
+                      "relative_after"))
+
+
 def _restored(kind: type[Any], item: Mapping[str, Any]) -> Any:
-    numbers = {"kurtosis", "channel_kurtosis", "difficulty", "relative_difficulty"}
-    return kind(**{
-        key: tuple(value) if isinstance(value, list) else
-        float(value) if key in numbers else value
-        for key, value in item.items()})
+    def restored(key: str, value: Any) -> Any:
+        if key in _SERIES:
+            return tuple(map(float, value))
+        if isinstance(value, list):
+            return tuple(cast(list[Any], value))
+        return float(value) if key in _FIGURES and value is not None else value
+
+    return kind(**{key: restored(key, value) for key, value in item.items()})

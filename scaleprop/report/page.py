@@ -94,7 +94,7 @@ def _embedded(data: Any) -> str:
 def packed(name: str, text: str) -> str:
     """``text`` deflated (zlib) and in base64: scripts inflate it, and a page is a third of what it
     would be."""
-    letters = base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+    letters = base64.b64encode(zlib.compress(text.encode(errors="replace"), 9)).decode()
     return f'<script type="application/octet-stream" id="{name}">{letters}</script>\n'
 
 

@@ -221,7 +221,7 @@ class Report:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"cannot read the report {os.fspath(path)!r}: {error}") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{os.fspath(path)!r} is not a report: expected a JSON object")

@@ -239,7 +239,7 @@ class ScaleReport:
             if "block" in fields:
                 fields["block"] = Block.from_dict(fields["block"])
             return cls(**fields)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ConfigError(f"not a report: {type(error).__name__}: {error}") from error
 
     @classmethod
@@ -251,7 +251,7 @@ class ScaleReport:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"cannot read the report {os.fspath(path)!r}: {error}") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{os.fspath(path)!r} is not a report: expected a JSON object")

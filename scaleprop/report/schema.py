@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any, cast
@@ -85,6 +86,8 @@ def _is_type(data: Any, names: str | list[str]) -> bool:
         return any(_is_type(data, name) for name in names)
     if isinstance(data, bool):
         return names == "boolean"
+    if isinstance(data, int) and abs(data) > sys.float_info.max:  # nothing could be said of it
+        return False
     return isinstance(data, _TYPES[names])
 
 

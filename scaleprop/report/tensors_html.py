@@ -118,4 +118,4 @@ def _row(row: Row, node: int) -> str:
 
 def fragment(slug: str) -> str:
     """The address of a tensor on the page."""
-    return "#t=" + quote(slug, safe=":.~_-/,")
+    return "#t=" + quote(slug, safe=":.~_-/,", errors="replace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from scaleprop.report import Report, tensors_html
+from scaleprop.report.records import TensorRecord, Values
 from tests.report.pages import full_report, prepared_report, training_report
 
 pytestmark = pytest.mark.browser
@@ -407,3 +409,22 @@ def test_an_empty_report_is_a_page(browser, files):
     with Opened(browser, files["empty"]) as page:
         assert page.get_by_text("There are no tensors in this report.").is_visible()
         assert page.locator("#depth").count() == 0
+
+
+def test_zeros_strange_formats_and_saturation_in_the_last_power_of_two(browser, tmp_path):
+    nothing = Values(count=8, amax=0.0, rms=0.0, mean=0.0, zeros=1.0, scales=(0.0, 0.0))
+    given: Any = dict(node="mm", op="aten.linear", role="fprop.x", shape=(8,), decided_by="p")
+    Report(recipe="r", records=(
+        TensorRecord(operand="x", format="mxfp4", values=nothing, **given),
+        TensorRecord(operand="y", format="constructor", values=nothing, **given),
+        TensorRecord(operand="z", format="mxfp4", saturated=0.1, values=dataclasses.replace(
+            nothing, scaled={1: 7, 2: 1}), **given),
+    )).save(tmp_path / "strange.html")
+    with Opened(browser, (tmp_path / "strange.html").as_uri()) as page:
+        assert page.locator("#charts figure").count() == 1
+        page.locator("#range").select_option("e4m3")
+        page.get_by_role("link", name="mm").nth(1).click()
+        assert "constructor" in page.locator("#panel").inner_text()
+        page.get_by_role("link", name="mm").nth(2).click()
+        said = page.locator("#panel figcaption").first.inner_text()
+        assert "some of the largest saturate" in said and "all are in" not in said

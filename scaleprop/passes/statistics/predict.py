@@ -64,7 +64,10 @@ class _Prediction:
             return
         if not _has_moments(node.meta.get("val")):
             return
-        value = self._same(node) or self._pointwise(node) or self._by_rule(node)
+        try:
+            value = self._same(node) or self._pointwise(node) or self._by_rule(node)
+        except OverflowError:  # squares beyond float64: nothing is known of it
+            value = None
         if value is not None:
             self.values[node] = value
         elif node not in self._several and self._reads_known(node):

@@ -158,6 +158,7 @@ class DepthFigure {
       ? ownBand(this.data, this.get, item) : this.data.plain[range] ?? null));
     const sizes = [...rms, ...amax, ...predicted].filter((value) => isNumber(value) && value > 0)
       .map(Math.log2);
+    if (!sizes.length) sizes.push(0); // all are zero, or no numbers: an axis around 1
     const [least, most] = [Math.min(...sizes) - 1, Math.max(...sizes) + 1];
     const ends = bands.filter(Boolean).map((ends) => ends.map(Math.log2));
     const low = Math.min(least, ...ends.map((end) => Math.max(end[0] - 0.5, least - 8)));

@@ -62,6 +62,9 @@ const readData = async () => {
     const values = Array.isArray(column) ? column : column.at.map((place) => column.of[place]);
     found.tensors[name] = texts.has(name) ? values : values.map(named);
   }
+  for (const name of ["formats", "plain"]) { // or a format called "constructor" would be one
+    found[name] = Object.assign(Object.create(null), found[name]);
+  }
   found.count = count;
   found.get = (name, index) => found.tensors[name]?.[index] ?? null;
   return found;

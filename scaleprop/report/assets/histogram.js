@@ -24,7 +24,7 @@ const kindNames = {
   over: "saturates",
 };
 
-const histogramChart = (histogram, format, { title, axis, note = "" }) => {
+const histogramChart = (histogram, format, { title, axis, note = "", saturated = 0 }) => {
   const parts = partsOf(histogram);
   const range = rangeOf(format);
   const first = Math.min(parts[0].exponent, range ? range.low - 1 : Infinity);
@@ -64,7 +64,7 @@ const histogramChart = (histogram, format, { title, axis, note = "" }) => {
       label("tick", x(tick), floor + 17, "middle", power(tick)));
   }
   svg.append(label("tick", (left + width - right) / 2, height - 6, "middle", axis));
-  const described = describe(parts, range);
+  const described = describe(parts, range, saturated);
   svg.setAttribute("aria-label", `${title}. ${described}`);
   return make("figure", {}, make("h4", {}, title), svg,
     make("figcaption", {}, [note, described].filter(Boolean).join(" ")),
@@ -73,7 +73,8 @@ const histogramChart = (histogram, format, { title, axis, note = "" }) => {
         range ? kindNames[kindOf(part.exponent, range)] : ""])));
 };
 
-const describe = (parts, range) => {
+// saturated: whether any value does: the largest number may be within the highest power of two.
+const describe = (parts, range, saturated) => {
   const present = parts.filter((part) => part.share > 0);
   const ends = `Values other than zero lie between ${power(present[0].exponent)} and ` +
     `${power(present.at(-1).exponent + 1)}`;
@@ -83,5 +84,6 @@ const describe = (parts, range) => {
   const said = [["over", "above the range"], ["subnormal", "at or below its subnormals"],
     ["under", "round to zero"]].map(([kind, what]) => [total(kind), what])
     .filter(([share]) => share > 0).map(([share, what]) => `${percent(share)} ${what}`);
+  if (saturated && !total("over")) said.unshift("some of the largest saturate");
   return `${ends}; ${said.length ? said.join(", ") : "all are in the range"}.`;
 };

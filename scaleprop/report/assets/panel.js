@@ -141,7 +141,8 @@ const histogramsOf = (data, place) => {
   const found = [];
   if (get("scaled")?.length) {
     found.push(histogramChart(get("scaled"), format, {
-      title: "Exponents in its format", axis: "|x ÷ scale|", note: formatNote(format) }));
+      title: "Exponents in its format", axis: "|x ÷ scale|", note: formatNote(format),
+      saturated: get("saturated") }));
   }
   const own = get("exponents") ?? [];
   if (own.length) {
