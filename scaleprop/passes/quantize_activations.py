@@ -156,7 +156,8 @@ class _Activations:
         self, x: torch.fx.Node, assignment: Assignment, role: Role
     ) -> ScaleProvenance:
         """Where its scale is from; the names of those that share it come last, in ``finish``."""
-        statistic, batches = f"{statistic_of(parse(role.format))}, at run time", None
+        fmt = parse(role.format)
+        statistic, batches = f"{statistic_of(fmt)}, at run time", None
         if role.scaling == "static" and assignment.scales is not None:
             statistic = "given with the weights"
         elif role.scaling == "static" and assignment.extremes is not None:
@@ -164,6 +165,9 @@ class _Activations:
         elif role.scaling == "static":
             seen = self._statistics(x, x)
             statistic, batches = "min and max of calibration", seen.batches
+        if role.scaling == "static" and fmt.two_level:  # that of the blocks is never calibrated
+            blocks = statistic_of(fmt).removesuffix(", and amax of the tensor")
+            statistic = f"{blocks}, at run time, under one of the tensor: {statistic}"
         return ScaleProvenance(by=self.by, statistic=statistic, batches=batches, value=x.name)
 
 

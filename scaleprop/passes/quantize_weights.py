@@ -357,9 +357,14 @@ class _Weights:
         seen = None
         if isinstance(x, torch.fx.Node) and (solved or role.rounding == "compensated"):
             seen = self.rewriter.program.statistics.get(x.name)
+        if solved:
+            statistic += ", codes solved for the outputs"
+        elif role.rounding == "compensated":  # see ``compensation``: only blocks' scales come later
+            statistic += (" as earlier columns' errors left it"
+                          if parse(role.format).granularity.kind == "block"
+                          else ", codes compensated for the outputs")
         return ScaleProvenance(
-            by="solve-weights" if solved else self.options.name,
-            statistic=f"{statistic}, codes solved for the outputs" if solved else statistic,
+            by="solve-weights" if solved else self.options.name, statistic=statistic,
             batches=None if seen is None else seen.batches, value=str(w.target))
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 import scaleprop
 from scaleprop.errors import ConfigError
+from scaleprop.recipes import Recipe, Role
 from scaleprop.report import Report, ScaleReport
 from scaleprop.report.outliers import AttentionProfile, Outlier, OutlierTable, Profile
 from scaleprop.report.records import TensorRecord
@@ -130,3 +131,18 @@ def test_values_whose_squares_are_infinite_have_no_prediction() -> None:
                                  "mxfp4", "reference")
     scales = compiled.report.measured().scales
     assert scales is not None and scales.unknown and scales.tensors[-1].predicted is None
+
+
+def test_provenance_says_what_is_calibrated_and_what_is_not() -> None:
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    recipe = Recipe(name="t", description="", source="", roles={
+        "fprop.w": Role(format="mxfp8", rounding="compensated"),
+        "fprop.x": Role(format="nvfp4", scaling="static")})
+    model = nn.Sequential(nn.Linear(32, 16), nn.ReLU()).eval()
+    found = scaleprop.compile(model, (x,), recipe, "reference", calibration=[x, x]).report.records
+    said = {one.role: one.provenance for one in found}
+    weight, static = said["fprop.w"], said["fprop.x"]
+    assert weight is not None and static is not None and weight.batches == static.batches == 2
+    assert weight.statistic == "amax of each 1×32 block as earlier columns' errors left it"
+    assert static.statistic == ("amax of each 1×16 block, at run time, under one of the tensor: "
+                                "min and max of calibration")
