@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -19,4 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from scaleprop.cli.app import run
 
+    for stream in (sys.stdout, sys.stderr):  # "?" for what the terminal's encoding has no sign for
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     return run(arguments)

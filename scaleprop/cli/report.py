@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from scaleprop.cli.options import common
 from scaleprop.errors import ConfigError
 
+if TYPE_CHECKING:
+    from scaleprop.report import Report, ScaleReport
+
 _FILE = click.Path(path_type=Path)
+
+
+def _load(file: Path) -> Report | ScaleReport:
+    """A report; or that of a training step, whose schema is another."""
+    from scaleprop.report import Report, ScaleReport
+    from scaleprop.report.scales import SCHEMA
+
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        data = None  # said below
+    is_step = isinstance(data, dict) and cast(dict[str, Any], data).get("schema") == SCHEMA
+    return ScaleReport.load(file) if is_step else Report.load(file)
 
 
 @click.group("report")
@@ -22,10 +39,8 @@ def report_group() -> None:
 @click.argument("file", metavar="A.json", type=_FILE)
 @common
 def show_command(file: Path, emit: Any) -> None:
-    """Print a report: a summary and a row per tensor."""
-    from scaleprop.report import Report
-
-    report = Report.load(file)
+    """Print a report, or that of a training step: a summary and a row per tensor."""
+    report = _load(file)
     if emit:
         emit(report.to_dict())
         return
@@ -37,12 +52,10 @@ def show_command(file: Path, emit: Any) -> None:
 @click.option("-o", "--out", required=True, type=_FILE, help="The .html file.")
 @common
 def html_command(file: Path, out: Path, emit: Any) -> None:
-    """Draw a report as one offline HTML file."""
-    from scaleprop.report import Report
-
+    """Draw a report, or that of a training step, as one offline HTML file."""
     if out.suffix.lower() != ".html":
         raise ConfigError(f"--out {str(out)!r}: the page is a .html file")
-    Report.load(file).save(out)
+    _load(file).save(out)
     if emit:
         emit({"files": [str(out)]})
         return
@@ -75,8 +88,6 @@ def diff_command(before: Path, after: Path, threshold: float, emit: Any) -> int:
 @common
 def schema_command(markdown: Path | None, emit: Any) -> None:
     """Print the JSON Schema of a report's .json file."""
-    import json
-
     from scaleprop.report import schema
     from scaleprop.report.files import write_text
 

@@ -93,7 +93,7 @@ def compare(before: Report, after: Report, threshold: float = 0.0) -> ReportDiff
         ConfigError: for a threshold that is no number from 0.
     """
     if not threshold >= 0:
-        raise ConfigError(f"threshold={threshold!r} is a number of decibels, at least 0")
+        raise ConfigError(f"threshold={threshold!r}: a number of decibels, at least 0, is needed")
     by_format = before.recipe is None and after.recipe is None
     old, new = (_keyed(report.records, by_format) for report in (before, after))
     found: list[TensorDifference] = []

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from scaleprop.errors import ConfigError
 from scaleprop.report.files import write_report
 from scaleprop.report.graph.model import Block
+from scaleprop.report.schema import part_schema, problem
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -229,6 +230,8 @@ class ScaleReport:
             raise ConfigError(
                 f"schema {data.get('schema')!r} version {data.get('schema_version')!r}; "
                 f"this version reads {SCHEMA!r} version {SCHEMA_VERSION}")
+        if (found := problem(data, part_schema("ScaleReport"))) is not None:
+            raise ConfigError(f"not a report: {found}")
         fields = {k: v for k, v in data.items() if k not in ("schema", "schema_version")}
         try:
             fields["tensors"] = tuple(_tensor(item) for item in fields["tensors"])
@@ -239,7 +242,7 @@ class ScaleReport:
             if "block" in fields:
                 fields["block"] = Block.from_dict(fields["block"])
             return cls(**fields)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"not a report: {type(error).__name__}: {error}") from error
 
     @classmethod
@@ -255,7 +258,10 @@ class ScaleReport:
             raise ConfigError(f"cannot read the report {os.fspath(path)!r}: {error}") from error
         if not isinstance(data, dict):
             raise ConfigError(f"{os.fspath(path)!r} is not a report: expected a JSON object")
-        return cls.from_dict(cast(dict[str, Any], data))
+        try:
+            return cls.from_dict(cast(dict[str, Any], data))
+        except ConfigError as error:
+            raise ConfigError(f"{os.fspath(path)!r}: {error}") from error
 
 
 def _plain(value: Any) -> Any:

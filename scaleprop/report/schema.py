@@ -26,6 +26,12 @@ def report_schema() -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def part_schema(name: str) -> dict[str, Any]:
+    """The schema of one of the report's parts, for a file that holds it alone."""
+    whole = report_schema()
+    return {**whole["$defs"][name], "$defs": whole["$defs"]}
+
+
 def problem(data: Any, schema: Mapping[str, Any] | None = None) -> str | None:
     """The first thing in ``data`` that the schema does not allow, by its place; None where all is
     as it should be: ``records[3].sqnr_db is 'high', no number``."""

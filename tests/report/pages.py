@@ -130,7 +130,8 @@ def scale(rng: random.Random, node: str, phase: Phase, module: str, op: str) -> 
     size = math.exp2(rng.gauss(-1 if phase == "forward" else -14, 1.5))
     return TensorScale(
         node=node, op=op, phase=phase, name="", shape=(4, 512, 4096), dtype="float32",
-        source=SOURCE.format(line=99), module=module, read_in=(phase,) if phase != "input" else (),
+        source=SOURCE.format(line=99), module=module,
+        read_in=(phase,) if phase in ("forward", "backward") else (),
         count=8_388_608, amax=size * rng.uniform(4, 30), rms=size, mean=0.0,
         kurtosis=3 + 10 * rng.random() ** 3, zeros=0.0, masked=0.0,
         exponents=bell(rng, 8_388_608, math.floor(math.log2(size))),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ import torch
 from torch import nn
 
 import scaleprop
+from scaleprop.cli import main
+from scaleprop.cli.app import run
 from scaleprop.errors import ConfigError
 from scaleprop.recipes import Recipe, Role
 from scaleprop.report import Report, ScaleReport
@@ -99,7 +104,7 @@ def test_damage_that_no_number_or_stack_holds_is_refused(
 def test_scale_reports_with_numbers_beyond_floats_are_refused() -> None:
     data = training_report().to_dict()
     data["tensors"][0]["rms"] = 10**400
-    with pytest.raises(ConfigError, match="OverflowError"):
+    with pytest.raises(ConfigError, match=r"tensors\[0\]\.rms is 1000"):
         ScaleReport.from_dict(data)
 
 
@@ -146,3 +151,32 @@ def test_provenance_says_what_is_calibrated_and_what_is_not() -> None:
     assert weight.statistic == "amax of each 1×32 block as earlier columns' errors left it"
     assert static.statistic == ("amax of each 1×16 block, at run time, under one of the tensor: "
                                 "min and max of calibration")
+
+
+def test_the_command_line_reads_reports_of_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = training_report()
+    report.save(tmp_path / "step.json")
+    report.save(tmp_path / "direct.html")
+    assert run(["report", "show", str(tmp_path / "step.json")]) == 0
+    assert "residual-growth" in capsys.readouterr().out
+    assert run(["report", "html", str(tmp_path / "step.json"), "-o", str(tmp_path / "a.html")]) == 0
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "direct.html").read_bytes()
+    data = report.to_dict()
+    data["tensors"][1]["op"] = 5
+    (tmp_path / "bad.json").write_text(json.dumps(data))
+    assert run(["report", "show", str(tmp_path / "bad.json")]) == 2
+    assert re.search(r"bad\.json.*tensors\[1\]\.op is 5", capsys.readouterr().err)
+
+
+def test_signs_that_a_terminal_lacks_are_question_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Report(recipe="r", records=(record(node="a\udce9→"),)).save(tmp_path / "r.json")
+    for encoding in ("ascii", "utf-8"):
+        written = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
+        assert main(["report", "show", str(tmp_path / "r.json")]) == 0
+        sys.stdout.flush()
+        assert b"a?" in written.getvalue()
