@@ -26,6 +26,8 @@ AXES = {
                  "wgrad": {"wgrad.*.hadamard": 16, "wgrad.*.signs": "fixed"}},
 }
 SHORT = {"*.format": AXES["*.format"]}
+# costs are those of layers worth quantizing: tokens, outputs, inputs
+LAYERS = [(8192, 12288, 4096), (8192, 4096, 12288)]
 
 
 def batches(seed: int) -> Iterator[dict[str, Tensor]]:
@@ -58,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> scaleprop.Sweep:
         loss=loss, validation=held_out, clip=small_task.CLIP,
         learning_rate=small_task.RATE, seeds=1 if given.short else 3,
         steps=4 if given.short else 100,
+        shapes=LAYERS,
         options={"inner": "eager"},  # so small a model is trained before it would be compiled
         path=given.out / f"{'short' if given.short else 'runs'}.sqlite")
     found.show()  # gaps to bfloat16 beside what they cost hardware; what each choice does

@@ -24,7 +24,7 @@ from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from scaleprop import _torch_compat
-from scaleprop.errors import CaptureError
+from scaleprop.errors import CaptureError, ConfigError
 from scaleprop.passes import dimensions
 from scaleprop.passes.base import Program
 from scaleprop.passes.decompose import decomposed
@@ -53,6 +53,7 @@ def capture(
             ``ExportedProgram`` has its own.
 
     Raises:
+        ConfigError: where ``model`` is neither.
         CaptureError: where the model cannot be traced, or writes to its inputs or buffers.
     """
     kwargs = dict(kwargs or {})
@@ -61,6 +62,10 @@ def capture(
             raise CaptureError("an exported program has dynamic_shapes: leave them out")
         args, kwargs = _examples(model, args, kwargs)
         return _finish(model, args, kwargs, given=[], notes=(), declared=True)
+    if not isinstance(model, torch.nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"a model is a torch.nn.Module or what torch.export.export made of one, "
+                          f"not {type(model).__name__}. Remedy: of a function, a module whose "
+                          "forward calls it")
     if not isinstance(args, tuple):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CaptureError(f"args must be a tuple of positional inputs, not {type(args).__name__}")
     register_structures((args, kwargs))

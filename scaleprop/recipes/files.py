@@ -26,10 +26,15 @@ def named_recipe(recipe: str | Path | Recipe) -> Recipe:
     'mxfp4:even'
 
     Raises:
-        ConfigError: on an unknown name (the close ones are listed) or a file that is not a recipe.
+        ConfigError: on an unknown name (the close ones are listed), a file that is not a recipe, or
+            another object.
     """
     if isinstance(recipe, Recipe):
         return recipe
+    if not isinstance(recipe, (str, Path)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"a recipe is a name, a path or a scaleprop.Recipe, not "
+                          f"{type(recipe).__name__}: scaleprop.prepare_training takes recipes for "
+                          "training")
     if isinstance(recipe, Path) or recipe.endswith((".toml", ".json")):
         return load_recipe(recipe)
     known = {candidate.name: candidate for candidate in NAMED}

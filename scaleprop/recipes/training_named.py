@@ -202,10 +202,13 @@ def training_recipe(recipe: str | TrainingRecipe) -> TrainingRecipe:
     """The recipe meant by a name, by ``ExMy`` as in ``e5m7``, or by a recipe itself.
 
     Raises:
-        ConfigError: on an unknown name; the close ones are listed.
+        ConfigError: on an unknown name, where the close ones are listed, or another object.
     """
     if isinstance(recipe, TrainingRecipe):
         return recipe
+    if not isinstance(recipe, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"a recipe for training is a name or a TrainingRecipe, not "
+                          f"{type(recipe).__name__}: scaleprop.compile takes the others")
     known = {candidate.name: candidate for candidate in NAMED}
     if recipe in known:
         return known[recipe]

@@ -20,6 +20,7 @@ from scaleprop.errors import (
     ScalePropError,
 )
 from scaleprop.recipes import named_recipes
+from scaleprop.recipes.training_named import training_recipe
 
 
 @dataclasses.dataclass
@@ -272,3 +273,19 @@ def test_a_model_with_nothing_to_quantize_compiles(model, backend):
     compiled = scaleprop.compile(model, x, backend=backend)
     assert torch.equal(compiled(x), model(x))
     assert compiled.report.quantized == ()
+
+
+def test_what_is_no_model_or_recipe_is_refused() -> None:
+    linear, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    training = training_recipe("nvfp4")
+    for said, call in (
+        ("a model is a torch.nn.Module", lambda: scaleprop.compile(torch.relu, x)),
+        ("a model is a torch.nn.Module", lambda: scaleprop.analyze("model.pt2", x)),
+        ("not int", lambda: scaleprop.compile(linear, x, recipe=5)),
+        ("not TrainingRecipe: scaleprop.prepare_training takes",
+         lambda: scaleprop.compile(linear, x, recipe=training)),
+        ("not Recipe: scaleprop.compile takes",
+         lambda: scaleprop.prepare_training(linear, named_recipes()[0])),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            call()
