@@ -39,10 +39,20 @@ _GRANULARITY = """\
 | `[16x16]` | a tile of the last two axes, so that a transpose has the same scales |
 """
 _ROUNDING = """\
-Operands of [training recipes](../recipes/training.md) say how they are rounded: {modes}. All but
-the first draw random bits, 8 unless more are asked for (`stochastic:16`). Ties of `nearest` go to
-the even code. What is larger than the largest value saturates.
+Operands of [training recipes](../recipes/training.md) say how they are rounded. All but `nearest`
+and `eden` draw n random bits, 8 unless others are asked for (`stochastic:16`). With δ how far x is
+from the value below it in magnitude towards the one above (0 … 1), and r uniform on 0 … 2ⁿ−1, it
+goes up where the table says so. What is larger than the largest value saturates.
 """
+_MODES = {
+    "nearest": "δ > ½; ties go to the even code",
+    "stochastic": "round(δ·2ⁿ) + r ≥ 2ⁿ, ties to even: unbiased on average",
+    "stochastic_odd": "the same, ties to odd",
+    "stochastic_fast": "δ·2ⁿ + r + ½ ≥ 2ⁿ",
+    "stochastic_fastest": "⌊δ·2ⁿ⌋ + r ≥ 2ⁿ: toward zero by 2⁻⁽ⁿ⁺¹⁾ of a step on average",
+}
+_EDEN = "as `nearest`, of rotated data; the scales of blocks are then corrected, and rounded " \
+        "stochastically, so that the whole is unbiased"
 _PAGES = {
     "fp4": ("FP4", ("e2m1",)),
     "fp6": ("FP6", ("e3m2", "e2m3")),
@@ -91,7 +101,8 @@ def _index() -> str:
         "bits.", "## Who shares a scale", _GRANULARITY,
         "## How a scale is found", table(("rule", "scale"), [(code(name), text)
                                                              for name, text in RULES.items()]),
-        "## Rounding", _ROUNDING.format(modes=", ".join(map(code, MODES))))
+        "## Rounding", _ROUNDING, table(("rounding", "up where"), [
+            *((code(mode), _MODES[mode]) for mode in MODES), (code("eden"), _EDEN)]))
 
 
 def bits_with_scale(fmt: ScaledFormat) -> float:

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.harness import Ratio
 from docs.generate import api, copied, errors, fields, formats, markdown, peers, recipes
+from scaleprop.formats.rounding import MODES
 from scaleprop.recipes import named_recipes
 from scaleprop.recipes.training_named import NAMED
 
@@ -48,6 +49,13 @@ def test_tables_of_formats_hold_every_value(page: str, element: str) -> None:
     every = codes.view(oracle).astype(np.float64)
     wanted = every if page == "fp4" else every[: len(every) // 2]  # the others: a sign's half
     np.testing.assert_array_equal(np.sort(found), np.sort(wanted))
+
+
+def test_every_way_of_rounding_that_recipes_use_is_explained() -> None:
+    text = dict(formats.pages())["formats/index.md"].split("## Rounding")[1]
+    used = {operand.rounding.partition(":")[0] for recipe in NAMED
+            for operand in recipe.operands.values()}
+    assert {*MODES, *used} == set(re.findall(r"^\| `(\w+)` \|", text, re.M))
 
 
 def test_every_recipe_says_when_and_has_a_section() -> None:
