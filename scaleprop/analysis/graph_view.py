@@ -75,7 +75,8 @@ class _Facts:
             return None, None, f"high precision ({source.dtype}){': ' if reason else ''}" \
                                f"{reason or ''}"
         if not found.numel():
-            return Scale(None, format=source.format), None, "every value is zero"
+            return Scale(None, format=source.format), None, \
+                "no positive scale: values are zero, or not finite"
         scale = summary(found, source.format)
         assert scale.value is not None
         several = f", least {scale.low:.6g}, greatest {scale.high:.6g} of {found.numel()}" \

@@ -273,6 +273,7 @@ def prepared_view(
         ConfigError: on an unknown recipe or block, or a model of which nothing was cast.
     """
     _check(model)
+    options = Options(recipe=recipe, inner="eager")  # raises here, not within torch.compile
     args, kwargs = split_example(example_inputs)
     model, loss_of = copy.deepcopy(model), loss_function(loss_fn)
     found: list[Lowered | Operands] = []
@@ -281,8 +282,7 @@ def prepared_view(
         return loss_of(model(*args, **kwargs))
 
     def backend(graph: torch.fx.GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
-        return compile_with(graph, given, Options(recipe=recipe, inner="eager"),
-                            TrainingState(0), found.append)
+        return compile_with(graph, given, options, TrainingState(0), found.append)
 
     call.__code__ = call.__code__.replace()  # or calls for other models would count as this one's
     with torch.enable_grad():

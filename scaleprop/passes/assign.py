@@ -20,8 +20,9 @@ from scaleprop.errors import ConfigError, source_line
 from scaleprop.formats import parse
 from scaleprop.passes.base import Pass, PassResult, Program
 from scaleprop.passes.canonicalise.attention import ATTENTION
+from scaleprop.passes.outline import module_paths
 from scaleprop.passes.provenance import innermost_module
-from scaleprop.passes.rewrite import Rewriter, module_paths, shape_of
+from scaleprop.passes.rewrite import Rewriter, shape_of
 from scaleprop.passes.stored import (
     contraction_records,
     is_scaled,

@@ -110,14 +110,15 @@ class _Walk:
     ) -> None:
         self._graph, self._parameters, self._left_out = graph, parameters, left_out
         self._steps: dict[torch.fx.Node, Step] = {}
+        self._stored = _parts_of_stored(graph)
 
     def outline(self) -> Outline:
         results = [node for node in self._graph.output_node().all_input_nodes
                    if node not in self._left_out]
         live = _behind(results)  # else what forward makes again for backward
         for node in self._graph.nodes:
-            if node.op == "call_function" and node in live and not _is_passed(node) \
-                    and is_drawn(node):
+            if node.op == "call_function" and node in live and node not in self._stored \
+                    and not _is_passed(node) and is_drawn(node):
                 self._step(node)
         left = {self._root(node)[0] for node in results}
         return Outline(tuple(dataclasses.replace(step, leaves=node in left)
@@ -196,18 +197,40 @@ def _behind(results: Sequence[torch.fx.Node]) -> set[torch.fx.Node]:
     return found
 
 
+def _parts_of_stored(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Rows of stored codes and of their scales: no values of their own, whatever their type is."""
+    found: set[torch.fx.Node] = set()
+    for reader in graph.nodes:
+        for parts, format_ in _stored_in(reader) if reader.target in _PARTS else ():
+            for part in filter(None, parts if format_ else ()):
+                way: list[torch.fx.Node] = []
+                while part.op == "call_function" and part.all_input_nodes \
+                        and part.target not in (QUANTIZE, *_PARTS):
+                    way.append(part)
+                    part = part.all_input_nodes[0]
+                if part.op == "get_attr":
+                    found.update(way)
+    return found
+
+
 def _operands(node: torch.fx.Node) -> Iterator[tuple[torch.fx.Node, str]]:
     """What a node reads, in order, each with the format that it is stored in."""
-    if node.target not in _PARTS:
-        static = node.target in (QUANTIZE, FAKE_QUANTIZE)  # scales are no values
-        for source in node.all_input_nodes[:1] if static else node.all_input_nodes:
-            yield source, ""
+    if node.target in _PARTS:
+        for parts, format_ in _stored_in(node):
+            yield parts[0], format_
         return
+    static = node.target in (QUANTIZE, FAKE_QUANTIZE)  # scales are no values
+    for source in node.all_input_nodes[:1] if static else node.all_input_nodes:
+        yield source, ""
+
+
+def _stored_in(node: torch.fx.Node) -> Iterator[tuple[Sequence[Any], str]]:
+    """Codes and scales of each operand, and their format; "" where the first is the value."""
     formats = (node.args[1],) if node.target is DEQUANTIZE else (node.args[3], node.args[4])
     for arg, format_ in zip(node.args, formats, strict=False):
         parts: Any = arg if isinstance(arg, Sequence) else [arg]
         name = str(format_)
-        yield parts[0], "" if name in ("f32", "bf16", "f16") else name
+        yield parts, "" if name in ("f32", "bf16", "f16") else name
 
 
 def _is_passed(node: torch.fx.Node) -> bool:
@@ -240,7 +263,8 @@ def op_name(target: Any) -> str:
 
 def stack_of(node: torch.fx.Node) -> tuple[tuple[str, str], ...]:
     """The modules that a node is in, outermost first: path as ``named_modules`` has it, class."""
-    given: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
+    given: Mapping[str, Any] = node.meta.get("nn_module_stack") \
+        or node.meta.get("fwd_nn_module_stack") or {}  # what backward is of
     found: dict[str, str] = {}
     for entry in given.values():
         path, kind = str(entry[0]), entry[1]
@@ -249,6 +273,11 @@ def stack_of(node: torch.fx.Node) -> tuple[tuple[str, str], ...]:
         if not path.startswith("_empty_nn_module_stack"):
             found[path] = name
     return tuple(found.items())
+
+
+def module_paths(node: torch.fx.Node) -> tuple[str, ...]:
+    """The modules around ``node``, outermost first: ``("encoder", "encoder.layer.0")``."""
+    return tuple(path for path, _ in stack_of(node) if path)
 
 
 def module_path(name: str) -> str:

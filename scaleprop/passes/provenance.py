@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch.fx
 
 from scaleprop.formats import ScaledFormat
-from scaleprop.passes.rewrite import module_paths
+from scaleprop.passes.outline import module_paths
 from scaleprop.report.records import ScaleProvenance, TensorRecord, TransformRecord
 
 _MOST = 12  # neighbours that a record lists

@@ -167,12 +167,6 @@ def parameters_behind(node: torch.fx.Node) -> list[torch.fx.Node] | None:
     return [source for source in seen if source.op == "get_attr"]
 
 
-def module_paths(node: torch.fx.Node) -> tuple[str, ...]:
-    """The modules around ``node``, outermost first: ``("encoder", "encoder.layer.0")``."""
-    stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
-    return tuple(path for path, _ in stack.values() if path)
-
-
 def shape_of(node: torch.fx.Node) -> tuple[int | str, ...]:
     """The node's shape for people: integers, and symbolic sizes as text."""
     value = node.meta.get("val")

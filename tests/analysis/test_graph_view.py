@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ import scaleprop
 from scaleprop.analysis.training_view import prepared_view, training_view
 from scaleprop.cli import main
 from scaleprop.errors import ConfigError
+from scaleprop.passes.outline import module_paths, stack_of
+from scaleprop.passes.provenance import innermost_module
+from scaleprop.passes.statistics.lines import module_of
 from scaleprop.passes.training import Lowered
 from scaleprop.report import Report, ScaleReport
 from scaleprop.report.graph import Block, BlockEdge
@@ -381,3 +385,53 @@ def test_the_command_draws_and_refuses(
                        (["-o", "b.svg", "--training", "fp8"], "add --loss")):
         assert main([*given, *wrong]) == 2
         assert why in capsys.readouterr().err
+
+
+def test_stored_rows_are_no_values_whatever_their_type() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64)).eval()
+    model[1].weight = model[0].weight  # one tensor, gathered from and multiplied by
+    block = scaleprop.compile(model, torch.arange(8), "fp8", "reference").graph_view("")
+    weight = model.get_parameter("0.weight").detach().abs().amax(dim=1) / 448
+    edges = named(block)
+    assert sorted(edges) == sorted([
+        "1.weight → dequantize", "dequantize → quantize", "quantize → linear 1",
+        "1.weight → linear 1", "linear 1 → output"])
+    for name in ("1.weight → dequantize", "1.weight → linear 1"):
+        assert numbers(edges[name])[1:] == pytest.approx((float(weight.min()), float(weight.max())))
+        assert edges[name].forward.format == "e4m3[row]*f32"  # type: ignore[union-attr]
+
+
+def test_names_that_no_xml_holds_are_written_as_python_does(inputs: torch.Tensor) -> None:
+    block = training_view(nn.Sequential(Layer(16)), inputs, loss_fn, "")
+    odd = dataclasses.replace(
+        block, path="a\x01", nodes=tuple(dataclasses.replace(node, module=f"b\ud800<{node.module}")
+                                         for node in block.nodes))
+    texts = ["".join(each.itertext()) for each in ElementTree.fromstring(odd.svg().encode()).iter()]
+    assert any(r"a\x01: Sequential" in text for text in texts)
+    assert any(r"b\ud800<0" in text for text in texts)
+    assert r"a\\x01: Sequential" in odd.dot() and odd.dot().encode()
+
+
+def test_scales_that_are_no_numbers_are_not_called_zero(
+    model: Model, inputs: torch.Tensor
+) -> None:
+    compiled = scaleprop.compile(model, inputs / 0, "int8-dynamic", "reference")
+    edge = named(compiled.graph_view("layers.0"))["quantize → linear up"]
+    assert edge.forward is not None
+    assert edge.forward.value is None
+    assert "not finite" in edge.detail
+
+
+def test_an_unknown_recipe_is_refused_by_name(model: Model, inputs: torch.Tensor) -> None:
+    with pytest.raises(ConfigError, match="unknown training recipe 'fp9'"):
+        prepared_view(model, inputs, loss_fn, "fp9")
+
+
+def test_modules_are_read_in_one_way() -> None:
+    node = torch.fx.Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {
+        "a": ("", "m.Model"), "b": ("L['self']._modules['layers'][0]", Layer),
+        "c": ("_empty_nn_module_stack_from_metadata_hook", "")}
+    assert stack_of(node) == (("", "m.Model"), ("layers.0", f"{__name__}.Layer"))
+    assert module_paths(node) == ("layers.0",) and module_of(node) == innermost_module(node)

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 import scaleprop
 from scaleprop.backends.joint import capture_training
+from scaleprop.passes.outline import module_path
 from scaleprop.passes.statistics import Measured, attention_entropy, measure
 from scaleprop.passes.statistics.depth import COLLAPSED, GROWTH
-from scaleprop.passes.statistics.lines import module_path
 from scaleprop.passes.statistics.measure import own_random_state
 from scaleprop.passes.statistics.structure import Structure, stream
 

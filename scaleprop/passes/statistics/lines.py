@@ -13,7 +13,7 @@ import torch
 import torch.fx
 
 from scaleprop import _torch_compat as compat
-from scaleprop.passes.outline import module_path
+from scaleprop.passes.outline import stack_of
 from scaleprop.passes.statistics.measure import Measured, own_random_state
 from scaleprop.report.scales import Listing, Visit
 
@@ -87,15 +87,8 @@ def module_of(node: torch.fx.Node, *, users: bool = False) -> str:
 
     users: of the innermost one whose class is not PyTorch's: its code has the line.
     """
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    entries: list[Any] = [entry for entry in stack.values()
-                          if not (users and _is_torch_class(entry[1]))]
-    return module_path(str(entries[-1][0])) if entries else ""
-
-
-def _is_torch_class(given: Any) -> bool:
-    name = given if isinstance(given, str) else f"{given.__module__}.{given.__qualname__}"
-    return name.startswith("torch.")
+    paths = [path for path, kind in stack_of(node) if not (users and kind.startswith("torch."))]
+    return paths[-1] if paths else ""
 
 
 def listings(found: Sequence[Visit]) -> list[Listing]:

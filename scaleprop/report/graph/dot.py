@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scaleprop.report.graph.model import Block, BlockEdge, BlockNode
+from scaleprop.report.graph.model import Block, BlockEdge, BlockNode, printable
 from scaleprop.report.graph.palette import colour_of
 
 _SHAPES = {"quantize": "cds", "dequantize": "cds", "parameter": "note", "input": "plaintext",
@@ -45,5 +45,5 @@ def _attributes(given: dict[str, str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    escaped = printable(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'

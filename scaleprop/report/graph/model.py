@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from scaleprop.report.files import write_text
 SCHEMA = "scaleprop.block"
 SCHEMA_VERSION = 1
 Kind = Literal["operator", "quantize", "dequantize", "parameter", "input", "output", "module"]
+_NOT_TEXT = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # in XML
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +180,11 @@ def power_of_two(value: float) -> str:
     if mantissa == 0.5:
         return f"{sign}2^{exponent - 1}"
     return f"{sign}2^{round(math.log2(abs(value)), 1) + 0.0:.1f}"
+
+
+def printable(text: str) -> str:
+    """``text`` with characters that no XML may hold written as Python does: ``\\x01``."""
+    return _NOT_TEXT.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def check_suffix(path: Path) -> None:

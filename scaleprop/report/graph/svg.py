@@ -9,7 +9,7 @@ from html import escape
 
 from scaleprop.report.graph.dot import label_lines
 from scaleprop.report.graph.layout import Box, Layout, Line, Route, place
-from scaleprop.report.graph.model import Block, BlockEdge, BlockNode, Scale
+from scaleprop.report.graph.model import Block, BlockEdge, BlockNode, Scale, printable
 from scaleprop.report.graph.palette import colour_of
 
 _LETTER = 0.62  # width of a letter of a fixed-width font, in its size
@@ -58,7 +58,7 @@ def render_block(
         *(_edge(edge, route) for edge, route in zip(block.edges, drawn.routes, strict=True)),
         *(_node(node, box, links.get(node.name))
           for node, box in zip(block.nodes, drawn.boxes, strict=True))))
-    return (
+    return printable(
         f'<svg xmlns="http://www.w3.org/2000/svg" class="sg" role="{role}" viewBox="0 0 '
         f'{width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" '
         f'aria-labelledby="{prefix}-title" aria-describedby="{prefix}-desc" '
