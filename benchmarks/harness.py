@@ -185,8 +185,22 @@ class Results:
         directory.mkdir(parents=True, exist_ok=True)
         self.data: dict[str, Any] = {"sections": {}}
         if self.json_path.exists() and not fresh:
-            self.data = json.loads(self.json_path.read_text())
+            self.data = self._read()
         self.data["machine"] = machine()
+
+    def _read(self) -> dict[str, Any]:
+        """What is there; a file that nobody can read is put aside, and said to be."""
+        try:
+            data = json.loads(self.json_path.read_text(encoding="utf-8"))
+            if not isinstance(data, dict) or not isinstance(data["sections"], dict):
+                raise TypeError("no results with sections")
+        except (ValueError, TypeError, KeyError) as error:
+            aside = self.json_path.with_suffix(".json.damaged")
+            self.json_path.replace(aside)
+            print(f"{self.json_path}: {error_text(error)}; it is now {aside.name}, and all is "
+                  "measured again", file=sys.stderr)
+            return {"sections": {}}
+        return data
 
     @property
     def sections(self) -> dict[str, Any]:
@@ -205,7 +219,7 @@ class Results:
 
 def _write(path: Path, text: str) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

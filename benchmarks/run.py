@@ -17,15 +17,18 @@ out with its reason. Interrupted, it goes on where it stopped. Writes ``summary.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import fcntl
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +86,18 @@ def summed_up(benchmark: Benchmark, path: Path) -> Row:
         data = load(path)
         machine = data.get("machine") if isinstance(data, dict) else None
         figures: Figures = benchmark.figures(data)
-    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        described = {"machine": harness.machine_line(machine)} if machine else {}
+    except Exception as error:  # whatever a file holds, the other benchmarks run
         return row | {"problem": f"{path.name}: {harness.error_text(error)}"}
-    return row | {"figures": figures} | (
-        {"machine": harness.machine_line(machine)} if machine else {})
+    return row | described | {"figures": {  # JSON has no other numbers
+        label: value if isinstance(value, str) or math.isfinite(value) else str(value)
+        for label, value in figures.items()}}
 
 
 class Suite:
     """The benchmarks that are asked for, and what is known of each."""
+
+    lock: int | None = None  # of the folder, which benchmarks inherit
 
     def __init__(self, folder: Path, quick: bool, logs: Path = LOGS) -> None:
         self.folder, self.quick, self.logs = folder, quick, logs
@@ -113,17 +120,26 @@ class Suite:
     def run(self, benchmark: Benchmark) -> Row:
         """One benchmark, from start to end."""
         started, path = time.time(), benchmark.path(self.folder)
+        before = _state(path)
         seconds = QUICK_SECONDS if self.quick else 60 * TIMES * benchmark.minutes
         log = self.logs / f"{benchmark.module}.log"
         self.logs.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in os.environ.items()
                        if benchmark.interpreted or name != "TRITON_INTERPRET"}
         with log.open("w", encoding="utf-8") as output:
-            status = _ended(self.command(benchmark), seconds, output, environment)
+            status = _ended(self.command(benchmark), seconds, output, environment, self.lock)
+        found = summed_up(benchmark, path)
+        if _state(path) == before:
+            if status or status is None:
+                found.pop("figures", None)  # of an earlier run
+            elif "figures" in found:
+                return {"status": "on disk", **found}
         row: Row = {"status": "ok", "seconds": round(time.time() - started, 3),
                     "commit": self.results.data["commit"],
-                    "when": time.strftime("%Y-%m-%d %H:%M:%S %Z"), **summed_up(benchmark, path)}
-        last = " ".join(log.read_text(encoding="utf-8").strip().splitlines()[-2:])[-200:]
+                    "when": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+                    "machine": harness.machine_line(self.results.data["machine"]), **found}
+        said = log.read_text(encoding="utf-8", errors="replace")
+        last = " ".join(said.strip().splitlines()[-2:])[-200:]
         if status is None:
             row |= {"status": "too long", "problem": f"ended after {seconds:.0f} s; {last}"}
         elif status:
@@ -140,7 +156,8 @@ class Suite:
             for benchmark in chosen:
                 self.results.add(benchmark.module, {"status": AGAIN})
         todo = [benchmark for benchmark in chosen
-                if self.rows.get(benchmark.module, {}).get("status") not in DONE]
+                if self.rows.get(benchmark.module, {}).get("status") not in DONE
+                or "problem" in summed_up(benchmark, benchmark.path(self.folder))]
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("", total=sum(each.minutes for each in todo))
             for benchmark in todo:
@@ -151,6 +168,7 @@ class Suite:
                 self.write()
                 progress.console.print(line(benchmark.module, row), markup=False, soft_wrap=True)
                 progress.advance(task, benchmark.minutes)
+        self.write()  # an earlier run may have ended before it did
 
     def summarise(self, chosen: Sequence[Benchmark]) -> None:
         """Rows from what is on disk; how a run ended stays known."""
@@ -158,9 +176,12 @@ class Suite:
             found = summed_up(benchmark, benchmark.path(self.folder))
             before = self.rows.get(benchmark.module, {})
             if "figures" in found:
-                found = {"status": "on disk"} | before | found
+                ran = before.get("status") not in (None, "not run", "skipped")
+                found = {"status": "on disk", **(before if ran else {}), **found}
+            elif before.get("status") in (None, "not run", *DONE):
+                found = {"status": "not run", **found}
             else:
-                found = before or {"status": "not run", **found}
+                found = before
             self.results.add(benchmark.module, found)
         self.write()
 
@@ -171,17 +192,51 @@ class Suite:
             {name: self.rows[name] for name in order}, self.results.data))
 
 
+def _state(path: Path) -> tuple[int, int] | None:
+    """Changes where a file is written."""
+    return (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """A lock of ``folder``, which benchmarks hold as well: one that outlived a killed run would
+    write there, and disturb what is measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield lock
+    except BlockingIOError:
+        sys.exit(f"{folder}: another run, or a benchmark that a killed one left, still works there")
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _ends_when_told() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does, with the benchmark that is running."""
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _ended(command: Sequence[str], seconds: float, output: Any,
-           environment: Mapping[str, str]) -> int | None:
-    """The exit status; None where it took too long. No process outlives this call."""
+           environment: Mapping[str, str], lock: int | None = None) -> int | None:
+    """The exit status; None where it took too long. No process of its group outlives this call."""
     with subprocess.Popen(command, cwd=harness.ROOT, stdout=output, stderr=subprocess.STDOUT,
-                          env=environment, start_new_session=True) as process:
+                          env=environment, start_new_session=True,
+                          pass_fds=() if lock is None else (lock,)) as process:
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
             return None
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -234,7 +289,8 @@ def parsed(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Be
     if options.results and not (options.quick or options.summarise):
         parser.error("--results goes with --quick or --summarise: full runs write to "
                      "benchmarks/results")
-    names = [name for name in options.only.split(",") if name] or [
+    only = dict.fromkeys(name.strip() for name in options.only.split(","))
+    names = [name for name in only if name] or [
         name for name, each in BENCHMARKS.items() if each.quick is not None or not options.quick]
     if unknown := [name for name in names if name not in BENCHMARKS]:
         parser.error(f"unknown benchmarks {unknown}; known: {', '.join(BENCHMARKS)}")
@@ -251,11 +307,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{each.module:24} {each.minutes:5.0f} min  {missing(each) or 'can run here'}")
         return 0
     folder = options.results or (harness.RESULTS / "quick" if options.quick else harness.RESULTS)
-    suite = Suite(folder.resolve(), options.quick)
-    if options.summarise:
-        suite.summarise(chosen)
-    else:
-        suite.run_all(chosen, options.fresh, Console(stderr=True))
+    with _ends_when_told(), _alone(folder.resolve()) as lock:
+        suite = Suite(folder.resolve(), options.quick)
+        suite.lock = lock
+        if options.summarise:
+            suite.summarise(chosen)
+        else:
+            suite.run_all(chosen, options.fresh, Console(stderr=True))
     print(f"wrote {suite.results.markdown_path}")
     return int(any(suite.rows[each.module]["status"] in ("failed", "too long")
                    for each in chosen))

@@ -3,10 +3,15 @@ twice."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,6 +155,91 @@ def test_it_goes_on_where_it_stopped(
         with pytest.raises(KeyboardInterrupt):
             quick(tmp_path, "--fresh")
     assert quick(tmp_path) == 0 and ran == ["one again", "two again", "three again"]
+
+
+def test_whatever_a_benchmark_leaves_the_rest_runs(
+    fakes: Codes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writes = "import sys, pathlib; pathlib.Path(sys.argv[1], '{}.json').write_text('{}')"
+    fakes({
+        "bytes": "import sys; sys.stdout.buffer.write(b'no \\xff layer'); sys.exit(3)",
+        "nothing": writes.format("nothing", '{"speed": {"of": []}}'),
+        "strange": writes.format("strange", '{"speed": 1, "machine": "x"}'),
+        "nan": writes.format("nan", '{"speed": NaN}'),
+        "stale": "import sys; sys.exit(4)",
+        "kept": "", "fine": WRITES.format("fine")})
+    figures = dataclasses.replace(run.BENCHMARKS["nothing"], figures=lambda data: {
+        "speed": next(iter(data["speed"]["of"]))})
+    run.BENCHMARKS["nothing"] = figures
+    for name in ("stale", "kept"):
+        (tmp_path / f"{name}.json").write_text('{"speed": 99}')
+    (tmp_path / "summary.json").write_text('{"sections": {"fi')
+    assert quick(tmp_path, "--only", ", ".join([*run.BENCHMARKS, "fine"])) == 1
+    assert "summary.json: JSONDecodeError" in capsys.readouterr().err
+    assert (tmp_path / "summary.json.damaged").read_text() == '{"sections": {"fi'
+    text = (tmp_path / "summary.json").read_text()
+    rows = json.loads(text)["sections"]
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "bytes": "failed", "nothing": "failed", "strange": "failed", "nan": "ok",
+        "stale": "failed", "kept": "on disk", "fine": "ok"}
+    assert "no \ufffd layer" in rows["bytes"]["problem"] and "NaN" not in text
+    assert "figures" not in rows["stale"] and rows["kept"]["figures"] == {"speed": 99}
+    assert "commit" not in rows["kept"] and "Python" in rows["fine"]["machine"]
+
+
+def test_results_that_are_gone_are_measured_again(fakes: Codes, tmp_path: Path) -> None:
+    ran = fakes({"one": WRITES.format("one")})
+    assert quick(tmp_path) == 0
+    (tmp_path / "one.json").write_text("{")
+    assert quick(tmp_path, "--summarise") == 0
+    row = json.loads((tmp_path / "summary.json").read_text())["sections"]["one"]
+    assert row["status"] == "not run" and "one.json" in row["problem"] and "figures" not in row
+    (tmp_path / "one.json").write_text('{"speed": 3.5}')
+    assert quick(tmp_path, "--summarise") == 0
+    row = json.loads((tmp_path / "summary.json").read_text())["sections"]["one"]
+    assert (row["status"], row["figures"]) == ("on disk", {"speed": 3.5}) and "problem" not in row
+    (tmp_path / "one.json").unlink()
+    (tmp_path / "summary.md").unlink()
+    assert quick(tmp_path) == 0 and len(ran) == 2
+    (tmp_path / "summary.md").unlink()  # as where a run was killed before it was written
+    assert quick(tmp_path) == 0 and len(ran) == 2
+    assert "speed: 2.5" in (tmp_path / "summary.md").read_text()
+
+
+KILLED = """
+import pathlib, sys
+from benchmarks import run
+from benchmarks.registry import Benchmark
+run.Suite.__init__.__defaults__ = (pathlib.Path(sys.argv[1]),)
+run.BENCHMARKS = {"endless": Benchmark(module="endless", minutes=1, quick=(), figures=dict)}
+run.Suite.command = lambda *_: [sys.executable, "-c", sys.argv[2], sys.argv[1]]
+run.main(["--quick", "--results", sys.argv[1]])
+"""
+ENDLESS = ("import os, pathlib, sys, time; path = pathlib.Path(sys.argv[1], 'pid'); "
+           "path.with_suffix('.part').write_text(str(os.getpid())); "
+           "path.with_suffix('.part').replace(path); time.sleep(60)")
+
+
+@pytest.mark.parametrize("with_what", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_leaves_no_benchmark_that_disturbs_the_next(
+    with_what: signal.Signals, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path), ENDLESS]
+    with subprocess.Popen(command, cwd=harness.ROOT, stderr=subprocess.DEVNULL) as process:
+        while not (tmp_path / "pid").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(with_what)
+    benchmark = int((tmp_path / "pid").read_text())
+    if with_what == signal.SIGTERM:
+        with pytest.raises(ProcessLookupError):
+            os.kill(benchmark, 0)
+        return
+    try:
+        with pytest.raises(SystemExit, match="a benchmark that a killed one left"):
+            quick(tmp_path, "--summarise")
+    finally:
+        os.kill(benchmark, signal.SIGKILL)
 
 
 def test_a_summary_runs_nothing(fakes: Codes, tmp_path: Path) -> None:
