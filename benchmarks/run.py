@@ -87,7 +87,8 @@ def summed_up(benchmark: Benchmark, path: Path) -> Row:
         machine = data.get("machine") if isinstance(data, dict) else None
         figures: Figures = benchmark.figures(data)
         described = {"machine": harness.machine_line(machine)} if machine else {}
-    except Exception as error:  # whatever a file holds, the other benchmarks run
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, StopIteration,
+            OSError, csv.Error) as error:  # whatever a file holds, the other benchmarks run
         return row | {"problem": f"{path.name}: {harness.error_text(error)}"}
     return row | described | {"figures": {  # JSON has no other numbers
         label: value if isinstance(value, str) or math.isfinite(value) else str(value)

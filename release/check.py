@@ -24,12 +24,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from release import contents, licences, torches
 from release.contents import ROOT, ReleaseError
 
 EXTRAS = "onnx,cli,report"  # what the README installs, and the quickstart needs
+WRITTEN = ("scaleprop-*.tar.gz", "scaleprop-*.whl", "licences.md", "sbom.cdx.json")
 PREFIX = "import sys; sys.path[:] = [each for each in sys.path if each]; "  # not this folder
 WHERE = PREFIX + "import scaleprop, torch; print(scaleprop.__file__, torch.__version__)"
 
@@ -67,9 +69,11 @@ def build(folder: Path, dist: Path) -> tuple[Path, Path]:
             continue  # a link is for reading here; a file that was deleted
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, source / name)
-    shutil.rmtree(dist, ignore_errors=True)
+    for pattern in WRITTEN:  # nothing else: the folder may be anyone's
+        for old in dist.glob(pattern):
+            old.unlink()
     run([sys.executable, "-m", "build", "--outdir", dist, source], folder)
-    (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
+    (sdist,), (wheel,) = (dist.glob(pattern) for pattern in WRITTEN[:2])
     return sdist, wheel
 
 
@@ -88,7 +92,8 @@ def try_out(wheel: Path, torch: Version, folder: Path) -> str:
     run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint",
          "constraints.txt", f"scaleprop[{EXTRAS}] @ {wheel.resolve().as_uri()}", "pytest"], folder)
     place, number = run([python, "-c", WHERE], folder).split()
-    if not Path(place).is_relative_to(folder / "environment") or Version(number) != torch:
+    if not Path(place).is_relative_to(folder / "environment") \
+            or number not in SpecifierSet(f"=={torch}", prereleases=True):
         raise ReleaseError(f"tested would be {place} with torch {number}, not the wheel")
     tested = run([python, "-m", "pytest", "-q", "--doctest-modules", "--pyargs",
                   "--doctest-ignore-import-errors", "-p", "no:cacheprovider", "scaleprop"], folder)
@@ -97,15 +102,15 @@ def try_out(wheel: Path, torch: Version, folder: Path) -> str:
     return tested.strip().splitlines()[-1].strip("= ")
 
 
-def chosen(given: str | None, own: Sequence[Requirement]) -> dict[str, Version | str]:
+def chosen(given: Version | None, own: Sequence[Requirement]) -> dict[str, Version | str]:
     """What to test with, by minor."""
     if given:
-        return {given: Version(given)}
+        return {str(given): given}
     (supported,) = (each.specifier for each in own if each.name == "torch")
     return torches.choice(torches.listed(), supported)
 
 
-def check(dist: Path, given: str | None) -> None:
+def check(dist: Path, given: Version | None) -> None:
     """All of it, in order.
 
     Raises:
@@ -139,13 +144,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 where it is fit for release."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch", help="one version, instead of the latest minors")
+    parser.add_argument("--torch", type=Version, help="one version, instead of the latest minors")
     parser.add_argument("--dist", type=Path, default=ROOT / "dist")
     options = parser.parse_args(arguments)
     try:
         check(options.dist, options.torch)
     except ReleaseError as error:
         print(f"not fit for release: {error}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as error:
+        print(f"not fit for release: {error}\n{error.stderr or ''}", file=sys.stderr)
         return 1
     print(f"fit for release: {options.dist}")
     return 0

@@ -63,7 +63,10 @@ def names(distribution: Path) -> tuple[set[str], bytes]:
         if links := [each.name for each in members if not each.isfile() and not each.isdir()]:
             raise ReleaseError(f"{distribution.name} has links: {links}")
         files = [each for each in members if each.isfile()]
-        (top,) = {PurePosixPath(each.name).parts[0] for each in files}
+        tops = {PurePosixPath(each.name).parts[0] for each in files}
+        if len(tops) != 1:
+            raise ReleaseError(f"{distribution.name} unpacks into {sorted(tops)}, not one folder")
+        (top,) = tops
         inside = {each.name.removeprefix(f"{top}/") for each in files}
         metadata = sdist.extractfile(f"{top}/PKG-INFO")
         assert metadata

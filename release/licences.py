@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cyclonedx.factory.license import LicenseFactory
@@ -42,13 +42,15 @@ SPDX = {
 Package = tuple[str, str]  # name and version
 
 
-def closure(requirements: Iterable[Requirement]) -> set[str]:
-    """Names of the distributions that are installed for these requirements, on this platform.
+def closure(requirements: Iterable[Requirement]) -> dict[str, set[str]]:
+    """Distribution → those that it needs itself, of all that are installed for these requirements,
+    on this platform.
 
     Raises:
         ReleaseError: where one is not installed here.
     """
     seen: set[tuple[str, str]] = set()
+    found: dict[str, set[str]] = {}
     todo = [(requirement.name, extra) for requirement in requirements
             for extra in ("", *requirement.extras)]
     while todo:
@@ -56,6 +58,7 @@ def closure(requirements: Iterable[Requirement]) -> set[str]:
         if (key := (canonicalize_name(name), extra)) in seen:
             continue
         seen.add(key)
+        needs = found.setdefault(key[0], set())
         try:
             requires = importlib.metadata.requires(name) or []
         except importlib.metadata.PackageNotFoundError:
@@ -63,7 +66,27 @@ def closure(requirements: Iterable[Requirement]) -> set[str]:
         for requirement in map(Requirement, requires):
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
                 todo += [(requirement.name, each) for each in ("", *requirement.extras)]
-    return {name for name, _ in seen}
+                needs |= {canonicalize_name(requirement.name)} - {key[0]}
+    return found
+
+
+def direct(own: Iterable[Requirement], extra: str) -> list[Requirement]:
+    """What the package requires with an extra, "" without, and with those that it names."""
+    found, todo, seen = [], [extra], set[str]()
+    requirements = list(own)
+    while todo:
+        seen.add(each := todo.pop())
+        for requirement in requirements:
+            marker = requirement.marker
+            if not (marker is None if each == "" else
+                    marker is not None and marker.evaluate({"extra": each})
+                    and not marker.evaluate({"extra": ""})):
+                continue
+            if requirement.name == "scaleprop":
+                todo += requirement.extras - seen
+            else:
+                found.append(requirement)
+    return found
 
 
 def needed(own: Iterable[Requirement]) -> dict[str, set[str]]:
@@ -71,20 +94,7 @@ def needed(own: Iterable[Requirement]) -> dict[str, set[str]]:
     requirements = list(own)
     found: dict[str, set[str]] = {}
     for extra in EXTRAS:
-        direct, todo, seen = [], [extra], set[str]()
-        while todo:  # extras name extras
-            seen.add(each := todo.pop())
-            for requirement in requirements:
-                marker = requirement.marker
-                if not (marker is None if each == "" else
-                        marker is not None and marker.evaluate({"extra": each})
-                        and not marker.evaluate({"extra": ""})):
-                    continue
-                if requirement.name == "scaleprop":
-                    todo += requirement.extras - seen
-                else:
-                    direct.append(requirement)
-        for name in closure(direct):
+        for name in closure(direct(requirements, extra)):
             found.setdefault(name, set()).add(extra)
     return found
 
@@ -151,8 +161,9 @@ def markdown(licences: Mapping[Package, str], extras: Mapping[str, Collection[st
     return "\n".join(lines) + "\n"
 
 
-def bill(version: str, licences: Mapping[Package, str]) -> str:
-    """CycloneDX 1.6, JSON: the package, its parts, who depends on whom."""
+def bill(version: str, licences: Mapping[Package, str], own: Sequence[Requirement]) -> str:
+    """CycloneDX 1.6, JSON: the package, its parts, who depends on whom. own: what the package
+    itself requires."""
     factory, bom = LicenseFactory(), Bom()
 
     def component(name: str, number: str, text: str, kind: ComponentType) -> Component:
@@ -165,16 +176,11 @@ def bill(version: str, licences: Mapping[Package, str]) -> str:
                                                 ComponentType.LIBRARY)
              for (name, number), text in licences.items()}
     bom.components.update(parts.values())
-    bom.register_dependency(bom.metadata.component, parts.values())
-    for name, part in parts.items():
-        bom.register_dependency(part, [parts[other] for other in required(name) & set(parts)])
+    needs = {canonicalize_name(requirement.name) for requirement in own}
+    bom.register_dependency(bom.metadata.component, [parts[name] for name in sorted(needs)])
+    for name, others in closure(own).items():
+        bom.register_dependency(parts[name], [parts[other] for other in sorted(others)])
     return JsonV1Dot6(bom).output_as_string(indent=1)
-
-
-def required(name: str) -> set[str]:
-    """What a distribution itself requires, its extras included."""
-    return {canonicalize_name(Requirement(text).name)
-            for text in importlib.metadata.requires(name) or []}
 
 
 def write(own: Iterable[Requirement], version: str, folder: Path) -> int:
@@ -183,10 +189,12 @@ def write(own: Iterable[Requirement], version: str, folder: Path) -> int:
     Raises:
         ReleaseError: where a licence is not allowed.
     """
+    own = list(own)
     extras = needed(own)
     licences = said(extras)
     if sentences := refused(licences):
         raise ReleaseError("\n".join(sentences))
     (folder / "licences.md").write_text(markdown(licences, extras), encoding="utf-8")
-    (folder / "sbom.cdx.json").write_text(bill(version, licences) + "\n", encoding="utf-8")
+    every = [each for extra in EXTRAS for each in direct(own, extra)]
+    (folder / "sbom.cdx.json").write_text(bill(version, licences, every) + "\n", encoding="utf-8")
     return len(licences)

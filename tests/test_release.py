@@ -144,6 +144,17 @@ def test_dependencies_by_extra_and_the_list_of_parts(tmp_path: Path) -> None:
                if each["ref"].startswith("pkg:pypi/rich@"))
     assert any(ref.startswith("pkg:pypi/pygments@") for ref in rich)
     assert "| click |" in (tmp_path / "licences.md").read_text()
+    (root,) = (each["dependsOn"] for each in parts["dependencies"]
+               if each["ref"].startswith("pkg:pypi/scaleprop@"))
+    assert [ref.split("/")[1].split("@")[0] for ref in sorted(root)] == [
+        "click", "packaging", "rich"]  # not what these need
+
+
+def test_parts_depend_on_what_is_installed_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    requires = {"a": ["b[x]", "c; extra == 'test'", "c; sys_platform == 'none'"],
+                "b": ["c; extra == 'x'", "d; extra == 'y'", "b[x]; extra == 'y'"], "c": [], "d": []}
+    monkeypatch.setattr(licences.importlib.metadata, "requires", requires.__getitem__)
+    assert licences.closure([Requirement("a")]) == {"a": {"b"}, "b": {"c"}, "c": set()}
 
 
 def test_what_is_not_installed_is_said() -> None:
@@ -164,6 +175,43 @@ def test_torches_of_the_latest_minors() -> None:
 def test_constraints_name_the_torch_that_is_tested() -> None:
     text = check.constraints(Version("2.14.1+cpu"))
     assert "\ntorch==2.14.1+cpu\n" in text and text.count("\ntorch==") == 1
+
+
+def test_only_what_it_wrote_itself_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dist = tmp_path / "dist"
+    dist.mkdir()
+    for name in ("mine.txt", "scaleprop-0.1-py3-none-any.whl"):
+        (dist / name).write_text("")
+    monkeypatch.setattr(contents, "tracked", list[str])
+    monkeypatch.setattr(check, "run", lambda *_: [
+        (dist / f"scaleprop-1{end}").write_text("") for end in (".tar.gz", "-py3-none-any.whl")])
+    found = check.build(tmp_path, dist)
+    assert [path.name for path in found] == ["scaleprop-1.tar.gz", "scaleprop-1-py3-none-any.whl"]
+    assert {path.name for path in dist.iterdir()} == {"mine.txt", *(path.name for path in found)}
+
+
+def test_a_torch_may_be_named_without_its_build(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "torch"
+    said = f"{folder / 'environment' / 'scaleprop.py'} 2.13.0+cpu"
+    monkeypatch.setattr(check, "run", lambda command, _: said if check.WHERE in command else "ok")
+    assert check.try_out(wheel(project), Version("2.13"), folder) == "ok"
+    with pytest.raises(ReleaseError, match="not the wheel"):
+        check.try_out(wheel(project), Version("2.14"), tmp_path / "other")
+    with pytest.raises(SystemExit):
+        check.main(["--torch", "newest"])
+
+
+def test_an_sdist_is_one_folder(project: Path) -> None:
+    path = sdist(project)
+    with tarfile.open(path, "w:gz") as file:
+        for name in ("scaleprop-1.2.3/PKG-INFO", "/etc/passwd"):
+            file.addfile(tarfile.TarInfo(name))
+    with pytest.raises(ReleaseError, match="not one folder"):
+        contents.names(path)
 
 
 def test_a_failing_command_is_shown(tmp_path: Path) -> None:
