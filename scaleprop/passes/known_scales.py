@@ -11,6 +11,7 @@ import torch.fx
 from scaleprop.formats.scaled import PLAIN, parse
 from scaleprop.formats.scales import decoded_scale
 from scaleprop.passes.operators import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE, SCALED_MM
+from scaleprop.passes.outline import STORED
 from scaleprop.report.graph.model import Scale
 
 _SCALES = 5  # the argument of ``quantize`` that has static scales
@@ -40,6 +41,19 @@ def known_scales(
     return found
 
 
+def stored_codes(module: torch.fx.GraphModule) -> dict[tuple[str, str], torch.fx.Node]:
+    """(Parameter, format) → the node that has its codes: one parameter may be stored in several
+    formats, as a table that is gathered from and a matrix that is multiplied by."""
+    found: dict[tuple[str, str], torch.fx.Node] = {}
+    for node in module.graph.nodes:
+        stored = _stored(node)
+        if stored is not None:
+            codes = _root(stored[0])
+            if codes.op == "get_attr":
+                found.setdefault((STORED.sub("", str(codes.target)), stored[2]), codes)
+    return found
+
+
 def positive_scales(scales: Sequence[torch.Tensor], format_: str) -> torch.Tensor:
     """What is stored after the data: scales in full, those of nothing but zeros left out."""
     fmt = parse(format_)
@@ -63,11 +77,18 @@ def _operands(node: torch.fx.Node) -> list[tuple[str, Sequence[Any], str]]:
     scales = static_scales(node)
     if scales is not None:
         return [(node.name, scales, args[1])]
+    stored = _stored(node)
+    return [(_root(stored[0]).name, stored[1], stored[2])] if stored and stored[1] else []
+
+
+def _stored(node: torch.fx.Node) -> tuple[Any, Sequence[Any], str] | None:
+    """Codes, scales and format of what a node reads as it is stored."""
+    args: Any = node.args
     stored = {DEQUANTIZE: (0, 1), SCALED_MM: (1, 4)}.get(node.target)  # pyright: ignore[reportArgumentType, reportCallIssue]
     if stored is None or not isinstance(args[stored[0]], list | tuple):
-        return []
+        return None
     codes, *parts = args[stored[0]]
-    return [(_root(codes).name, parts, args[stored[1]])] if parts else []
+    return codes, parts, args[stored[1]]
 
 
 def _root(node: Any) -> torch.fx.Node:

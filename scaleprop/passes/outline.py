@@ -28,7 +28,7 @@ _PASSED = frozenset((aten._to_copy.default, aten.clone.default, aten.detach.defa
 _KINDS: Mapping[Any, Literal["quantize", "dequantize"]] = {
     QUANTIZE: "quantize", FAKE_QUANTIZE: "quantize", DEQUANTIZE: "dequantize"}
 _PARTS = (SCALED_MM, DEQUANTIZE)  # read lists of what one value is stored in
-_STORED = re.compile(r"_data_*$")  # what quantize-weights calls codes
+STORED = re.compile(r"_data_*$")  # what quantize-weights calls codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ class _Walk:
             return False
         name = self._parameters.get(node, str(node.target))
         self._steps[node] = Step(
-            name=node.name, op=_STORED.sub("", name) if format_ else name,
+            name=node.name, op=STORED.sub("", name) if format_ else name,
             kind="parameter" if is_parameter else "input", format=format_, **_value(node))
         return True
 

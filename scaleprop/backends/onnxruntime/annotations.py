@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 
 from scaleprop.passes.base import Program
-from scaleprop.passes.known_scales import known_scales, summary
+from scaleprop.passes.known_scales import known_scales, stored_codes, summary
 from scaleprop.passes.operators import FAKE_QUANTIZE, QUANTIZE
 from scaleprop.report import text
 from scaleprop.report.records import TensorRecord
@@ -60,10 +60,10 @@ def _note(producer: ir.Node, records: Iterable[TensorRecord], scales: _Scales) -
 def _note_parameters(
     records: Iterable[TensorRecord], initializers: Iterable[ir.Value], scales: _Scales
 ) -> None:
-    """Codes are called as their parameter, with ``_data`` behind, see ``quantize-weights``."""
+    """Initializers are called as the codes' buffer, or as the node that reads it."""
     stored = {each: record for record in records
-              if record.scale_kind == "weight"
-              for each in (f"{record.operand}_data", f"{record.operand.replace('.', '_')}_data")}
+              if record.scale_kind == "weight" and (codes := scales.codes(record)) is not None
+              for each in (str(codes.target), codes.name)}
     for value in initializers:
         record = stored.get(re.sub(r"__\d+$", "", value.name or ""))
         if record is not None:
@@ -99,13 +99,19 @@ class _Scales:
                 if source.target in (QUANTIZE, FAKE_QUANTIZE):
                     operand = source.all_input_nodes[0].name
                     self._read[node.name, operand] = source.name
-        self._codes = {str(node.target): node.name
-                       for node in program.module.graph.find_nodes(op="get_attr")}
+        self._codes = stored_codes(program.module)
+
+    def codes(self, record: TensorRecord) -> torch.fx.Node | None:
+        """The node that has the codes of a stored weight."""
+        return self._codes.get((record.operand, record.format or ""))
 
     def of(self, record: TensorRecord) -> str:
         """``2^-5.2``, or ``2^-9…2^-6`` of several; "" where it is found at run time."""
-        name = self._codes.get(f"{record.operand}_data") if record.scale_kind == "weight" else \
-            self._read.get((record.node, record.operand))
-        found: torch.Tensor | None = self._known.get(name or "")
+        if record.scale_kind == "weight":
+            codes = self.codes(record)
+            name = "" if codes is None else codes.name
+        else:
+            name = self._read.get((record.node, record.operand), "")
+        found: torch.Tensor | None = self._known.get(name)
         return "" if found is None or record.format is None else \
             summary(found, record.format).text

@@ -121,3 +121,37 @@ def test_onnxruntime_runs_the_same(
     assert first.SerializeToString(deterministic=True) == \
         second.SerializeToString(deterministic=True)
     assert annotated.stat().st_size - plain.stat().st_size < 8192
+
+
+class Tied(nn.Module):
+    """One matrix that is gathered from, and multiplied by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 32)
+        self.head = nn.Linear(32, 64, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.table(ids)))
+
+
+def test_each_form_of_a_tied_weight_says_its_own_format_and_scale(
+    ids: torch.Tensor, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    compiled = scaleprop.compile(Tied().eval(), (ids,), "mxfp4")
+    model = onnx.load(compiled.export(tmp_path / "tied.onnx", check=False))
+    by_target = {edge.source: edge.forward for edge in compiled.graph_view("").edges
+                 if edge.source.startswith("head_weight")}
+    scales = {scale.format: scale.text for scale in by_target.values() if scale is not None}
+    assert sorted(scales) == ["mxfp4:even", "mxfp8"] and len(set(scales.values())) == 2
+    told = [entry.value for node in model.graph.node for entry in node.metadata_props
+            if entry.key in ("scaleprop.w", "scaleprop.embedding")]
+    stored = [entries(value)["scaleprop.stored_as"]
+              for value in (*model.graph.initializer, *model.graph.value_info)
+              if "scaleprop.stored_as" in entries(value)]
+    assert len(told) == len(set(stored)) == 2
+    for fmt, scale in scales.items():
+        assert any(f"head.weight: {fmt}, scale {scale}, " in each for each in told)
+        assert any(each.startswith(f"{fmt}, scale {scale}, ") for each in stored)
