@@ -165,8 +165,10 @@ class _PreparedFacts:
     ) -> tuple[Scale | None, Scale | None, str]:
         forward = self._low.weights.get(source.name)
         if source.kind == "quantize":
-            forward = next(low for (product, value), low in self._low.activations.items()
-                           if product == reader.name and value == source.reads[0].source)
+            made = (self._low.activations.get((reader.name, each.source)) for each in source.reads)
+            own = _Low(source.format, None,
+                       f"{source.name} in {source.format}, by the model itself")
+            forward = next(filter(None, made), own)
         backward = self._low.gradients.get(source.name)
         details = [f"{arrow} {low.detail}" for arrow, low in (("→", forward), ("←", backward))
                    if low is not None]

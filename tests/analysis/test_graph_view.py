@@ -435,3 +435,22 @@ def test_modules_are_read_in_one_way() -> None:
         "c": ("_empty_nn_module_stack_from_metadata_hook", "")}
     assert stack_of(node) == (("", "m.Model"), ("layers.0", f"{__name__}.Layer"))
     assert module_paths(node) == ("layers.0",) and module_of(node) == innermost_module(node)
+
+
+class Rounds(nn.Module):
+    """Has a quantization of its own, which is read by more than products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        low = torch.ops.scaleprop.fake_quantize(self.a(x), "int8[row]*f32", -1)
+        return self.c(self.b(low)) + low
+
+
+def test_quantizations_of_the_model_itself_are_drawn(inputs: torch.Tensor) -> None:
+    edge = named(prepared_view(Rounds(), inputs, loss_fn, "fp8"))["fake_quantize → add"]
+    assert edge.forward is not None
+    assert (edge.forward.value, edge.forward.format) == (None, "int8[row]*f32")
+    assert "by the model itself" in edge.detail
