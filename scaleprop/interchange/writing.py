@@ -131,13 +131,22 @@ def _write_config(folder: Path, like: Any, plan: Plan, names: Mapping[str, str])
     if plan.untied:
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
             part.tie_word_embeddings = False
-    config.save_pretrained(folder)
+    _saved(config, folder, "config", "move what it names to like.generation_config")
     file = folder / "config.json"
     data = json.loads(file.read_text())
     data["quantization_config"] = quantization_config(plan, like, names)
     file.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
     if like.can_generate():
-        like.generation_config.save_pretrained(folder)
+        _saved(like.generation_config, folder, "generation_config",
+               "change what it names, or like.generation_config = GenerationConfig()")
+
+
+def _saved(settings: Any, folder: Path, name: str, remedy: str) -> None:
+    try:
+        settings.save_pretrained(folder)
+    except ValueError as error:
+        raise ConfigError(f"transformers refuses to write like.{name}: {str(error).strip()}\n"
+                          f"Remedy: {remedy}") from error
 
 
 def _write_tokenizer(folder: Path, like: Any, tokenizer: Any) -> None:

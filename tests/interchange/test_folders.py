@@ -169,6 +169,20 @@ def test_folders_that_cannot_be_written(ours: CompiledModel, model: Any, tmp_pat
         ours.save_pretrained(deep, model, check=False)
 
 
+@pytest.mark.parametrize(("settings", "why"), [
+    ("generation_config", "like.generation_config.*`temperature`.*GenerationConfig()"),
+    ("config", "like.config.*'temperature': 0.5.*Remedy: move .* to like.generation_config"),
+])
+def test_settings_that_transformers_refuses(
+    ours: CompiledModel, model: Any, settings: str, why: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(getattr(model, settings), "temperature", 0.5, raising=False)
+    with pytest.raises(ConfigError, match=f"(?s){why}"):
+        ours.save_pretrained(tmp_path / "checkpoint", model, check=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_tokenizer_comes_along(ours: CompiledModel, model: Any, tmp_path: Path):
     source = tmp_path / "source"
     model.save_pretrained(source)
