@@ -14,6 +14,7 @@ from scaleprop.errors import ConfigError, describe
 from scaleprop.formats import ScaledFormat, ScaledTensor, parse
 from scaleprop.formats.scaled import PLAIN
 from scaleprop.passes.base import Program
+from scaleprop.passes.canonicalise.match import argument
 from scaleprop.passes.operators import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE, SCALED_MM
 from scaleprop.report.records import TensorRecord
 
@@ -78,7 +79,8 @@ def _weight(program: Program, node: Node, record: TensorRecord) -> Quantized:
         shape = (parts[0].shape[0], k)
         given: Any = node.args[0]
         activation = None if node.args[3] in PLAIN else parse(str(node.args[3]))
-        scales = _tensors(program, given.args[5] or ()) if activation is not None else []
+        found = argument(given, 5, "scales") if activation is not None else None
+        scales = _tensors(program, found or ())
         tensor = ScaledTensor.from_parts(parts, name, shape)
         return Quantized(tensor, "linear", node, activation, tuple(scales))
     decoded = node if node.target is DEQUANTIZE else _decoded(node)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from scaleprop.adapters.modules import ScaledWeight
 from scaleprop.errors import ConfigError
 from scaleprop.interchange.libraries import library
 from scaleprop.interchange.names import checkpoint_names
@@ -47,6 +48,11 @@ def save_pretrained(
     if not isinstance(like, library("transformers", "save_pretrained").PreTrainedModel):
         raise ConfigError(f"like is a {type(like).__name__}: pass the transformers model that was "
                           "compiled")
+    if any(isinstance(module, ScaledWeight) for module in like.modules()):
+        raise ConfigError("like was loaded with ScalepropConfig: its weights are codes, and no "
+                          "parameters. Remedy: pass as like= the model loaded without it, or "
+                          "like.dequantize(): the compiled model's codes are written all the same; "
+                          "or like.save_pretrained, which writes it for ScalepropConfig to load")
     found = plan(compiled.program, like)
     if not found.coded:
         raise ConfigError("no linear has a weight in codes: nothing that compressed-tensors "

@@ -11,6 +11,7 @@ import copy
 import gc
 import inspect
 import logging
+import os
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,8 @@ from scaleprop.passes.structures import register_structures
 logger = logging.getLogger(__name__)
 
 _SHOWN = 3  # how many conditions a note lists
-_TORCH_HOME = str(Path(torch.__file__).parent)
+_NOT_THE_MODELS = tuple(f"{home}{os.sep}" for home in (Path(torch.__file__).parent,
+                                                       Path(__file__).parents[1]))
 
 
 def capture(
@@ -302,9 +304,10 @@ def _arguments(module: torch.fx.GraphModule) -> tuple[str, ...]:
 
 
 def user_frames(trace: str) -> str:
-    """A stack trace without torch's own frames: its last line is then the user's."""
+    """A stack trace without torch's frames and ours: its last line is then the user's."""
     frames = re.split(r"(?m)^(?=\s*File \")", trace)
-    kept = [frame for frame in frames if _TORCH_HOME not in frame.split(", line", 1)[0]]
+    kept = [frame for frame in frames
+            if not frame.lstrip().removeprefix('File "').startswith(_NOT_THE_MODELS)]
     return "".join(kept) if any(frame.strip() for frame in kept) else trace
 
 

@@ -292,3 +292,22 @@ def test_names_differ_and_the_example_reaches_a_part(tmp_path: Path):
     seen, wanted = loaded.model.vision_tower.state_dict(), model.model.vision_tower.state_dict()
     assert same_bits(seen, wanted)
     assert bool((loaded.model.language_model.norm.weight == 1).all())
+
+
+def test_a_model_that_was_loaded_in_codes(program: Program, model: Any, tmp_path: Path):
+    model.save_pretrained(tmp_path / "float")
+    like = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=scaleprop.ScalepropConfig("mxfp4")).eval()
+    made = compiled(captured(like), named_recipe("mxfp4"))
+    for record in made.program.records:
+        assert "adapters" not in record.source
+        if record.operand.endswith("proj.weight"):
+            assert "modeling_llama.py" in record.source
+    with pytest.raises(ConfigError, match=r"with ScalepropConfig.*Remedy:.*like\.dequantize\(\)"):
+        made.save_pretrained(tmp_path / "refused", like)
+    wanted = compiled(program, named_recipe("mxfp4")).save_pretrained(tmp_path / "wanted", model,
+                                                                      check=False)
+    for other, path in ((model, "1"), (like.dequantize(), "2")):
+        found = made.save_pretrained(tmp_path / path, other, check=other is model)
+        assert same_bits(tensors(found), tensors(wanted))
+        assert config(found) == config(wanted)
