@@ -22,7 +22,7 @@ from scaleprop.api import AUTO, Calibration, report_of, stored_bytes
 from scaleprop.backends.registry import backend_named
 from scaleprop.calibration.progress import progress_bar
 from scaleprop.errors import ConfigError
-from scaleprop.passes.base import PassManager
+from scaleprop.passes.base import PassManager, Program
 from scaleprop.passes.calibrate import Calibrate
 from scaleprop.passes.capture import capture
 from scaleprop.passes.pipeline import build
@@ -85,7 +85,7 @@ def compile_from_safetensors(
             passes that cannot work one weight at a time; ``out`` holds something else.
         As ``compile``: for what cannot be captured, calibrated or rewritten.
     """
-    source, target = Path(directory), Path(out)
+    target = Path(out)
     if recipe == AUTO:
         raise ConfigError("recipe='auto' tries transforms on whole models. Remedy: name a recipe; "
                           "or compile() where the model fits into memory")
@@ -96,6 +96,21 @@ def compile_from_safetensors(
     manager = build(plan, exclude=exclude, include=include, calibration=calibration, extra=passes,
                     progress=progress)
     _refuse_several(manager, plan)
+    program, count = _captured(Path(directory), model, example_inputs, dynamic_shapes, ignore)
+    storage.make_parents(target)
+    with durable.scratch(target, "compiling", keep=True) as folder:
+        with progress_bar(progress, count, "quantizing") as update:
+            made = _run(program, manager, FolderShelf(folder, update), plan, backend)
+        storage.save(made, target, shard_bytes)
+        report = report_of(made)  # reads sizes alone: what it counts is deleted next
+    return dataclasses.replace(report, notes=(*report.notes, _NOT_LOWERED))
+
+
+def _captured(
+    source: Path, model: Callable[[], Any] | None, example_inputs: Any, dynamic_shapes: Any,
+    ignore: Sequence[str],
+) -> tuple[Program, int]:
+    """The graph, whose parameters are the files' tensors; and how many of them are no vectors."""
     checkpoint = Checkpoint.open(source)
     module, inputs = from_config(source, checkpoint.dtype) if model is None \
         else from_factory(model)
@@ -105,26 +120,25 @@ def compile_from_safetensors(
                           "package.module:function)")
     args, kwargs = split_example(inputs if example_inputs is None else example_inputs)
     fake(module)
-    captured = capture(module, args, kwargs, dynamic_shapes)
+    program = capture(module, args, kwargs, dynamic_shapes)
     del module
-    fill(captured.module, tensors)
-    Signature.of(captured).flatten(args, kwargs)
-    storage.make_parents(target)
-    with durable.scratch(target, "compiling", keep=True) as folder:
-        count = sum(tensor.ndim > 1 for tensor in {id(t): t for t in tensors.values()}.values())
-        with progress_bar(progress, count, "quantizing") as update:
-            shelf = FolderShelf(folder, update)
-            with torch.no_grad():
-                output = captured.module(*captured.example_args, **captured.example_kwargs)
-            nbytes_before = stored_bytes(captured.module)
-            program = manager.run(captured.replace(shelf=shelf))
-        logger.info("%d weights were done already", shelf.reused)
-        made = storage.SavedModel(
-            program=program, recipe=plan, backend=backend,
-            baseline=tuple(pytree.tree_leaves(output)), nbytes_before=nbytes_before)
-        storage.save(made, target, shard_bytes)
-        report = report_of(made)  # reads sizes alone: what it counts is deleted next
-    return dataclasses.replace(report, notes=(*report.notes, _NOT_LOWERED))
+    fill(program.module, tensors)
+    Signature.of(program).flatten(args, kwargs)
+    return program, sum(t.ndim > 1 for t in {id(t): t for t in tensors.values()}.values())
+
+
+def _run(
+    program: Program, manager: PassManager, shelf: FolderShelf, recipe: Recipe, backend: str
+) -> storage.SavedModel:
+    """What the passes make of ``program``, with the outputs that it had before them."""
+    with torch.no_grad():
+        output = program.module(*program.example_args, **program.example_kwargs)
+    nbytes_before = stored_bytes(program.module)
+    compiled = manager.run(program.replace(shelf=shelf))
+    logger.info("%d weights were done already", shelf.reused)
+    return storage.SavedModel(
+        program=compiled, recipe=recipe, backend=backend,
+        baseline=tuple(pytree.tree_leaves(output)), nbytes_before=nbytes_before)
 
 
 def _refuse_several(manager: PassManager, recipe: Recipe) -> None:
