@@ -245,7 +245,7 @@ def load(directory: Path, verify: bool = True) -> SavedModel:
 def _json(directory: Path, name: str) -> Any:
     try:
         return json.loads((directory / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{directory} is not a saved model: {error}") from error
 
 

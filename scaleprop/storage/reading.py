@@ -36,7 +36,8 @@ class Folder:
                 raise ValueError("it names other files than a saved model has")
             if strange := [name for name in self._shards if Path(name).name != name]:
                 raise ValueError(f"{strange[0]!r} is no name in this folder")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError,
+                RecursionError) as error:
             raise ConfigError(f"{path / MANIFEST} is missing or damaged: {error!r}. {_REMEDY}"
                               ) from error
         self._verify_texts()

@@ -160,6 +160,15 @@ def test_a_damaged_manifest_is_refused(saved: Path, change: Any, tmp_path: Path)
         scaleprop.load(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "graph.json", "manifest.json"])
+def test_texts_nested_too_deeply_are_refused(saved: Path, name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(saved, folder)
+    (folder / name).write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="recursion"):
+        scaleprop.load(folder, verify=False)
+
+
 def test_loaded_parameters_are_pages_that_may_be_written(saved: Path) -> None:
     before = contents(saved)
     loaded = scaleprop.load(saved)
