@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 VERSION = 1  # of what weights become; what an older one left on a shelf is made anew
 _CHUNK = 1 << 18  # elements quantized at a time
+_SMALL_CHUNK = 1 << 16  # where memory is short: temporaries are smaller than ``memory`` asks for
 PLAIN_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -281,9 +282,10 @@ class _Weights:
         elif role.rounding == "compensated":
             scaled = self._compensate(node, matrix, fmt, role, key)
         else:
-            stochastic = role.rounding == "stochastic"
-            scaled = quantized_matrix(matrix, role, self.options.clipping,
-                                      self._generator if stochastic else None)
+            drawn = self._generator if role.rounding == "stochastic" else None
+            is_short = drawn is None and self.rewriter.program.shelf is not None
+            scaled = quantized_matrix(matrix, role, self.options.clipping, drawn,
+                                      _SMALL_CHUNK if is_short else None)
         return scaled.parts, weight_error(matrix, scaled)
 
     def _key(self, node: torch.fx.Node, w: torch.fx.Node, role: Role) -> Any:
@@ -370,16 +372,18 @@ class _Weights:
 
 def quantized_matrix(
     matrix: torch.Tensor, role: Role, clipping: Literal["amax", "mse"] | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, chunk: int | None = None,
 ) -> ScaledTensor:  # fmt: skip
     """A weight [N, K] as ``role`` stores it, scales along K.
 
-    clipping: in place of the role's. generator: of stochastic rounding.
+    clipping: in place of the role's. generator: of stochastic rounding. chunk: elements quantized
+    at a time; with a generator, another one draws other numbers.
     """
     fmt = parse(role.format)
     searched = fmt.replace(rule="mse") if (clipping or role.clipping) == "mse" else fmt
     outer = _tensor_scale(matrix, fmt) if role.rounding == "nearest" else None
-    pieces = _rows(matrix) if outer is not None else _independent_rows(matrix, fmt)
+    is_whole = outer is None and not _has_independent_rows(fmt)
+    pieces = [matrix] if is_whole else _rows(matrix, chunk or _CHUNK)
     scales = None if outer is None else [outer]
     found = (quantize(piece, searched, rounding=role.rounding, generator=generator,
                       scales=scales).parts for piece in pieces)
@@ -401,15 +405,14 @@ def _slim(statistics: Mapping[str, TensorStatistics]) -> dict[str, TensorStatist
             for name, seen in statistics.items()}
 
 
-def _independent_rows(matrix: torch.Tensor, fmt: ScaledFormat) -> Sequence[torch.Tensor]:
-    """Chunks of rows that share no scale: their temporaries are small and stay in cache."""
-    if fmt.two_level or fmt.granularity.kind not in ("row", "block"):
-        return [matrix]
-    return _rows(matrix)
+def _has_independent_rows(fmt: ScaledFormat) -> bool:
+    """Rows share no scale."""
+    return not fmt.two_level and fmt.granularity.kind in ("row", "block")
 
 
-def _rows(matrix: torch.Tensor) -> Sequence[torch.Tensor]:
-    return matrix.split(max(_CHUNK // max(matrix.shape[1], 1), 1))
+def _rows(matrix: torch.Tensor, chunk: int) -> Sequence[torch.Tensor]:
+    """Chunks of rows: their temporaries are small and stay in cache."""
+    return matrix.split(max(chunk // max(matrix.shape[1], 1), 1))
 
 
 def _tensor_scale(matrix: torch.Tensor, fmt: ScaledFormat) -> torch.Tensor | None:
@@ -417,7 +420,8 @@ def _tensor_scale(matrix: torch.Tensor, fmt: ScaledFormat) -> torch.Tensor | Non
     there is none, or it is not finite."""
     if not fmt.two_level or fmt.granularity.kind != "block" or matrix.dtype == torch.float64:
         return None
-    amax = whole_amax(torch.stack([whole_amax(piece.abs()) for piece in _rows(matrix)]))
+    pieces = _rows(matrix, _SMALL_CHUNK)
+    amax = whole_amax(torch.stack([whole_amax(piece.abs()) for piece in pieces]))
     return tensor_scale_of(amax, fmt) if bool(amax.isfinite()) else None
 
 
