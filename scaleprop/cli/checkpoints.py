@@ -26,7 +26,7 @@ def is_quantized(spec: str) -> bool:
         return False
     try:
         config = json.loads((Path(spec) / "config.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{spec!r} is no checkpoint of transformers: {error}") from error
     return isinstance(config, dict) and "quantization_config" in config
 

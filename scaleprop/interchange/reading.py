@@ -95,7 +95,7 @@ def _config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     try:
         config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{directory} is no checkpoint of transformers: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{file} holds no object")

@@ -276,7 +276,7 @@ class _Weights:
         self, node: torch.fx.Node, tensor: torch.Tensor, role: Role, key: Any
     ) -> tuple[list[torch.Tensor], dict[str, float]]:
         """The stored parts that a weight becomes, and their errors."""
-        matrix, fmt = tensor.detach().reshape(tensor.shape[0], -1), parse(role.format)
+        matrix, fmt = tensor.detach().flatten(1), parse(role.format)
         if (solved := solved_of(node)) is not None:
             scaled = self._as_solved(node, matrix, fmt, solved)
         elif role.rounding == "compensated":

@@ -60,7 +60,7 @@ def load_recipe(path: str | Path) -> Recipe:
         data: Any = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read recipe {str(file)!r}: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid {file.suffix[1:].upper()}: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{file} is not a recipe: expected a table of fields")

@@ -132,7 +132,7 @@ def _places(index: Path) -> dict[str, str]:
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         places = {str(name): str(file) for name, file in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{index} cannot be read: {error!r}. Remedy: fetch it again") from error
     if strange := [file for file in places.values() if Path(file).name != file]:
         raise ConfigError(f"{index} names {strange[0]!r}, which is no file of its folder")

@@ -67,7 +67,7 @@ def from_config(directory: Path, dtype: torch.dtype | None) -> tuple[torch.nn.Mo
     path = directory / "config.json"
     try:
         names = json.loads(path.read_text(encoding="utf-8"))["architectures"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} says no architecture: {error!r}. Remedy: pass model=, a factory "
                           "(--model package.module:factory)") from error
     try:

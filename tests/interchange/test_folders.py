@@ -330,9 +330,10 @@ def test_damaged_files(folder: Path, tmp_path: Path):
     file.unlink()
     with pytest.raises(ConfigError, match="has neither"):
         decoded(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="is no checkpoint of transformers"):
-        decoded(folder)
+    for text in ("{", "[" * 100_000):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match="is no checkpoint of transformers"):
+            decoded(folder)
     with pytest.raises(ConfigError, match="is no checkpoint of transformers"):
         scaleprop.from_pretrained(tmp_path / "nowhere", IDS)
 

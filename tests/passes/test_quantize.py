@@ -266,3 +266,16 @@ def test_stochastic_weights_are_reproducible(mlp):
     first, again = (build(recipe).run(program).module(x) for _ in range(2))
     seeded = build(recipe, extra=["quantize-weights{seed=1}"]).run(program).module(x)
     assert torch.equal(first, again) and not torch.equal(first, seeded)
+
+
+@pytest.mark.parametrize("model, x", [
+    (nn.Linear(32, 8), torch.ones(0, 32)),
+    (nn.Embedding(3, 32), torch.zeros(0, dtype=torch.long)),
+    *((nn.Linear(k, n), torch.ones(2, k)) for k, n in ((32, 0), (0, 32))),
+])
+@pytest.mark.parametrize("name", ["int8-dynamic", "int4", "mxfp4", "nvfp4", "fp8"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_empty_weights_and_inputs(model, x, name):
+    out = quantized(model, (x,), name).module(x)
+    assert out.shape == model(x).shape
+    close(out, model(x).detach())  # of what is not empty, the bias alone is left

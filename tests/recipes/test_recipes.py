@@ -68,6 +68,7 @@ BAD = {
     '{"schema_version": 1, "name": "x"}': "not a recipe: 'roles'",
     '{"schema_version": 7}': "schema_version 7; this version reads 1",
     "{": "is not valid JSON",
+    "[" * 100_000: "is not valid JSON",
     "[]": "expected a table",
     '{"schema_version": 1, "name": "x", "description": "", "roles": {}, "color": 1}': "color",
     '{"schema_version": 1, "name": "x", "description": "", "roles": {"w": {"format": "int8"}}}':
@@ -75,7 +76,7 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", BAD)
+@pytest.mark.parametrize("text", BAD, ids=range(len(BAD)))
 def test_bad_files(text, tmp_path):
     file = tmp_path / "bad.json"
     file.write_text(text)
