@@ -203,12 +203,17 @@ def int4_cnn(data: Any) -> Figures:
             "in 4 bits": f"{statistics.fmean(row['int4'] for row in rows):.2f} %"}
 
 
+def equal_weights(data: Mapping[str, Any]) -> int:
+    """How many of the weights that were compared had no part that differs."""
+    return len(data["compared"]) - len({name.rpartition("_")[0] for name in data["different"]})
+
+
 def larger_than_memory(data: Any) -> Figures:
     peak = max(run["peak_vm"] for run in data["runs"])
     return {"model ÷ memory limit": data["model_bytes"] / data["limit"],
             "peak address space ÷ limit": peak / data["limit"],
-            "weights compared and equal": f"{len(data['compared']) - len(data['different'])} of "
-                                          f"{len(data['compared'])}"}
+            "layers in memory, most": max(data["needed"].values()),
+            "weights compared and equal": f"{equal_weights(data)} of {len(data['compared'])}"}
 
 
 def fp4_design_space(rows: Sequence[Mapping[str, str]]) -> Figures:

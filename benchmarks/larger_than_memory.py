@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 import scaleprop
-from benchmarks import harness
+from benchmarks import figures, harness
 from scaleprop import storage
 from scaleprop.storage import tensorfile
 
@@ -258,11 +258,10 @@ def markdown(found: Mapping[str, Any]) -> str:
         lines.append(f"| {name} | {run['seconds']:.0f} | {run['done_before']} of "
                      f"{found['weights']} | {run['peak_vm'] / GIB:.2f} | "
                      f"{run['peak_rss'] / GIB:.2f} |")
-    equal = len(found["compared"]) - len({name.rpartition("_")[0] for name in found["different"]})
     width, layers, vocabulary = SMALLER
-    lines += ["", f"{equal} of {len(found['compared'])} weights compared are what "
-              "`scaleprop.quantize` makes of the source, bit for bit; every checksum holds; "
-              f"{len(found['left_over'])} files are left over.", "",
+    lines += ["", f"{figures.equal_weights(found)} of {len(found['compared'])} weights compared "
+              "are what `scaleprop.quantize` makes of the source, bit for bit; every checksum "
+              f"holds; {len(found['left_over'])} files are left over.", "",
               f"Peak address space above that of next to nothing, {layers} blocks of width "
               f"{width}, {vocabulary} words:", "", "| recipe | layers |", "|---|---:|",
               *(f"| `{recipe}` | {needed:.2f} |" for recipe, needed in found["needed"].items())]
