@@ -340,7 +340,7 @@ def test_reports_of_a_step_have_the_block(
     assert ScaleReport.load(tmp_path / "s.json") == step
     old = {key: value for key, value in step.to_dict().items() if key != "block"}
     assert ScaleReport.from_dict(old) == dataclasses.replace(step, block=None)
-    with pytest.raises(ConfigError, match="not a block"):
+    with pytest.raises(ConfigError, match=r"block\.nodes is 3, no array"):
         ScaleReport.from_dict({**old, "block": {**step.to_dict()["block"], "nodes": 3}})
     step.save(tmp_path / "s.html")
     links, slugs = targets((tmp_path / "s.html").read_text(encoding="utf-8"))

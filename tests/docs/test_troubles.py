@@ -26,6 +26,8 @@ def test_examples_raise_what_they_show(
     page = types.ModuleType("trouble")
     monkeypatch.setitem(sys.modules, "trouble", page)
     monkeypatch.setitem(sys.modules, "tensorboard", sys.modules.get("tensorboard"))  # put back
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)  # or what another test imported would be found
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ScalePropError) as raised:
         exec(compile(trouble.example, "trouble.py", "exec"), page.__dict__)
