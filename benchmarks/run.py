@@ -205,10 +205,12 @@ def _alone(folder: Path) -> Iterator[int]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"{folder}: another run, or a benchmark that a killed one left, still works "
+                     "there")
         yield lock
-    except BlockingIOError:
-        sys.exit(f"{folder}: another run, or a benchmark that a killed one left, still works there")
     finally:
         os.close(lock)
 

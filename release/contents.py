@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from packaging.metadata import InvalidMetadata, Metadata
 
 ROOT = Path(__file__).resolve().parents[1]
-LINKS = ("passes", "backends")
 MUST = ("scaleprop/py.typed", "scaleprop/report/assets/report.js")
 
 

@@ -36,6 +36,10 @@ _MEASURES = {  # of ``fidelity.Fidelity``: what is compared
     "format_error": "reference against the model that was given",
     "lowering_error": "backend against the reference",
 }
+_COLUMNS = _MEASURES | {  # of recipes side by side
+    "size": "÷ that of the model that was given",
+    "speed": "median time of the model that was given ÷ that of the compiled one",
+}
 _FILTERS = ("format", "kind", "role", "op")
 
 
@@ -120,9 +124,10 @@ def _variants(variants: Sequence[Variant], recipe: str | None) -> str:
     kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
     table = simple_table("Recipes side by side", [head[i].replace("_", " ") for i in kept],
                          [[row[i] for i in kept] for row in rows], range(2, len(kept)))
-    return (f"<h3>Recipes side by side</h3>\n{table}"
-            "<p>Speed: median time of the model that was given ÷ that of the compiled one; "
-            "all else against the model that was given.</p>\n") if table else ""
+    said = [f"{name.replace('_', ' ')}: {_COLUMNS[name]}" for name in (head[i] for i in kept)
+            if name in _COLUMNS]
+    return f"<h3>Recipes side by side</h3>\n{table}<p>{escape('; '.join(said))}.</p>\n" \
+        if table else ""
 
 
 def _bytes(records: Sequence[TensorRecord]) -> str:

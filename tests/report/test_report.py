@@ -407,3 +407,8 @@ def test_transforms_show_before_and_after(tmp_path: Path) -> None:
     text = Page((tmp_path / "r.html").read_text(encoding="utf-8")).text
     assert "kurtosis 81 → 4.1; sqnr_db 11.2 → 18.9" in text and "smooth → gptq" in text
     assert "int8" in text and "2.31×" in text  # recipes side by side
+    speed = "speed: median time of the model that was given ÷ that of the compiled one"
+    assert speed in text and "cosine: to the model that was given" in text
+    slow = tuple(dataclasses.replace(each, speed=None) for each in full_report().variants)
+    dataclasses.replace(full_report(), variants=slow).save(tmp_path / "r.html")
+    assert speed not in Page((tmp_path / "r.html").read_text(encoding="utf-8")).text
